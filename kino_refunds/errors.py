@@ -1,0 +1,68 @@
+"""Every error this package raises on purpose, each one sentence, and nothing else."""
+
+from __future__ import annotations
+
+
+class KinoError(Exception):
+    """Root of the errors that this package raises on purpose."""
+
+
+class MalformedMessage(KinoError):
+    """A message on a queue that cannot be understood; it is kept as a dead letter under `code`."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+class GrantConflict(KinoError):
+    """The reference of this grant already names a grant with other terms."""
+
+
+class ChargeConflict(KinoError):
+    """The job already has a charge for another account or another number of credits."""
+
+
+class ChargeAlreadySettled(KinoError):
+    """The job's charge is settled, so it cannot be opened again."""
+
+
+class InsufficientCredits(KinoError):
+    """The account's spendable credits do not cover the charges."""
+
+
+class AccountNotActive(KinoError):
+    """The account is suspended, terminated or unknown, so it cannot be charged."""
+
+
+class LedgerInconsistent(KinoError):
+    """The ledger's own rows contradict each other; nothing is moved until a person has looked."""
+
+
+class SettledElsewhere(KinoError):
+    """Another session decided one of these events between our read and our write; read again."""
+
+
+class ForeignKey(KinoError):
+    """A Redis key of our own name holds a value that is not ours; nothing was moved."""
+
+
+class SourceUnavailable(KinoError):
+    """The job source did not answer; an error is not an answer."""
+
+
+class DependencyAway(KinoError):
+    """Postgres, Redis or the job source cannot be reached (exit code 3)."""
+
+
+class BadSettings(KinoError):
+    """A setting is missing or cannot be what it says."""
+
+
+class InvalidPolicy(KinoError):
+    """A policy document does not say what it must."""
+
+
+class ServerFailed(KinoError):
+    """An embedded server did not start; its last log lines are in the text."""
