@@ -1,0 +1,81 @@
+"""The one place that says what an exception means for the batch that it stopped (design, section 3)."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import psycopg
+import sqlalchemy as sa
+
+from kino_refunds.errors import SettledElsewhere
+
+
+class Fault(Enum):
+    """What to do with a batch that failed."""
+
+    KEEP = auto()
+    """Nothing is wrong with the events: keep the batch, back off, settle it again."""
+    LOCK = auto()
+    """Somebody holds a row for longer than the lock time-out: settle without the jobs it concerns."""
+    SPLIT = auto()
+    """Too slow as a whole: settle it in parts."""
+    BISECT = auto()
+    """Some event does this, and would do it again: find it, keep it as a dead letter, settle the rest."""
+
+
+LOCK_NOT_AVAILABLE = "55P03"
+
+_SPLIT = frozenset(
+    {
+        "57014",  # query_canceled: the statement time-out
+        "25P04",  # transaction_timeout
+    }
+)
+
+_KEEP_CLASSES = frozenset(
+    {
+        "08",  # connection exceptions
+        "28",  # authentication: a password is being rotated
+        "53",  # insufficient resources: disk full, out of memory, too many connections
+        "57",  # operator intervention: shutdown, crash recovery, session terminated (57014 is looked up first)
+        "58",  # system errors outside Postgres: I/O
+    }
+)
+
+_KEEP = frozenset(
+    {
+        "25006",  # read-only transaction: a failover is under way
+        "25P03",  # idle_in_transaction_session_timeout: we were stopped, not the events' fault
+        "3D000",  # the database is missing
+        "3F000",  # the schema is missing: not migrated yet
+        "40001",  # serialization failure
+        "40P01",  # deadlock
+        "42501",  # insufficient privilege
+        "42703",  # undefined column: this build is ahead of the schema
+        "42883",  # undefined function: likewise
+        "42P01",  # undefined table: likewise
+    }
+)
+
+
+def classify(error: BaseException) -> Fault:
+    """Tell transient from permanent; whatever is not known to be transient is the event's own fault."""
+    if isinstance(error, (SettledElsewhere, sa.exc.TimeoutError, MemoryError)):
+        return Fault.KEEP
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    if not isinstance(cause, psycopg.Error):
+        return Fault.BISECT
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return Fault.SPLIT if cause.sqlstate in _SPLIT else Fault.KEEP
+    sqlstate = cause.sqlstate
+    if sqlstate is None:
+        # The driver's own: the server went away or the session is closed. Anything else is our mistake.
+        connection_lost = isinstance(cause, (psycopg.OperationalError, psycopg.InterfaceError))
+        return Fault.KEEP if connection_lost else Fault.BISECT
+    if sqlstate == LOCK_NOT_AVAILABLE:
+        return Fault.LOCK
+    if sqlstate in _SPLIT:
+        return Fault.SPLIT
+    if sqlstate in _KEEP or sqlstate[:2] in _KEEP_CLASSES:
+        return Fault.KEEP
+    return Fault.BISECT

@@ -1,0 +1,52 @@
+"""Bring a database to the schema that this build expects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from kino_refunds.db.engine import driver_url
+
+# Any number will do as long as nobody else in this database takes it: the bytes of "kino".
+MIGRATION_LOCK = 0x6B696E6F
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return config
+
+
+def head_revision() -> str:
+    """Name the newest revision that this build knows."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    assert head is not None, "the package ships at least one migration"
+    return head
+
+
+def current_revision(connection: sa.Connection) -> str | None:
+    """Name the revision that the database is at; None before the first migration."""
+    return MigrationContext.configure(connection, opts={"version_table_schema": "kino"}).get_current_revision()
+
+
+def migrate(url: str) -> tuple[str | None, str]:
+    """Upgrade the database at `url` (connect as kino_owner) to this build's schema, in one transaction.
+
+    Two at once are safe: the second waits and finds nothing to do. Returns the revisions before and
+    after. Raises sqlalchemy's OperationalError if the server is away and ProgrammingError if the roles
+    of `db/roles.sql` are missing; either way nothing has changed.
+    """
+    engine = sa.create_engine(driver_url(url), poolclass=sa.pool.NullPool)
+    with engine.begin() as connection:
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        connection.execute(sa.text("CREATE SCHEMA IF NOT EXISTS kino"))
+        before = current_revision(connection)
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        return before, head_revision()

@@ -1,0 +1,7 @@
+"""Alembic's entry: always on a connection that `kino_refunds.db.migrate` opened, never on its own."""
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"], version_table_schema="kino")
+with context.begin_transaction():
+    context.run_migrations()

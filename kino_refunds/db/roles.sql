@@ -1,0 +1,28 @@
+-- The four roles, idempotent; run once by a superuser in the database that will hold schema `kino`.
+-- They are created without a password: give each one yours (ALTER ROLE … PASSWORD …) or a pg_hba rule.
+-- What each may touch is granted by the migrations; who may *be* what is decided here.
+DO $$
+DECLARE
+    role_name text;
+BEGIN
+    FOREACH role_name IN ARRAY ARRAY['kino_owner', 'kino_worker', 'kino_product', 'kino_read'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role_name) THEN
+            EXECUTE format('CREATE ROLE %I LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE', role_name);
+        END IF;
+    END LOOP;
+    EXECUTE format('GRANT CONNECT, CREATE ON DATABASE %I TO kino_owner', current_database());
+    EXECUTE format('GRANT CONNECT ON DATABASE %I TO kino_worker, kino_product, kino_read', current_database());
+
+    -- The verified-through mark stays one hour behind now. A product transaction that opened charges an
+    -- hour ago and commits only now would land behind the mark, where no sweep looks: so it must not live
+    -- that long. Before Postgres 17 there is no limit on the whole transaction, only on each part of it.
+    ALTER ROLE kino_product SET statement_timeout = '5min';
+    ALTER ROLE kino_product SET idle_in_transaction_session_timeout = '5min';
+    IF current_setting('server_version_num')::int >= 170000 THEN
+        ALTER ROLE kino_product SET transaction_timeout = '30min';
+    END IF;
+    -- A forgotten reporting session must not hold back the horizon that statements and the relay read below.
+    ALTER ROLE kino_read SET idle_in_transaction_session_timeout = '5min';
+    ALTER ROLE kino_read SET statement_timeout = '5min';
+END
+$$;
