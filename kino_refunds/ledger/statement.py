@@ -1,0 +1,98 @@
+"""What an account has, and every movement that led there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Whole credits: `available` can be spent now, `held` belongs to jobs that are still open."""
+
+    available: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatementLine:
+    """One transfer as the account's owner sees it; `credits` is signed, by its effect on the wallet."""
+
+    transfer_id: int
+    at: datetime
+    kind: str
+    credits: int
+    lot_id: int
+    job_id: str | None
+    reason: str | None
+
+
+def balance(connection: sa.Connection, account_id: str, *, at: datetime | None = None) -> Balance:
+    """Say what an account has now, or had at an instant; zero for an account that nobody knows.
+
+    Now: the remaining credits of active, unexpired lots, and of open charges. `at`: the transfers posted
+    by then, without lots that had expired by then; a freeze leaves no transfer, so it is not seen. The
+    answer for an instant is final once every transaction that was open at it has ended.
+    """
+    if at is None:
+        row = connection.execute(
+            sa.text("SELECT available, held FROM kino.account_balance WHERE account_id = :account_id"),
+            {"account_id": account_id},
+        ).one_or_none()
+    else:
+        row = connection.execute(_BALANCE_AT, {"account_id": account_id, "at": at}).one()
+    return Balance(0, 0) if row is None else Balance(row.available, row.held)
+
+
+_BALANCE_AT = sa.text("""
+    WITH posted AS (
+        SELECT t.* FROM kino.transfer t WHERE t.account_id = :account_id AND t.created_at <= :at
+    ), wallet AS (
+        SELECT coalesce(to_lot_id, lot_id) AS lot_id, credits FROM posted WHERE to_book = 'wallet'
+        UNION ALL
+        SELECT lot_id, -credits FROM posted WHERE from_book = 'wallet'
+    )
+    SELECT CAST(coalesce((SELECT sum(w.credits) FROM wallet w JOIN kino.credit_lot l USING (lot_id)
+                     WHERE l.expires_at IS NULL OR l.expires_at > :at), 0) AS bigint) AS available,
+           CAST(coalesce((SELECT sum(CASE WHEN to_book = 'held' THEN credits ELSE -credits END) FROM posted
+                     WHERE 'held' IN (from_book, to_book)), 0) AS bigint) AS held
+""")
+
+
+def statement(
+    connection: sa.Connection, account_id: str, *, after: int | None = None, limit: int = 100
+) -> list[StatementLine]:
+    """List an account's transfers, oldest first, up to `limit`, from behind transfer id `after`.
+
+    Only what lies below the transaction horizon: above it a transaction may still commit a transfer with
+    a lower id, and a reader that pages by id would never see it.
+    """
+    rows = connection.execute(
+        sa.text("""
+            SELECT t.transfer_id, t.created_at, t.kind, t.credits, t.reason, c.job_id,
+                   (CASE 'wallet' WHEN t.to_book THEN 1 WHEN t.from_book THEN -1 ELSE 0 END) AS sign,
+                   coalesce(t.to_lot_id, t.lot_id) AS lot_id
+            FROM kino.transfer t LEFT JOIN kino.charge c ON c.charge_id = t.charge_id
+            WHERE t.account_id = :account_id AND t.transfer_id > :after
+              AND t.xid < pg_snapshot_xmin(pg_current_snapshot())
+            ORDER BY t.transfer_id LIMIT :limit
+        """),
+        {"account_id": account_id, "after": after or 0, "limit": limit},
+    )
+    return [
+        StatementLine(
+            row.transfer_id,
+            row.created_at,
+            row.kind,
+            row.sign * row.credits,
+            row.lot_id,
+            row.job_id,
+            row.reason,
+        )
+        for row in rows
+    ]
