@@ -1,0 +1,78 @@
+"""Clauses 1, 2 and 6 as pure rules: an event and a document in, a verdict with its clause out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, assert_never
+
+from kino_refunds.events.schema import Event, JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
+
+if TYPE_CHECKING:
+    from kino_refunds.policy.document import PolicyDocument
+
+
+class Clause(StrEnum):
+    """The clauses that an automatic decision can cite."""
+
+    CREDITS = "1"
+    FAILURE = "2.failure"
+    TIMEOUT = "2.timeout"
+    SAFETY = "2.safety"
+    TERMINATED = "6.terminated"
+
+
+class Reason(StrEnum):
+    """Why a charge ended as it did, in the words of the ledger."""
+
+    COMPLETED = "completed"
+    NOT_COVERED = "not_covered"
+    GENERATION_FAILURE = "generation_failure"
+    TIMEOUT = "timeout"
+    CONTENT_POLICY_REJECTION = "content_policy_rejection"
+
+
+class Verdict(NamedTuple):
+    """What the policy says of one job's ending; a verdict that does not refund captures."""
+
+    refund: bool
+    reason: Reason
+    clause: Clause
+
+
+def judge(event: Event, document: PolicyDocument, *, terminated_for_violation: bool) -> Verdict:
+    """Say what the policy gives for `event`: clause 1 captures, clause 2 refunds, clause 6 excludes.
+
+    Clause 6 is asked last, so that an ending which was not covered anyway cites the clause it missed.
+    """
+    covered = _covered(event, document)
+    if covered.refund and terminated_for_violation and document.exclusions.terminated_for_violation:
+        return Verdict(refund=False, reason=Reason.NOT_COVERED, clause=Clause.TERMINATED)
+    return covered
+
+
+def _covered(event: Event, document: PolicyDocument) -> Verdict:
+    rules = document.automatic
+    match event:
+        case JobCompleted():
+            return Verdict(refund=False, reason=Reason.COMPLETED, clause=Clause.CREDITS)
+        case JobFailed():
+            refund, reason, clause = (
+                event.data.error.origin in rules.failure_origins,
+                Reason.GENERATION_FAILURE,
+                Clause.FAILURE,
+            )
+        case JobTimedOut():
+            refund, reason, clause = (
+                rules.timeout_with_result or not event.data.result_produced,
+                Reason.TIMEOUT,
+                Clause.TIMEOUT,
+            )
+        case JobSafetyRejected():
+            refund, reason, clause = (
+                event.data.stage in rules.safety_stages,
+                Reason.CONTENT_POLICY_REJECTION,
+                Clause.SAFETY,
+            )
+        case _:
+            assert_never(event)
+    return Verdict(refund=refund, reason=reason if refund else Reason.NOT_COVERED, clause=clause)
