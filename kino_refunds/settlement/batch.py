@@ -1,0 +1,99 @@
+"""Settle a batch although one event of it may be bad: find that one, keep it, settle its neighbours (P8)."""
+
+from __future__ import annotations
+
+import traceback
+from collections import defaultdict
+from typing import TYPE_CHECKING, assert_never
+
+from kino_refunds.db.faults import Fault, classify
+from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, record_dead_letters
+from kino_refunds.settlement.outcomes import Outcome
+from kino_refunds.settlement.retries import unpark
+from kino_refunds.settlement.settle import Decision, Terms, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+
+    import sqlalchemy as sa
+
+    from kino_refunds.settlement.deliveries import Delivery
+
+
+def settle_batch(
+    engine: sa.Engine,
+    deliveries: Sequence[Delivery],
+    terms: Terms,
+    now: datetime,
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> list[Decision]:
+    """Settle `deliveries`, in one transaction if nothing is wrong; returns the decisions, in no order.
+
+    When the batch fails for a reason that lies in an event, it is halved until that event is alone; it
+    becomes a dead letter `apply_error` and has no decision. A job's events stay together until the job is
+    alone. `between` is called between two parts, so that a long search is not taken for a dead worker.
+
+    Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. Parts
+    that were settled by then are told `duplicate` the next time (P2).
+    """
+    decisions: list[Decision] = []
+    parts = [list(deliveries)]
+    while parts:
+        part = parts.pop()
+        try:
+            with engine.connect() as connection:
+                decisions += settle(connection, part, terms, now)
+        except Exception as error:
+            fault = classify(error)
+            if fault is Fault.KEEP:
+                raise
+            smaller = _halves(part)
+            if smaller:
+                parts += reversed(smaller)
+            else:
+                decisions += _settle_alone(engine, part[0], terms, now, fault, error)
+        if parts:
+            between()
+    return decisions
+
+
+def _halves(part: Sequence[Delivery]) -> list[list[Delivery]]:
+    """Split by job; a job that is alone by event, oldest first; a single event not at all."""
+    jobs: dict[str, list[Delivery]] = defaultdict(list)
+    for delivery in part:
+        jobs[delivery.event.job_id].append(delivery)
+    if len(jobs) > 1:
+        middle = len(jobs) // 2
+        groups = list(jobs.values())
+        return [[d for group in half for d in group] for half in (groups[:middle], groups[middle:])]
+    if len(part) > 1:
+        return [[delivery] for delivery in sorted(part, key=lambda delivery: delivery.event.time)]
+    return []
+
+
+def _settle_alone(
+    engine: sa.Engine, delivery: Delivery, terms: Terms, now: datetime, fault: Fault, error: Exception
+) -> list[Decision]:
+    """Give up on one event for now, or for good; the record of that is written before anything is dropped."""
+    match fault:
+        case Fault.LOCK | Fault.SPLIT:
+            with engine.connect() as connection:
+                return settle(connection, [delivery], terms, now, busy_jobs={delivery.event.job_id})
+        case Fault.BISECT:
+            trace = "".join(traceback.format_exception(error))
+            letter = event_letter(delivery, APPLY_ERROR, f"{type(error).__name__}: {error}", exception=trace)
+            with engine.begin() as connection:
+                unpark(connection, {delivery.identity: delivery.fingerprint})
+                record_dead_letters(connection, [letter], now=now, build=terms.build)
+            return []
+        case Fault.KEEP:
+            raise error
+        case _:
+            assert_never(fault)
+
+
+def outcomes_of(decisions: Sequence[Decision]) -> list[Outcome]:
+    """Just the words."""
+    return [decision.outcome for decision in decisions]

@@ -1,0 +1,138 @@
+"""Dead letters: what cannot be understood or applied is kept whole, and counted when it comes again (P7)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from kino_refunds.events.envelope import describe, message_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from kino_refunds.errors import MalformedMessage
+    from kino_refunds.settlement.deliveries import Delivery
+
+DETAIL_LENGTH_MAX = 2_000
+EXCEPTION_LENGTH_MAX = 20_000
+
+APPLY_ERROR = "apply_error"
+EXHAUSTED_AFTER_H = 24
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One message that a person has to look at; `key` finds the row of the same message again."""
+
+    key: bytes
+    raw: bytes
+    queue: str
+    reason: str
+    detail: str
+    exception: str | None = None
+    source: str | None = None
+    event_id: str | None = None
+    job_id: str | None = None
+    attempts: int = 0
+
+    @property
+    def group_fingerprint(self) -> str:
+        """What the desk groups by: the reason, and where an exception came from, not what it said."""
+        last_line = (self.exception or "").strip().rpartition("\n")[2]
+        origin = last_line.partition(":")[0] if self.exception else self.queue
+        return sha256(f"{self.reason}\0{origin}".encode()).hexdigest()[:16]
+
+
+def malformed_letter(raw: bytes, queue: str, error: MalformedMessage) -> DeadLetter:
+    """A message that does not parse, under the ids that can be read from it."""
+    source, event_id, job_id = describe(raw)
+    return DeadLetter(
+        message_key(raw), raw, queue, error.code, error.text, source=source, event_id=event_id, job_id=job_id
+    )
+
+
+def event_letter(
+    delivery: Delivery, reason: str, detail: str, *, exception: str | None = None, attempts: int = 0
+) -> DeadLetter:
+    """An event that was understood and cannot be applied."""
+    event = delivery.event
+    key = sha256(f"{event.source}\0{event.id}\0{delivery.fingerprint}".encode()).digest()
+    return DeadLetter(
+        key,
+        delivery.raw,
+        delivery.queue,
+        reason,
+        detail,
+        exception,
+        event.source,
+        event.id,
+        event.job_id,
+        attempts,
+    )
+
+
+def storable(text: str, length_max: int) -> str:
+    """Escape what a text column or a terminal cannot take, and cut to `length_max` characters."""
+    # Surrogates and NUL are refused by Postgres; other control characters would act on the reader's screen.
+    safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= length_max else safe[: length_max - 1] + "…"
+
+
+# A discarded letter that comes again is counted and stays discarded: a person has judged this message.
+# One that was replayed and is back has failed again: it opens.
+_RECORD = sa.text("""
+    INSERT INTO kino.dead_letter AS d
+        (message_key, raw, queue, reason, detail, group_fingerprint, exception, source, event_id, job_id, attempts,
+         seen, first_seen_at, last_seen_at, build, history)
+    VALUES (:key, :raw, :queue, :reason, :detail, :group_fingerprint, :exception, :source, :event_id, :job_id,
+            :attempts, :seen, :now, :now, :build, CAST(:entry AS jsonb))
+    ON CONFLICT (message_key) DO UPDATE SET
+        seen = d.seen + excluded.seen,
+        last_seen_at = excluded.last_seen_at,
+        reason = excluded.reason,
+        detail = excluded.detail,
+        group_fingerprint = excluded.group_fingerprint,
+        exception = excluded.exception,
+        attempts = greatest(d.attempts, excluded.attempts),
+        build = excluded.build,
+        status = CASE d.status WHEN 'replayed' THEN 'open' ELSE d.status END,
+        history = CASE WHEN d.status = 'replayed' OR d.reason <> excluded.reason
+                       THEN d.history || excluded.history ELSE d.history END
+""")
+
+
+def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter], *, now: datetime, build: str) -> None:
+    """Write dead letters in the caller's transaction; the same message again raises its row's count."""
+    seen: dict[bytes, int] = {}
+    latest: dict[bytes, DeadLetter] = {}
+    for letter in letters:
+        seen[letter.key] = seen.get(letter.key, 0) + 1
+        latest[letter.key] = letter
+    for key in sorted(latest):
+        letter = latest[key]
+        detail = storable(letter.detail, DETAIL_LENGTH_MAX)
+        connection.execute(
+            _RECORD,
+            {
+                "key": key,
+                "raw": letter.raw,
+                "queue": letter.queue,
+                "reason": letter.reason,
+                "detail": detail,
+                "group_fingerprint": letter.group_fingerprint,
+                "exception": letter.exception and storable(letter.exception, EXCEPTION_LENGTH_MAX),
+                "source": letter.source,
+                "event_id": letter.event_id,
+                "job_id": letter.job_id,
+                "attempts": letter.attempts,
+                "seen": seen[key],
+                "now": now,
+                "build": build,
+                "entry": json.dumps([{"at": now.isoformat(), "reason": letter.reason, "detail": detail}]),
+            },
+        )

@@ -1,0 +1,93 @@
+"""The inbox: what was decided for which event, so that the same event again changes nothing (P2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import sqlalchemy as sa
+
+from kino_refunds.errors import SettledElsewhere
+from kino_refunds.settlement.outcomes import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from kino_refunds.settlement.deliveries import Delivery
+
+Identity = tuple[str, str]
+
+
+class Said(NamedTuple):
+    """What an event was told before; `outcome` is None while it waits for another try."""
+
+    fingerprint: str
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was said before, by event: decided for good, or waiting. An event can be in both for a moment."""
+
+    decided: dict[Identity, Said]
+    pending: dict[Identity, Said]
+
+    def first(self, identity: Identity) -> Said | None:
+        """Return what counts: the decision if there is one."""
+        return self.decided.get(identity) or self.pending.get(identity)
+
+
+_READ = sa.text("""
+    SELECT i.source, i.event_id, i.fingerprint, i.outcome
+    FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[])) AS e (source, event_id)
+    JOIN kino.inbox_event i ON i.source = e.source AND i.event_id = e.event_id
+    UNION ALL
+    SELECT p.source, p.event_id, p.fingerprint, NULL
+    FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[])) AS e (source, event_id)
+    JOIN kino.pending_event p ON p.source = e.source AND p.event_id = e.event_id
+""")
+
+_INSERT = sa.text("""
+    INSERT INTO kino.inbox_event (source, event_id, job_id, fingerprint, outcome, event_at)
+    SELECT * FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[]), CAST(:job_ids AS text[]),
+                         CAST(:fingerprints AS text[]), CAST(:outcomes AS text[]), CAST(:event_ats AS timestamptz[]))
+    ON CONFLICT (source, event_id) DO NOTHING
+    RETURNING 1
+""")
+
+
+def read_record(connection: sa.Connection, identities: Collection[Identity]) -> Record:
+    """Read what was said before of these events."""
+    record = Record({}, {})
+    parameters = {"sources": [i[0] for i in identities], "event_ids": [i[1] for i in identities]}
+    for source, event_id, fingerprint, outcome in connection.execute(_READ, parameters):
+        if outcome is None:
+            record.pending[source, event_id] = Said(fingerprint, None)
+        else:
+            record.decided[source, event_id] = Said(fingerprint, Outcome(outcome))
+    return record
+
+
+def insert_inbox(connection: sa.Connection, decided: Sequence[tuple[Delivery, Outcome]]) -> None:
+    """Write final outcomes; raises SettledElsewhere if one of the events was decided since we read.
+
+    Without that check two jobs under one event id, in the hands of two workers, are both refunded.
+    """
+    if not decided:
+        return
+    rows = sorted(decided, key=lambda row: row[0].identity)
+    events = [delivery.event for delivery, _ in rows]
+    inserted = connection.execute(
+        _INSERT,
+        {
+            "sources": [event.source for event in events],
+            "event_ids": [event.id for event in events],
+            "job_ids": [event.job_id for event in events],
+            "fingerprints": [delivery.fingerprint for delivery, _ in rows],
+            "outcomes": [outcome.value for _, outcome in rows],
+            "event_ats": [event.time for event in events],
+        },
+    ).all()
+    if len(inserted) < len(rows):
+        message = "one of these events was decided by another session"
+        raise SettledElsewhere(message)

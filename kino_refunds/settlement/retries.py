@@ -1,0 +1,187 @@
+"""Events that another try can help wait here, in Postgres, and come back through `settle` (section 6)."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from kino_refunds.errors import SettledElsewhere
+from kino_refunds.events.envelope import parse
+from kino_refunds.settlement.deliveries import Delivery, delivery_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from kino_refunds.settlement.inbox import Identity
+    from kino_refunds.settlement.outcomes import Outcome
+
+FIRST_DELAY = timedelta(seconds=5)
+"""An event usually overtakes its charge by the length of one product transaction."""
+LONGEST_DELAY = timedelta(minutes=15)
+GIVE_UP_AFTER = timedelta(hours=24)
+"""A charge that has not come a day after its job ended is not late, it is missing: a person looks."""
+LEASE = timedelta(minutes=2)
+"""Longer than a settle with all its time-outs; a sweep that died gives its rows back after this."""
+HISTORY_LENGTH_MAX = 50
+
+Waiting = tuple[Delivery, "Outcome"]
+
+
+def retry_delay(attempts: int) -> timedelta:
+    """Draw the wait before the next try: full jitter below a ceiling that doubles from 5 s to 15 min."""
+    ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(attempts, 16))
+    share: float = random.random()  # noqa: S311 - spreads load, guards nothing
+    return ceiling * share
+
+
+def exhausted(delivery: Delivery, now: datetime) -> bool:
+    """Say whether this event has been tried for as long as we try."""
+    return delivery.pending_since is not None and now - delivery.pending_since >= GIVE_UP_AFTER
+
+
+_PARK = sa.text("""
+    INSERT INTO kino.pending_event
+        (source, event_id, job_id, fingerprint, event, queue, outcome, first_seen_at, next_attempt_at)
+    SELECT source, event_id, job_id, fingerprint, CAST(event AS jsonb), queue, outcome, :now, next_attempt_at
+    FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[]), CAST(:job_ids AS text[]),
+                CAST(:fingerprints AS text[]), CAST(:events AS text[]), CAST(:queues AS text[]),
+                CAST(:outcomes AS text[]), CAST(:next_attempts AS timestamptz[]))
+         AS p (source, event_id, job_id, fingerprint, event, queue, outcome, next_attempt_at)
+    ON CONFLICT (source, event_id) DO NOTHING
+    RETURNING 1
+""")
+
+
+def park(connection: sa.Connection, waiting: Sequence[Waiting], *, now: datetime) -> None:
+    """Let events wait that did not wait before; raises SettledElsewhere if one of them does by now."""
+    if not waiting:
+        return
+    rows = sorted(waiting, key=lambda row: row[0].identity)
+    deliveries = [delivery for delivery, _ in rows]
+    inserted = connection.execute(
+        _PARK,
+        {
+            "sources": [delivery.event.source for delivery in deliveries],
+            "event_ids": [delivery.event.id for delivery in deliveries],
+            "job_ids": [delivery.event.job_id for delivery in deliveries],
+            "fingerprints": [delivery.fingerprint for delivery in deliveries],
+            "events": [delivery_of(delivery.event).raw.decode() for delivery in deliveries],
+            "queues": [delivery.queue for delivery in deliveries],
+            "outcomes": [outcome.value for _, outcome in rows],
+            "next_attempts": [now + retry_delay(0) for _ in rows],
+            "now": now,
+        },
+    ).all()
+    if len(inserted) < len(rows):
+        message = "one of these events was parked by another session"
+        raise SettledElsewhere(message)
+
+
+def postpone(connection: sa.Connection, again: Sequence[Waiting], *, now: datetime) -> None:
+    """Give events that were tried once more their next time, and keep what this attempt came to."""
+    for delivery, outcome in sorted(again, key=lambda row: row[0].identity):
+        source, event_id = delivery.identity
+        row = {"source": source, "event_id": event_id}
+        attempts = connection.execute(
+            sa.text("SELECT attempts FROM kino.pending_event WHERE source = :source AND event_id = :event_id"),
+            row,
+        ).scalar_one_or_none()
+        if attempts is None:
+            continue  # a live duplicate decided it while this attempt was under way
+        entry = json.dumps([{"at": now.isoformat(), "outcome": outcome.value}])
+        connection.execute(
+            sa.text("""
+                UPDATE kino.pending_event SET
+                    attempts = attempts + 1, outcome = :outcome, next_attempt_at = :next_attempt_at,
+                    leased_until = NULL,
+                    history = CASE WHEN jsonb_array_length(history) < :history_length_max
+                                   THEN history || CAST(:entry AS jsonb)
+                                   ELSE (history - 1) || CAST(:entry AS jsonb) END
+                WHERE source = :source AND event_id = :event_id
+            """),
+            {
+                **row,
+                "outcome": outcome.value,
+                "next_attempt_at": now + retry_delay(attempts + 1),
+                "history_length_max": HISTORY_LENGTH_MAX,
+                "entry": entry,
+            },
+        )
+
+
+def unpark(connection: sa.Connection, done: Mapping[Identity, str]) -> None:
+    """Delete the waiting rows of events that need no other try; `done` is identity -> fingerprint."""
+    if not done:
+        return
+    keys = sorted(done)
+    connection.execute(
+        sa.text("""
+            DELETE FROM kino.pending_event p
+            USING unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[]), CAST(:fingerprints AS text[]))
+                  AS d (source, event_id, fingerprint)
+            WHERE p.source = d.source AND p.event_id = d.event_id AND p.fingerprint = d.fingerprint
+        """),
+        {
+            "sources": [source for source, _ in keys],
+            "event_ids": [event_id for _, event_id in keys],
+            "fingerprints": [done[key] for key in keys],
+        },
+    )
+
+
+def lease_due(connection: sa.Connection, *, now: datetime, limit: int = 500) -> list[Delivery]:
+    """Take events whose time has come, and those whose charge has come, for the length of `LEASE`.
+
+    In the caller's transaction, which must be committed before they are settled: the lease, not a lock,
+    keeps a second sweep away from them.
+    """
+    rows = connection.execute(
+        sa.text("""
+            WITH due AS (
+                SELECT p.source, p.event_id FROM kino.pending_event p
+                WHERE coalesce(p.leased_until, '-infinity') <= :now
+                  AND (p.next_attempt_at <= :now
+                       OR (p.outcome = 'charge_not_found'
+                           AND EXISTS (SELECT FROM kino.charge c WHERE c.job_id = p.job_id)))
+                ORDER BY p.next_attempt_at LIMIT :limit
+                FOR UPDATE SKIP LOCKED
+            )
+            UPDATE kino.pending_event p SET leased_until = :until FROM due
+            WHERE p.source = due.source AND p.event_id = due.event_id
+            RETURNING CAST(p.event AS text) AS event, p.first_seen_at
+        """),
+        {"now": now, "until": now + LEASE, "limit": limit},
+    )
+    return [delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep came to: events tried, and how many of each outcome."""
+
+    tried: int
+    outcomes: dict[str, int]
+
+
+def sweep_retries(
+    engine: sa.Engine,
+    settle_deliveries: Callable[[Sequence[Delivery], datetime], Collection[Outcome]],
+    *,
+    now: datetime,
+    limit: int = 500,
+) -> Swept:
+    """Try due events once more, by the same way as live ones; one round of at most `limit`.
+
+    If Postgres goes away in between, the leases run out and no attempt is spent.
+    """
+    with engine.begin() as connection:
+        due = lease_due(connection, now=now, limit=limit)
+    outcomes: dict[str, int] = {}
+    for outcome in settle_deliveries(due, now) if due else ():
+        outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1
+    return Swept(len(due), outcomes)

@@ -1,0 +1,386 @@
+"""The spine: events in, outcomes out, one Postgres transaction (promises P1 to P5, P10).
+
+Nothing else settles a charge. Live events, retries, replays and what reconciliation finds all come
+through `settle`, so reading this file is reading the system:
+
+    read what was said before, and the charges  ->  decide (pure)  ->  write
+
+Writes go in one order everywhere, each sorted by its key: settlements, lots, transfers, inbox, pending,
+breaks, dead letters. Two sessions therefore meet at the first key that they share, one waits, and the
+lock time-out (below Postgres' deadlock time-out) ends the wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import sqlalchemy as sa
+
+from kino_refunds.db.faults import Fault, classify
+from kino_refunds.errors import SettledElsewhere
+from kino_refunds.events.schema import JobCompleted
+from kino_refunds.ledger.accounts import VIOLATION, AccountStatus
+from kino_refunds.ledger.charges import Ending, end_charges
+from kino_refunds.ledger.lots import lots_held_elsewhere
+from kino_refunds.policy.automatic import Verdict, judge
+from kino_refunds.reconciliation.breaks import Break, raise_breaks
+from kino_refunds.settlement.dead_letters import event_letter, record_dead_letters
+from kino_refunds.settlement.inbox import Record, insert_inbox, read_record
+from kino_refunds.settlement.outcomes import (
+    BREAKS,
+    SETTLING,
+    ChargeState,
+    Disposition,
+    Outcome,
+    disposition,
+    outcome_of,
+    state_after,
+)
+from kino_refunds.settlement.retries import exhausted, park, postpone, unpark
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime, timedelta
+
+    from kino_refunds.policy.document import Policy
+    from kino_refunds.settlement.deliveries import Delivery
+    from kino_refunds.settlement.inbox import Identity
+
+ROUNDS_MAX = 5
+"""Each round lost means that somebody else decided one of our events; five in a row is a broken clock or a loop."""
+
+ACTOR = "settlement"
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeFacts:
+    """What is known of a job's charge before we decide."""
+
+    charge_id: int
+    account_id: str
+    credits: int
+    opened_at: datetime
+    state: ChargeState
+    forfeits: bool
+    """The account was terminated for violation of the terms (clause 6)."""
+    lines: Sequence[tuple[int, int]]
+
+
+class Decision(NamedTuple):
+    """What one delivery came to; `first` is what the event was told before, if this is a duplicate."""
+
+    delivery: Delivery
+    outcome: Outcome
+    first: Outcome | None = None
+    charge: ChargeFacts | None = None
+    verdict: Verdict | None = None
+    policy_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a settlement goes by beside the events: the policy, and settings of the house."""
+
+    policy: Policy
+    lot_grace: timedelta
+    build: str
+
+
+def settle(
+    connection: sa.Connection,
+    deliveries: Sequence[Delivery],
+    terms: Terms,
+    now: datetime,
+    *,
+    busy_jobs: Collection[str] = (),
+) -> list[Decision]:
+    """Settle a batch in a transaction of its own; returns one decision a delivery, in their order.
+
+    All or nothing. `now` is aware. `busy_jobs` are put off without being looked at. If a lot is held by
+    another session for longer than the lock time-out, we ask once which, put those jobs off and settle
+    the rest. Raises SettledElsewhere if other sessions keep deciding our events, and whatever Postgres
+    raises; `kino_refunds.db.faults.classify` says what that means for the batch.
+    """
+    held_lots: set[int] | None = None
+    for _ in range(ROUNDS_MAX):
+        try:
+            with connection.begin():
+                return _settle_once(connection, deliveries, terms, now, busy_jobs, held_lots or set())
+        except SettledElsewhere:
+            continue
+        except sa.exc.OperationalError as error:
+            if held_lots is not None or classify(error) is not Fault.LOCK:
+                raise
+            held_lots = _held_lots(connection, deliveries)
+    message = f"other sessions decided events of this batch {ROUNDS_MAX} times in a row"
+    raise SettledElsewhere(message)
+
+
+def _held_lots(connection: sa.Connection, deliveries: Sequence[Delivery]) -> set[int]:
+    with connection.begin():
+        charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
+        return lots_held_elsewhere(connection, {lot_id for c in charges.values() for lot_id, _ in c.lines})
+
+
+def _settle_once(
+    connection: sa.Connection,
+    deliveries: Sequence[Delivery],
+    terms: Terms,
+    now: datetime,
+    busy_jobs: Collection[str],
+    held_lots: Collection[int],
+) -> list[Decision]:
+    record = read_record(connection, {delivery.identity for delivery in deliveries})
+    charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
+    decisions = decide(deliveries, record, charges, terms.policy, now, busy_jobs=busy_jobs, held_lots=held_lots)
+    _write(connection, decisions, record, terms, now)
+    return decisions
+
+
+_READ_CHARGES = sa.text("""
+    SELECT c.job_id, c.charge_id, c.account_id, c.credits, c.opened_at, s.kind, k.charge_id, a.status, a.status_reason
+    FROM unnest(CAST(:job_ids AS text[])) AS j (job_id)
+    JOIN kino.charge c ON c.job_id = j.job_id
+    JOIN kino.account a ON a.account_id = c.account_id
+    LEFT JOIN kino.settlement s ON s.charge_id = c.charge_id
+    LEFT JOIN kino.correction k ON k.charge_id = c.charge_id
+""")
+
+_READ_LINES = sa.text("""
+    SELECT l.charge_id, l.lot_id, l.credits
+    FROM unnest(CAST(:charge_ids AS bigint[])) AS c (charge_id)
+    JOIN kino.charge_line l ON l.charge_id = c.charge_id
+    ORDER BY l.charge_id, l.seq
+""")
+
+
+def read_charges(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, ChargeFacts]:
+    """Read the charges of these jobs, by job; lines only where the charge is open."""
+    rows = connection.execute(_READ_CHARGES, {"job_ids": sorted(job_ids)}).all()
+    lines: dict[int, list[tuple[int, int]]] = {row[1]: [] for row in rows if row[5] is None}
+    for charge_id, lot_id, credits in connection.execute(_READ_LINES, {"charge_ids": list(lines)}) if lines else ():
+        lines[charge_id].append((lot_id, credits))
+    charges = {}
+    for job_id, charge_id, account_id, credits, opened_at, kind, corrected, status, status_reason in rows:
+        if kind is None:
+            state = ChargeState.OPEN
+        elif kind == "refunded" or corrected is not None:
+            state = ChargeState.REFUNDED
+        else:
+            state = ChargeState.CAPTURED
+        forfeits = status == AccountStatus.TERMINATED and status_reason == VIOLATION
+        charges[job_id] = ChargeFacts(
+            charge_id, account_id, credits, opened_at, state, forfeits, lines.get(charge_id, ())
+        )
+    return charges
+
+
+def decide(
+    deliveries: Sequence[Delivery],
+    record: Record,
+    charges: Mapping[str, ChargeFacts],
+    policy: Policy,
+    now: datetime,
+    *,
+    busy_jobs: Collection[str] = (),
+    held_lots: Collection[int] = (),
+) -> list[Decision]:
+    """Decide every delivery of a batch, from values alone; returns one decision each, in their order.
+
+    Identity comes first, in the order of delivery: of two messages under one id the first is the event.
+    Then each job's events are decided in the order of their own times, the first one settling its charge.
+    """
+    decisions: dict[int, Decision] = {}
+    copies: dict[int, int] = {}
+    firsts: dict[Identity, int] = {}
+    for index, delivery in enumerate(deliveries):
+        said = record.first(delivery.identity)
+        if said is not None and said.fingerprint != delivery.fingerprint:
+            decisions[index] = Decision(delivery, Outcome.CONFLICTING_DUPLICATE)
+        elif said is not None and said.outcome is not None:
+            decisions[index] = Decision(delivery, Outcome.DUPLICATE, said.outcome)
+        elif (first := firsts.setdefault(delivery.identity, index)) == index:
+            pass  # the first of its identity, decided below; so is one that waits for another try
+        elif deliveries[first].fingerprint == delivery.fingerprint:
+            copies[index] = first
+        else:
+            decisions[index] = Decision(delivery, Outcome.CONFLICTING_DUPLICATE)
+
+    states = {job_id: charge.state for job_id, charge in charges.items()}
+    busy = set(busy_jobs)
+    for index in sorted(firsts.values(), key=lambda index: (deliveries[index].event.time, index)):
+        decision = _decide_one(deliveries[index], charges, states, policy, now, busy, held_lots)
+        decisions[index] = decision
+        if decision.outcome is Outcome.BUSY:
+            busy.add(decision.delivery.event.job_id)  # or a later event of this job would overtake it
+        elif decision.outcome in SETTLING:
+            states[decision.delivery.event.job_id] = state_after(decision.outcome)
+
+    for index, first in copies.items():
+        outcome = decisions[first].outcome
+        if disposition(outcome) is Disposition.FINAL:
+            decisions[index] = Decision(deliveries[index], Outcome.DUPLICATE, outcome)
+        else:
+            decisions[index] = Decision(deliveries[index], outcome)
+    return [decisions[index] for index in range(len(deliveries))]
+
+
+def _decide_one(
+    delivery: Delivery,
+    charges: Mapping[str, ChargeFacts],
+    states: Mapping[str, ChargeState],
+    policy: Policy,
+    now: datetime,
+    busy_jobs: Collection[str],
+    held_lots: Collection[int],
+) -> Decision:
+    event = delivery.event
+    if event.job_id in busy_jobs:
+        return Decision(delivery, Outcome.BUSY)
+    charge = charges.get(event.job_id)
+    if charge is None:
+        return Decision(delivery, Outcome.CHARGE_NOT_FOUND)
+    if event.account_id is not None and event.account_id != charge.account_id:
+        return Decision(delivery, Outcome.ACCOUNT_MISMATCH, charge=charge)
+    document = policy.for_event(event.time, opened_at=charge.opened_at, now=now)
+    verdict = judge(event, document, terminated_for_violation=charge.forfeits)
+    outcome = outcome_of(verdict, states[event.job_id])
+    if outcome is Outcome.REFUNDED and any(lot_id in held_lots for lot_id, _ in charge.lines):
+        return Decision(delivery, Outcome.BUSY, charge=charge)
+    return Decision(delivery, outcome, None, charge, verdict, document.version)
+
+
+def _write(
+    connection: sa.Connection, decisions: Sequence[Decision], record: Record, terms: Terms, now: datetime
+) -> None:
+    settling = [d for d in decisions if d.outcome in SETTLING]
+    final, retrying, dead = (
+        [d for d in decisions if _fate(d, now) is fate]
+        for fate in (Disposition.FINAL, Disposition.RETRY, Disposition.DEAD_LETTER)
+    )
+    _insert_settlements(connection, settling)
+    end_charges(
+        connection,
+        [_ending(decision) for decision in settling],
+        now=now,
+        lot_grace=terms.lot_grace,
+        actor=ACTOR,
+    )
+    insert_inbox(
+        connection,
+        [(d.delivery, d.outcome) for d in final if d.outcome is not Outcome.DUPLICATE],
+    )
+
+    retry = {d.delivery.identity: (d.delivery, d.outcome) for d in retrying}
+    park(
+        connection,
+        [waiting for identity, waiting in retry.items() if identity not in record.pending],
+        now=now,
+    )
+    postpone(connection, [waiting for waiting in retry.values() if waiting[0].pending_since is not None], now=now)
+    unpark(
+        connection,
+        {d.delivery.identity: d.delivery.fingerprint for d in (*final, *dead) if d.delivery.identity in record.pending},
+    )
+
+    raise_breaks(connection, [_break(d) for d in decisions if d.outcome in BREAKS], now=now)
+    record_dead_letters(
+        connection,
+        [event_letter(d.delivery, d.outcome.value, _why_dead(d, record)) for d in dead],
+        now=now,
+        build=terms.build,
+    )
+
+
+def _fate(decision: Decision, now: datetime) -> Disposition:
+    """The outcome's disposition, except that trying again ends some day."""
+    fate = disposition(decision.outcome)
+    if fate is Disposition.RETRY and exhausted(decision.delivery, now):
+        return Disposition.DEAD_LETTER
+    return fate
+
+
+_INSERT_SETTLEMENTS = sa.text("""
+    INSERT INTO kino.settlement
+        (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)
+    SELECT * FROM unnest(CAST(:charge_ids AS bigint[]), CAST(:kinds AS text[]), CAST(:reasons AS text[]),
+                         CAST(:clauses AS text[]), CAST(:policy_versions AS text[]), CAST(:sources AS text[]),
+                         CAST(:event_ids AS text[]), CAST(:event_times AS timestamptz[]))
+    ON CONFLICT (charge_id) DO NOTHING
+    RETURNING 1
+""")
+
+
+def _insert_settlements(connection: sa.Connection, settling: Sequence[Decision]) -> None:
+    """Claim the charges (P1). The primary key is the promise; a row that is missing means we came second.
+
+    (1) both sessions read the charge open, (2) A inserts, (3) B's insert waits for A, (4) A commits,
+    (5) B's insert does nothing and returns fewer rows: B rolls back and reads again.
+    """
+    if not settling:
+        return
+    rows = sorted(settling, key=lambda d: _charge(d).charge_id)
+    verdicts = [_verdict(d) for d in rows]
+    events = [d.delivery.event for d in rows]
+    inserted = connection.execute(
+        _INSERT_SETTLEMENTS,
+        {
+            "charge_ids": [_charge(d).charge_id for d in rows],
+            "kinds": ["refunded" if verdict.refund else "captured" for verdict in verdicts],
+            "reasons": [verdict.reason.value for verdict in verdicts],
+            "clauses": [verdict.clause.value for verdict in verdicts],
+            "policy_versions": [d.policy_version for d in rows],
+            "sources": [event.source for event in events],
+            "event_ids": [event.id for event in events],
+            "event_times": [event.time for event in events],
+        },
+    ).all()
+    if len(inserted) < len(rows):
+        message = "one of these charges was settled by another session"
+        raise SettledElsewhere(message)
+
+
+def _ending(decision: Decision) -> Ending:
+    charge, verdict = _charge(decision), _verdict(decision)
+    return Ending(
+        charge.charge_id,
+        charge.account_id,
+        charge.credits,
+        charge.lines,
+        verdict.refund,
+        verdict.reason.value,
+        decision.delivery.event.time,
+    )
+
+
+def _break(decision: Decision) -> Break:
+    charge, event = _charge(decision), decision.delivery.event
+    said = "completed" if isinstance(event, JobCompleted) else f"ended as {event.type}"
+    stands = "refunded" if decision.outcome is Outcome.COMPLETED_AFTER_REFUND else "captured"
+    detail = f"event {event.id} of {event.source} says the job {said}; its charge was {stands} before, and stays so"
+    return Break(decision.outcome.value, event.job_id, charge.charge_id, charge.credits, detail)
+
+
+def _why_dead(decision: Decision, record: Record) -> str:
+    event = decision.delivery.event
+    if decision.outcome is Outcome.CONFLICTING_DUPLICATE:
+        said = record.first(decision.delivery.identity)
+        before = said.outcome.value if said is not None and said.outcome is not None else "not decided yet"
+        return f"event {event.id} of {event.source} came before with other content ({before}); this one is not applied"
+    if decision.outcome is Outcome.ACCOUNT_MISMATCH:
+        return (
+            f"the event names account {event.account_id}, the charge of job {event.job_id} is of"
+            f" {_charge(decision).account_id}"
+        )
+    return f"{decision.outcome.value}: tried for a day without another result"
+
+
+def _charge(decision: Decision) -> ChargeFacts:
+    assert decision.charge is not None, "an outcome that needs a charge was decided with one"
+    return decision.charge
+
+
+def _verdict(decision: Decision) -> Verdict:
+    assert decision.verdict is not None, "an outcome that settles was decided by a verdict"
+    return decision.verdict
