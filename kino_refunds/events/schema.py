@@ -1,0 +1,241 @@
+"""What the generation pipeline may tell us: four facts, each the end of one job (CloudEvents 1.0).
+
+Fields are declared in alphabetical order, so that pydantic by itself writes the sorted-key JSON that
+fingerprints are made of; a test holds that order. Reading is strict (a number is not a string) and unknown
+fields are ignored, so the pipeline may add to its events without asking.
+"""
+
+import re
+from datetime import UTC, datetime
+from enum import StrEnum
+from hashlib import sha256
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+ID_LENGTH_MAX: Final = 128
+FINGERPRINT_VERSION: Final = "v1"  # stored with every event: another recipe needs another prefix
+
+COMPLETED: Final = "kino.generation.job-completed.v1"
+FAILED: Final = "kino.generation.job-failed.v1"
+TIMED_OUT: Final = "kino.generation.timeout.v1"
+SAFETY_REJECTED: Final = "kino.generation.safety-rejection.v1"
+
+
+class Queue(StrEnum):
+    """The Redis lists that events travel on; a queue is transport, the event's `type` decides."""
+
+    JOB_COMPLETED = "generation.job-completed"
+    JOB_FAILED = "generation.job-failed"
+    TIMEOUT = "generation.timeout"
+    SAFETY_REJECTION = "generation.safety-rejection"
+
+
+QUEUES: Final[dict[str, Queue]] = {
+    COMPLETED: Queue.JOB_COMPLETED,
+    FAILED: Queue.JOB_FAILED,
+    TIMED_OUT: Queue.TIMEOUT,
+    SAFETY_REJECTED: Queue.SAFETY_REJECTION,
+}
+
+
+class ErrorOrigin(StrEnum):
+    """Whose failure it was, as the pipeline saw it."""
+
+    PLATFORM = "platform"
+    PROVIDER = "provider"
+    USER = "user"
+    UNKNOWN = "unknown"
+
+
+class SafetyStage(StrEnum):
+    """When the content policy stopped the job."""
+
+    BEFORE_GENERATION = "before_generation"
+    DURING_GENERATION = "during_generation"
+    AFTER_GENERATION = "after_generation"
+
+
+def _printable(value: str) -> str:
+    """Refuse what Postgres cannot store (NUL, surrogates) and what would garble a terminal."""
+    if not value.isprintable():
+        raise PydanticCustomError("not_printable", "Input should hold printable characters only")
+    return value
+
+
+# RFC 3339, written out: fromisoformat alone would take dates without a time, and 24:00 on Python 3.14 only.
+_RFC_3339: Final = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    re.ASCII,
+)
+
+
+def _utc(value: object, _pydantic_would: object) -> datetime:
+    """Read an instant; digits beyond the microsecond are cut off, as Postgres would.
+
+    A time without an offset, or one that UTC would move out of the years 1 to 9999, is refused.
+    """
+    try:
+        if isinstance(value, str) and _RFC_3339.fullmatch(value):
+            return datetime.fromisoformat(value.upper()).astimezone(UTC)
+        if isinstance(value, datetime) and value.utcoffset() is not None:  # built in Python, not read
+            return value.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass  # 30 February, year 0, or midnight of the first day east of Greenwich
+    raise PydanticCustomError("rfc_3339", "Input should be a date and time with an offset, RFC 3339")
+
+
+Id: TypeAlias = Annotated[str, Field(min_length=1, max_length=ID_LENGTH_MAX), AfterValidator(_printable)]
+Time: TypeAlias = Annotated[datetime, WrapValidator(_utc)]
+
+
+class _Fact(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class JobError(_Fact):
+    """Why a job failed; `message` is for people, may name users, and is kept only in dead letters."""
+
+    code: Id
+    message: str | None = Field(default=None, repr=False)
+    origin: ErrorOrigin
+
+
+class CompletedData(_Fact):
+    """A finished job has nothing to add."""
+
+    account_id: Id | None = None
+    job_id: Id
+
+
+class FailedData(_Fact):
+    """A failed job says whose failure it was."""
+
+    account_id: Id | None = None
+    error: JobError
+    job_id: Id
+
+
+class TimedOutData(_Fact):
+    """A timed out job says whether its video exists all the same."""
+
+    account_id: Id | None = None
+    job_id: Id
+    result_produced: bool = False
+
+
+class SafetyRejectedData(_Fact):
+    """A rejected job says when it was stopped, and under which category."""
+
+    account_id: Id | None = None
+    category: Id
+    job_id: Id
+    stage: SafetyStage
+
+
+JobData: TypeAlias = CompletedData | FailedData | TimedOutData | SafetyRejectedData
+
+
+class _JobEvent(_Fact):
+    """The CloudEvents attributes, by their own names."""
+
+    data: JobData
+    id: Id
+    source: Id
+    specversion: Literal["1.0"]
+    subject: Id
+    time: Time
+    type: str
+
+    @model_validator(mode="after")
+    def _subject_is_the_job(self) -> Self:
+        if self.subject != self.data.job_id:
+            raise PydanticCustomError("subject", "subject should equal data.job_id")
+        return self
+
+    @classmethod
+    def of(cls, *, id: str, source: str, time: datetime, job_id: str, **data: Any) -> Self:  # noqa: A002 - CloudEvents' name
+        """Build an event in Python; `data` are the fields of this kind's data beyond the job id."""
+        return cls.model_validate(
+            {
+                "specversion": "1.0",
+                "type": get_args(cls.model_fields["type"].annotation)[0],
+                "id": id,
+                "source": source,
+                "time": time,
+                "subject": job_id,
+                "data": {"job_id": job_id, **data},
+            }
+        )
+
+    @property
+    def job_id(self) -> str:
+        """The job that ended."""
+        return self.data.job_id
+
+    @property
+    def account_id(self) -> str | None:
+        """Whose job the pipeline believes it was; the charge must agree."""
+        return self.data.account_id
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """(source, id): two messages with the same identity are the same event, or a conflict."""
+        return self.source, self.id
+
+
+class JobCompleted(_JobEvent):
+    """The video exists: the charge is captured."""
+
+    data: CompletedData
+    type: Literal["kino.generation.job-completed.v1"]
+
+
+class JobFailed(_JobEvent):
+    """There is no video, because something failed."""
+
+    data: FailedData
+    type: Literal["kino.generation.job-failed.v1"]
+
+
+class JobTimedOut(_JobEvent):
+    """The job ran out of time."""
+
+    data: TimedOutData
+    type: Literal["kino.generation.timeout.v1"]
+
+
+class JobSafetyRejected(_JobEvent):
+    """The content policy stopped the job."""
+
+    data: SafetyRejectedData
+    type: Literal["kino.generation.safety-rejection.v1"]
+
+
+Event: TypeAlias = Annotated[JobCompleted | JobFailed | JobTimedOut | JobSafetyRejected, Field(discriminator="type")]
+
+
+def queue_of(event: Event) -> Queue:
+    """Name the queue that this event is published to."""
+    return QUEUES[event.type]
+
+
+# What a person wrote about an error is neither stored nor compared.
+_MESSAGE: Final[dict[str, Any]] = {"data": {"error": {"message"}}}
+
+
+def to_json(event: Event) -> bytes:
+    """Write the known fields as sorted-key compact JSON, time in UTC, without `message` and without nulls.
+
+    This is a valid message again: read back, it has the same fingerprint.
+    """
+    return event.__pydantic_serializer__.to_json(event, exclude=_MESSAGE, exclude_none=True)
+
+
+def fingerprint(event: Event) -> str:
+    """Say in 67 characters what this event says, however it was written on the wire.
+
+    Stored fingerprints are compared with fresh ones: if the recipe changes, so must its prefix.
+    """
+    return f"{FINGERPRINT_VERSION}:{sha256(to_json(event)).hexdigest()}"
