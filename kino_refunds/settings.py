@@ -1,0 +1,170 @@
+"""Settings, all from the environment (`KINO_*`), each with the reason for its default."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from datetime import timedelta
+from functools import cached_property
+from importlib.metadata import version
+from typing import Annotated, Literal
+
+import sqlalchemy as sa
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kino_refunds.db.engine import SessionLimits
+from kino_refunds.errors import BadSettings
+from kino_refunds.events.queues import CLAIM_LIMIT_MAX
+
+PREFIX = "KINO_"
+NOT_OURS = frozenset({"KINO_TRACE"})
+"""Names that belong to the tests and the Makefile."""
+
+ALIVE_MARGIN_S = 5.0
+"""Beyond the sum of the session's limits: a round trip to Redis on a slow day."""
+
+
+class Settings(BaseSettings):
+    """Everything that a deployment can choose; times carry their unit in their name."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
+    migration_database_url: SecretStr | None = Field(
+        None, description="Postgres, as `kino_owner`; only `migrate` uses it."
+    )
+    redis_url: SecretStr | None = Field(None, description="Redis or Valkey with `noeviction` and AOF.")
+
+    intake_batch: Annotated[int, Field(ge=1, le=CLAIM_LIMIT_MAX)] = Field(
+        500, description="Events a claim takes at most: past some hundreds the throughput no longer grows."
+    )
+    intake_batch_bytes: Annotated[int, Field(ge=1)] = Field(
+        8 * 2**20,
+        description="Bytes a claim takes at most, so that a batch of large messages fits in memory.",
+    )
+    intake_poll_s: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.1,
+        description="Pause between claims that found nothing: ten cheap looks a second, far below P9's 5 s.",
+    )
+    lot_grace_days: Annotated[int, Field(ge=0, le=365)] = Field(
+        7, description="What a refund returns can be spent for at least this long, whatever its lot's expiry."
+    )
+    retry_every_s: Annotated[float, Field(ge=1)] = Field(
+        2.0, description="Pause between retry sweeps: an event whose charge has come settles well within 5 s."
+    )
+    expiry_every_s: Annotated[float, Field(ge=1)] = Field(
+        60.0,
+        description="Pause between expiry sweeps; an expired lot is not drawn from before its sweep either.",
+    )
+    job_source: Literal["none"] | None = Field(
+        None,
+        description="Who knows of jobs that sent no event; `none` says that nobody does. Unset: no sweep.",
+    )
+    overdue_grace_s: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="A job's event may come this long after its deadline before anybody asks."
+    )
+    overdue_asks: Annotated[int, Field(ge=1)] = Field(
+        3, description="The source must not know a job this many times before we say that it timed out."
+    )
+    overdue_ask_window_s: Annotated[float, Field(ge=0)] = Field(
+        180.0,
+        description="Those asks are spread over this time, so that one bad minute of the source is not a verdict.",
+    )
+    overdue_running_max_h: Annotated[float, Field(gt=0)] = Field(
+        24.0, description="A job that is still running this long after its deadline is a break."
+    )
+    lock_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+        500,
+        description="Below Postgres' `deadlock_timeout` (1 s): contention ends as `busy`, not as a deadlock.",
+    )
+    statement_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+        15_000, description="A batch takes tens of milliseconds; this bounds a sick disk."
+    )
+    idle_in_transaction_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+        5_000, description="A worker that was stopped inside a transaction loses its locks after this."
+    )
+    transaction_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+        30_000, description="The bound on a whole transaction, where the server has one (Postgres 17)."
+    )
+    tcp_user_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+        10_000, description="A connection whose packets nobody answers is dead after this."
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="`auto`: for people on a terminal, JSON otherwise."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
+    build: str = Field(default_factory=lambda: version("kino-refunds"), description="Names this build in dead letters.")
+
+    @cached_property
+    def session_limits(self) -> SessionLimits:
+        """The limits of every Postgres session."""
+        return SessionLimits(
+            lock_timeout_ms=self.lock_timeout_ms,
+            statement_timeout_ms=self.statement_timeout_ms,
+            idle_in_transaction_timeout_ms=self.idle_in_transaction_timeout_ms,
+            transaction_timeout_ms=self.transaction_timeout_ms,
+            tcp_user_timeout_ms=self.tcp_user_timeout_ms,
+        )
+
+    @property
+    def alive_ttl_s(self) -> float:
+        """How long a silent worker counts as alive: longer than any transaction it may have left behind."""
+        return self.session_limits.longest_hold_s + ALIVE_MARGIN_S
+
+    @property
+    def lot_grace(self) -> timedelta:
+        """`lot_grace_days` as a duration."""
+        return timedelta(days=self.lot_grace_days)
+
+    @property
+    def overdue_grace(self) -> timedelta:
+        """`overdue_grace_s` as a duration."""
+        return timedelta(seconds=self.overdue_grace_s)
+
+    def require_database_url(self) -> str:
+        """Return the worker's database URL; raises BadSettings that says how to set it."""
+        return _require(self.database_url, "KINO_DATABASE_URL", "postgresql://kino_worker@HOST/DATABASE")
+
+    def require_migration_database_url(self) -> str:
+        """Return the owner's database URL; raises BadSettings that says how to set it."""
+        return _require(
+            self.migration_database_url,
+            "KINO_MIGRATION_DATABASE_URL",
+            "postgresql://kino_owner@HOST/DATABASE",
+        )
+
+    def require_redis_url(self) -> str:
+        """Return the Redis URL; raises BadSettings that says how to set it."""
+        return _require(self.redis_url, "KINO_REDIS_URL", "redis://HOST:6379/0")
+
+
+def _require(value: SecretStr | None, name: str, example: str) -> str:
+    if value is None or not value.get_secret_value():
+        raise BadSettings(f"{name} is not set; for example {name}={example} (or run `kino-refunds dev`)")
+    return value.get_secret_value()
+
+
+def load_settings() -> Settings:
+    """Read the environment; raises BadSettings that names each variable that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = "; ".join(f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        raise BadSettings(wrong) from error
+
+
+def unknown_names() -> list[tuple[str, str | None]]:
+    """List `KINO_*` variables that are no setting, each with the nearest name that is one."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    found = []
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known | NOT_OURS:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
+            found.append((name, nearest[0] if nearest else None))
+    return found
+
+
+def redacted(url: str) -> str:
+    """Return a URL without its password, for logs and messages."""
+    return sa.make_url(url).render_as_string(hide_password=True)
