@@ -1,0 +1,59 @@
+"""Breaks: two parties that say different things about one job; a person decides, the ledger stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """One disagreement; `kind` and `job_id` name it while it is open."""
+
+    kind: str
+    job_id: str
+    charge_id: int | None
+    credits: int
+    detail: str
+
+
+_RAISE = sa.text("""
+    INSERT INTO kino.break AS b (kind, job_id, charge_id, credits, detail, seen, first_seen_at, last_seen_at)
+    SELECT kind, job_id, charge_id, credits, detail, seen, :now, :now
+    FROM unnest(CAST(:kinds AS text[]), CAST(:job_ids AS text[]), CAST(:charge_ids AS bigint[]),
+                CAST(:credits AS bigint[]), CAST(:details AS text[]), CAST(:seen AS bigint[]))
+         AS n (kind, job_id, charge_id, credits, detail, seen)
+    ON CONFLICT (kind, job_id) WHERE status = 'open' DO UPDATE SET
+        seen = b.seen + excluded.seen, last_seen_at = excluded.last_seen_at
+""")
+
+
+def raise_breaks(connection: sa.Connection, found: Iterable[Break], *, now: datetime) -> None:
+    """Write breaks in the caller's transaction; one that is open already is only seen again."""
+    first: dict[tuple[str, str], Break] = {}
+    seen: dict[tuple[str, str], int] = {}
+    for each in found:
+        key = (each.kind, each.job_id)
+        first.setdefault(key, each)
+        seen[key] = seen.get(key, 0) + 1
+    if not first:
+        return
+    keys = sorted(first)
+    connection.execute(
+        _RAISE,
+        {
+            "kinds": [kind for kind, _ in keys],
+            "job_ids": [job_id for _, job_id in keys],
+            "charge_ids": [first[key].charge_id for key in keys],
+            "credits": [first[key].credits for key in keys],
+            "details": [first[key].detail for key in keys],
+            "seen": [seen[key] for key in keys],
+            "now": now,
+        },
+    )

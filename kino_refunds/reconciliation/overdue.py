@@ -1,0 +1,466 @@
+"""Overdue: a charge that never hears of its job's end is found, and somebody is asked (P9; section 7).
+
+What a source knows for certain becomes an event and goes through `settle` like any other. Where nobody
+knows, we may say ourselves that the job timed out (clause 2.timeout), but never while the reason that we
+have not heard could be our own: see `Guard`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, assert_never
+
+import redis
+import sqlalchemy as sa
+
+from kino_refunds.errors import MalformedMessage
+from kino_refunds.events.envelope import parse
+from kino_refunds.events.queues import waiting
+from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, Queue
+from kino_refunds.log import get_logger
+from kino_refunds.reconciliation.breaks import Break, raise_breaks
+from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.settlement.deliveries import delivery_of
+from kino_refunds.settlement.outcomes import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from kino_refunds.events.schema import Event
+    from kino_refunds.reconciliation.sources import JobSource
+    from kino_refunds.settlement.deliveries import Delivery
+    from kino_refunds.settlement.settle import Terms
+
+log = get_logger(__name__)
+
+EVENT_SOURCE = "kino-reconciler"
+PAGE = 500
+ASK_BATCH = 100
+"""Small enough for a query string or an IN list of any source."""
+MARK_BEHIND = timedelta(hours=1)
+"""Twice as long as a product transaction may live (db/roles.sql): a charge that is committed late is still
+in front of the mark."""
+NAMELESS_COUNTS_FOR = timedelta(hours=1)
+RUNNING_PAST_CAP = "running_past_cap"
+
+
+@dataclass(frozen=True, slots=True)
+class OverdueRules:
+    """When we ask, how often, and for how long."""
+
+    grace: timedelta
+    asks: int
+    ask_window: timedelta
+    running_max: timedelta
+
+    @property
+    def ask_spacing(self) -> timedelta:
+        """An ask sooner than this after the last is not made: three asks in one bad second are one."""
+        return self.ask_window / self.asks
+
+
+@dataclass(frozen=True, slots=True)
+class OverdueCharge:
+    """A charge past its deadline and grace that nothing has settled."""
+
+    charge_id: int
+    job_id: str
+    account_id: str
+    credits: int
+    opened_at: datetime
+    due_at: datetime
+    """Deadline plus grace: the time of the event that we may have to write."""
+    asks: int
+
+
+@dataclass
+class OverdueReport:
+    """What one sweep did, or with `dry_run` would do; credits are whole."""
+
+    dry_run: bool
+    overdue: int = 0
+    asked: int = 0
+    source_errors: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    refunded_credits: int = 0
+    withheld: Counter[str] = field(default_factory=Counter)
+    """Timed-out verdicts that were due and not given, by the reason."""
+    verified_through: datetime | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values for JSON."""
+        return {
+            "dry_run": self.dry_run,
+            "overdue": self.overdue,
+            "asked": self.asked,
+            "source_errors": self.source_errors,
+            "answers": dict(self.answers),
+            "outcomes": dict(self.outcomes),
+            "refunded": self.outcomes[Outcome.REFUNDED.value],
+            "refunded_credits": self.refunded_credits,
+            "withheld": dict(self.withheld),
+            "verified_through": self.verified_through and self.verified_through.isoformat(),
+        }
+
+
+def sweep_overdue(
+    engine: sa.Engine,
+    redis_client: redis.Redis,
+    source: JobSource | None,
+    terms: Terms,
+    rules: OverdueRules,
+    *,
+    now: datetime,
+    dry_run: bool = False,
+    progress: Callable[[OverdueReport], None] = lambda _: None,
+) -> OverdueReport:
+    """Find every overdue charge, ask, and settle what is known; one pass.
+
+    `source` None means that there is none: every overdue job is unknown at once. With `dry_run` nothing is
+    written, and the outcomes are those of the events that would have been settled. Raises what Postgres
+    raises; a source or a Redis that fails costs verdicts, not the sweep.
+    """
+    report = OverdueReport(dry_run)
+    for page in _pages(engine, rules, now):
+        report.overdue += len(page)
+        answers = _ask(source, page, report)
+        report.answers.update(answer.state.value for answer in answers.values())
+        asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run)
+        _raise_running(engine, page, answers, rules, now=now, dry_run=dry_run)
+        known = [c for c in page if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
+        deliveries = [delivery_of(event_of(charge, answers[charge.job_id])) for charge in known]
+        unheard = [
+            charge
+            for charge in page
+            if charge.job_id in answers
+            and answers[charge.job_id].state is JobState.UNKNOWN
+            and (source is None or asks[charge.charge_id] >= rules.asks)
+        ]
+        deliveries += _own_verdicts(
+            engine, redis_client, unheard, report, now=now, source_configured=source is not None
+        )
+        _settle(engine, deliveries, page, terms, report, now=now)
+        progress(report)
+    if not dry_run:
+        with engine.begin() as connection:
+            report.verified_through = advance_verified_through(connection, now=now)
+    return report
+
+
+_NOT_AN_END = frozenset({JobState.RUNNING, JobState.UNKNOWN})
+
+
+def _pages(engine: sa.Engine, rules: OverdueRules, now: datetime) -> Iterator[list[OverdueCharge]]:
+    after: tuple[datetime, int] | None = None
+    while True:
+        with engine.connect() as connection:
+            rows = connection.execute(
+                _OVERDUE,
+                {
+                    "due_before": now - rules.grace,
+                    "asked_before": now - rules.ask_spacing,
+                    "after_opened": after and after[0],
+                    "after_id": after and after[1],
+                    "limit": PAGE,
+                },
+            ).all()
+        if not rows:
+            return
+        after = (rows[-1].opened_at, rows[-1].charge_id)
+        page = [
+            OverdueCharge(
+                row.charge_id,
+                row.job_id,
+                row.account_id,
+                row.credits,
+                row.opened_at,
+                row.deadline_at + rules.grace,
+                row.asks,
+            )
+            for row in rows
+            if row.askable
+        ]
+        if page:
+            yield page
+
+
+_OVERDUE = sa.text("""
+    SELECT c.charge_id, c.job_id, c.account_id, c.credits, c.opened_at, c.deadline_at, coalesce(a.asks, 0) AS asks,
+           coalesce(a.last_asked_at <= :asked_before, true) AS askable
+    FROM kino.charge c LEFT JOIN kino.overdue_ask a USING (charge_id)
+    WHERE c.opened_at >= (SELECT v.opened_at FROM kino.verified_through v)
+      AND (CAST(:after_opened AS timestamptz) IS NULL
+           OR (c.opened_at, c.charge_id) > (CAST(:after_opened AS timestamptz), CAST(:after_id AS bigint)))
+      AND c.deadline_at < :due_before
+      AND NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id)
+    ORDER BY c.opened_at, c.charge_id
+    LIMIT :limit
+""")
+
+
+def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: OverdueReport) -> dict[str, Answer]:
+    """Ask in batches; a batch that errors is halved until the jobs that error are alone, and left for later."""
+    job_ids = [charge.job_id for charge in page]
+    if source is None:
+        return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
+    answers: dict[str, Answer] = {}
+    parts = [job_ids[start : start + ASK_BATCH] for start in range(0, len(job_ids), ASK_BATCH)]
+    while parts:
+        part = parts.pop()
+        report.asked += len(part)
+        try:
+            said = source.ask(part)
+        except Exception as error:  # noqa: BLE001 - a source is foreign code; whatever it raises is no answer
+            if len(part) > 1:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+            else:
+                report.source_errors += 1
+                log.warning(
+                    "the job source failed for a job",
+                    job_id=part[0],
+                    error=f"{type(error).__name__}: {error}",
+                )
+        else:
+            answers |= {job_id: said[job_id] for job_id in part if job_id in said}
+    return answers
+
+
+def _note_answers(
+    engine: sa.Engine,
+    page: Sequence[OverdueCharge],
+    answers: Mapping[str, Answer],
+    *,
+    now: datetime,
+    dry_run: bool,
+) -> dict[int, int]:
+    """Count the asks that found nobody who knew; returns charge id -> asks in a row, this one included."""
+    noted = [(c, answers[c.job_id].state) for c in page if answers.get(c.job_id, _NO_ANSWER).state in _NOT_AN_END]
+    asks = {c.charge_id: c.asks + 1 if state is JobState.UNKNOWN else 0 for c, state in noted}
+    if noted and not dry_run:
+        with engine.begin() as connection:
+            connection.execute(
+                _NOTE,
+                {
+                    "charge_ids": [c.charge_id for c, _ in noted],
+                    "asks": [asks[c.charge_id] for c, _ in noted],
+                    "states": [state.value for _, state in noted],
+                    "now": now,
+                },
+            )
+    return asks
+
+
+_NO_ANSWER = Answer(JobState.COMPLETED)
+_NOTE = sa.text("""
+    INSERT INTO kino.overdue_ask AS o (charge_id, asks, last_answer, first_asked_at, last_asked_at)
+    SELECT charge_id, asks, state, :now, :now
+    FROM unnest(CAST(:charge_ids AS bigint[]), CAST(:asks AS integer[]), CAST(:states AS text[]))
+         AS n (charge_id, asks, state)
+    ORDER BY charge_id
+    ON CONFLICT (charge_id) DO UPDATE SET
+        asks = excluded.asks, last_answer = excluded.last_answer, last_asked_at = excluded.last_asked_at
+    WHERE o.last_asked_at < excluded.last_asked_at
+""")
+
+
+def _raise_running(
+    engine: sa.Engine,
+    page: Sequence[OverdueCharge],
+    answers: Mapping[str, Answer],
+    rules: OverdueRules,
+    *,
+    now: datetime,
+    dry_run: bool,
+) -> None:
+    """A job that runs on is given time, up to a cap; after that a person looks at it."""
+    found = [
+        Break(
+            RUNNING_PAST_CAP,
+            charge.job_id,
+            charge.charge_id,
+            charge.credits,
+            f"the job source still says running, {now - charge.due_at} after the deadline and its grace",
+        )
+        for charge in page
+        if charge.job_id in answers
+        and answers[charge.job_id].state is JobState.RUNNING
+        and now - charge.due_at > rules.running_max
+    ]
+    if found and not dry_run:
+        with engine.begin() as connection:
+            raise_breaks(connection, found, now=now)
+
+
+def event_of(charge: OverdueCharge, answer: Answer) -> Event:
+    """Write the event that should have come, from charge and answer alone: two sweeps write the same one."""
+    common: dict[str, Any] = {
+        "source": EVENT_SOURCE,
+        "time": charge.due_at,
+        "job_id": charge.job_id,
+        "account_id": charge.account_id,
+    }
+    event_id = f"overdue:{charge.charge_id}:{answer.state}"
+    match answer.state:
+        case JobState.COMPLETED:
+            return JobCompleted.of(id=event_id, **common)
+        case JobState.FAILED:
+            error = {"code": "reported_by_job_source", "origin": answer.origin}
+            return JobFailed.of(id=f"{event_id}.{answer.origin}", error=error, **common)
+        case JobState.TIMED_OUT:
+            return JobTimedOut.of(id=event_id, **common)
+        case JobState.REJECTED:
+            return JobSafetyRejected.of(
+                id=f"{event_id}.{answer.stage}",
+                stage=answer.stage,
+                category="reported_by_job_source",
+                **common,
+            )
+        case JobState.RUNNING | JobState.UNKNOWN:
+            raise ValueError(f"{answer.state} is not the end of a job")
+        case _:
+            assert_never(answer.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What forbids a timed-out verdict of our own, read at one point: P9, never because *we* were behind.
+
+    Redis is read first, Postgres after it: an event that leaves Redis in between has been committed, so
+    Postgres shows what it did. The other way round it could be missed by both.
+    """
+
+    refused: str | None
+    """A reason that holds for every charge."""
+    oldest_waiting: datetime | None
+    named_jobs: Collection[str]
+    """Jobs that an event waiting for a retry, or an open dead letter, speaks of."""
+    nameless: Sequence[datetime]
+    """When open dead letters of the completed queue came that name no job: any charge's end could be there."""
+
+    def reason(self, charge: OverdueCharge) -> str | None:
+        """Say why there must be no verdict on this charge; None if there may be one."""
+        if self.refused is not None:
+            return self.refused
+        if self.oldest_waiting is not None and self.oldest_waiting <= charge.due_at:
+            return "older_message_waiting"
+        if charge.job_id in self.named_jobs:
+            return "named_by_waiting_event"
+        if any(seen_at > charge.opened_at for seen_at in self.nameless):
+            return "unreadable_completion"
+        return None
+
+
+def _read_guard(
+    engine: sa.Engine,
+    redis_client: redis.Redis,
+    charges: Sequence[OverdueCharge],
+    *,
+    now: datetime,
+    source_configured: bool,
+) -> Guard:
+    refused, oldest = _read_waiting(redis_client)
+    with engine.connect() as connection:
+        if connection.execute(sa.text("SELECT paused FROM kino.intake_state")).scalar_one():
+            refused = "intake_paused"
+        job_ids = {"job_ids": [charge.job_id for charge in charges]}
+        named = set(connection.execute(_NAMED_JOBS, job_ids).scalars())
+        nameless: Sequence[datetime] = ()
+        if not source_configured:
+            nameless = (
+                connection.execute(_NAMELESS, {"queue": Queue.JOB_COMPLETED.value, "since": now - NAMELESS_COUNTS_FOR})
+                .scalars()
+                .all()
+            )
+    return Guard(refused, oldest, named, nameless)
+
+
+_NAMED_JOBS = sa.text("""
+    SELECT job_id FROM kino.pending_event WHERE job_id = ANY(CAST(:job_ids AS text[]))
+    UNION
+    SELECT job_id FROM kino.dead_letter WHERE status = 'open' AND job_id = ANY(CAST(:job_ids AS text[]))
+""")
+
+_NAMELESS = sa.text("""
+    SELECT last_seen_at FROM kino.dead_letter
+    WHERE status = 'open' AND job_id IS NULL AND queue = :queue AND last_seen_at > :since
+""")
+
+
+def _read_waiting(redis_client: redis.Redis) -> tuple[str | None, datetime | None]:
+    """Find the oldest event time that waits anywhere in Redis; or why nothing can be said."""
+    try:
+        found = waiting(redis_client)
+    except redis.RedisError as error:
+        log.warning("no verdict: Redis cannot be read", error=f"{type(error).__name__}: {error}")
+        return "redis_away", None
+    if not found.complete:
+        return "backlog_too_large" if not found.unreadable else "unreadable_queue", None
+    oldest = None
+    for message in found.messages:
+        try:
+            time = parse(message.raw).time
+        except MalformedMessage:
+            return "unreadable_message_waiting", None
+        oldest = time if oldest is None else min(oldest, time)
+    return None, oldest
+
+
+def _own_verdicts(
+    engine: sa.Engine,
+    redis_client: redis.Redis,
+    charges: Sequence[OverdueCharge],
+    report: OverdueReport,
+    *,
+    now: datetime,
+    source_configured: bool,
+) -> list[Delivery]:
+    if not charges:
+        return []
+    guard = _read_guard(engine, redis_client, charges, now=now, source_configured=source_configured)
+    verdicts = []
+    for charge in charges:
+        reason = guard.reason(charge)
+        if reason is None:
+            verdicts.append(delivery_of(event_of(charge, Answer(JobState.TIMED_OUT))))
+        else:
+            report.withheld[reason] += 1
+    return verdicts
+
+
+def _settle(
+    engine: sa.Engine,
+    deliveries: Sequence[Delivery],
+    page: Sequence[OverdueCharge],
+    terms: Terms,
+    report: OverdueReport,
+    *,
+    now: datetime,
+) -> None:
+    if report.dry_run:
+        report.outcomes.update(f"would settle: {delivery.event.type}" for delivery in deliveries)
+        return
+    credits = {charge.job_id: charge.credits for charge in page}
+    for decision in settle_batch(engine, deliveries, terms, now) if deliveries else ():
+        report.outcomes[decision.outcome.value] += 1
+        if decision.outcome is Outcome.REFUNDED:
+            report.refunded_credits += credits[decision.delivery.event.job_id]
+
+
+def advance_verified_through(connection: sa.Connection, *, now: datetime) -> datetime:
+    """Move the mark before which every charge is settled; never past an open one, always an hour behind."""
+    mark: datetime = connection.execute(
+        sa.text("""
+            UPDATE kino.verified_through v SET opened_at = greatest(v.opened_at, least(:behind, (
+                SELECT min(c.opened_at) FROM kino.charge c
+                WHERE c.opened_at >= v.opened_at
+                  AND NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id))))
+            RETURNING v.opened_at
+        """),
+        {"behind": now - MARK_BEHIND},
+    ).scalar_one()
+    return mark.astimezone(UTC)
