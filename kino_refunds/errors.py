@@ -64,5 +64,9 @@ class InvalidPolicy(KinoError):
     """A policy document does not say what it must."""
 
 
+class BadTrace(KinoError):
+    """A trace cannot be read; the text names the file and the line."""
+
+
 class ServerFailed(KinoError):
     """An embedded server did not start; its last log lines are in the text."""

@@ -34,9 +34,8 @@ Waiting = tuple[Delivery, "Outcome"]
 
 def retry_delay(attempts: int) -> timedelta:
     """Draw the wait before the next try: full jitter below a ceiling that doubles from 5 s to 15 min."""
-    ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(attempts, 16))
-    share: float = random.random()  # noqa: S311 - spreads load, guards nothing
-    return ceiling * share
+    ceiling = min(LONGEST_DELAY, FIRST_DELAY * (1 << min(attempts, 16)))
+    return ceiling * random.random()  # noqa: S311 - spreads load, guards nothing
 
 
 def exhausted(delivery: Delivery, now: datetime) -> bool:

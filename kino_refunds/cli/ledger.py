@@ -1,0 +1,106 @@
+"""`grant`, `balance`, `statement`: what an account has and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds import ledger
+from kino_refunds.cli.options import AsJson, open_engine, read_time
+from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json
+from kino_refunds.ledger import Grant, LotClass
+
+Account = Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    app.command("grant")(grant)
+    app.command("balance")(balance)
+    app.command("statement")(statement)
+
+
+def grant(
+    account: Account,
+    credits: Annotated[int, typer.Argument(help="Whole credits, above zero.", metavar="CREDITS")],
+    reference: Annotated[
+        str,
+        typer.Option(help="What this grant is for, such as an order; the same one again changes nothing."),
+    ],
+    lot_class: Annotated[LotClass, typer.Option("--class", help="Where the credits come from.")] = LotClass.PURCHASED,
+    expires_at: Annotated[str | None, typer.Option(help="When they expire (RFC 3339); without it: never.")] = None,
+    priority: Annotated[int, typer.Option(help="Lots with a lower number burn first.")] = 100,
+    purchase: Annotated[str | None, typer.Option(help="The purchase that paid for them.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give an account credits, once for each reference; the first grant creates the account.
+
+    Example: kino-refunds grant acme 500 --reference order-1234 --expires-at 2027-01-01T00:00:00Z
+    """
+    try:
+        wanted = Grant(reference, account, credits, lot_class, read_time(expires_at), priority, purchase)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with open_engine().begin() as connection:
+        lot = ledger.grant_lots(connection, [wanted])[0]
+    if as_json:
+        print_json(lot)
+    else:
+        print_facts(asdict(lot).items())
+
+
+def balance(
+    account: Account,
+    at: Annotated[str | None, typer.Option(help="At an instant (RFC 3339) instead of now.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show what an account can spend, and what its open jobs hold.
+
+    Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
+    """
+    with open_engine().connect() as connection:
+        if not _exists(connection, account):
+            return 1
+        found = ledger.balance(connection, account, at=read_time(at))
+    if as_json:
+        print_json({"account_id": account, **asdict(found)})
+    else:
+        print_facts([("account", account), ("available", found.available), ("held", found.held)])
+    return 0
+
+
+def statement(
+    account: Account,
+    after: Annotated[int | None, typer.Option(help="Go on behind this transfer id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Lines at most.")] = 100,
+    as_json: AsJson = False,
+) -> int:
+    """List an account's transfers, oldest first; credits are signed by their effect on the wallet.
+
+    Example: kino-refunds statement acme --limit 20
+    """
+    with open_engine().connect() as connection:
+        if not _exists(connection, account):
+            return 1
+        lines = ledger.statement(connection, account, after=after, limit=limit)
+    print_items(
+        [asdict(line) for line in lines],
+        next_cursor=lines[-1].transfer_id if len(lines) == limit else None,
+        as_json=as_json,
+        empty="no transfers" if after is None else "no more transfers",
+    )
+    if not as_json and lines:
+        console.print(f"sum of these lines: {sum(line.credits for line in lines):,}", style="dim")
+    return 0
+
+
+def _exists(connection: sa.Connection, account: str) -> bool:
+    found = connection.execute(
+        sa.text("SELECT true FROM kino.account WHERE account_id = :account_id"), {"account_id": account}
+    ).scalar_one_or_none()
+    if found is None:
+        print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds grant)")
+    return found is not None

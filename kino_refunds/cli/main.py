@@ -1,0 +1,86 @@
+"""`kino-refunds`: the command line. Commands are thin; what they do lives in the rooms beside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import redis
+import sqlalchemy as sa
+import typer
+
+from kino_refunds.cli import explain, ledger, overdue, publish, replay, servers
+from kino_refunds.cli.output import errors, print_error
+from kino_refunds.db.faults import Fault, classify
+from kino_refunds.errors import BadSettings, DependencyAway, KinoError, SourceUnavailable
+from kino_refunds.settings import unknown_names
+
+FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="kino-refunds",
+    help="Credits come back by themselves when a generation fails. Settings are KINO_* variables; see the README.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for room in (servers, ledger, publish, explain, overdue, replay):
+    room.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 fine, 1 a finding, 2 usage, 3 a dependency is away, 130 interrupted."""
+    for name, nearest in unknown_names():
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        errors.print(f"warning: {name} is not a setting and is ignored{hint}", soft_wrap=True, markup=False)
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        result: Any = app(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as ended:
+        return int(ended.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        errors.print("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`head`) has what it wanted; python would complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError) as error:
+        code, text = explained(error)
+        print_error(text)
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """Say in one line what went wrong and what to do next, with the exit code that belongs to it."""
+    first_line = str(error).partition("\n")[0]
+    match error:
+        case BadSettings():
+            return USAGE, first_line
+        case DependencyAway() | SourceUnavailable():
+            return AWAY, str(error)
+        case KinoError():
+            return FINDING, str(error)
+        case redis.RedisError():
+            return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; check that it runs and can be reached"
+        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:
+            return AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
+        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) == "42501":
+            return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
+        case sa.exc.SQLAlchemyError() if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
+            return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; check that it runs and can be reached"
+        case sa.exc.ArgumentError():
+            return USAGE, f"a database URL cannot be read: {first_line}"
+        case _:
+            return FINDING, f"{type(error).__name__}: {first_line}"

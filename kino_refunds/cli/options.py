@@ -1,0 +1,31 @@
+"""Options that several commands share, and the connections they open."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds.db.engine import create_engine
+from kino_refunds.settings import Settings, load_settings
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def open_engine(settings: Settings | None = None) -> sa.Engine:
+    """Make an engine for KINO_DATABASE_URL; raises BadSettings if it is not set."""
+    settings = settings or load_settings()
+    return create_engine(settings.require_database_url(), limits=settings.session_limits, application_name="kino-cli")
+
+
+def read_time(text: str | None) -> datetime | None:
+    """Read an instant from the command line; one without an offset is taken as UTC."""
+    if text is None:
+        return None
+    try:
+        value = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a time; for example 2026-01-31T12:00:00Z") from error
+    return value if value.utcoffset() is not None else value.replace(tzinfo=UTC)

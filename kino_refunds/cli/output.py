@@ -1,0 +1,87 @@
+"""What commands print: tables for people, JSON for programs, errors in one line on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """Turn rows and dataclasses into what JSON can say; times become RFC 3339."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(each) for each in value]
+    return value
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on one line."""
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+
+
+def print_items(items: Sequence[Mapping[str, Any]], *, next_cursor: Any, as_json: bool, empty: str) -> None:
+    """Print a listing; `empty` is what a person reads when there is nothing."""
+    if as_json:
+        print_json({"items": items, "next": next_cursor})
+        return
+    if not items:
+        console.print(empty)
+        return
+    print_table(items)
+    if next_cursor is not None:
+        console.print(f"more: --after {next_cursor}", style="dim")
+
+
+def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
+    """Print rows under the keys of the first; numbers to the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name, value in items[0].items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        table.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold")
+    for item in items:
+        table.add_row(*(shown(value) for value in item.values()))
+    console.print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
+    """Print names and values, one a line."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, shown(value))
+    console.print(table)
+
+
+def shown(value: Any) -> Text:
+    """Show a value to a person; never as markup, whatever is in it, and without control characters."""
+    if value is None:
+        return Text("-", style="dim")
+    if isinstance(value, datetime):
+        return Text(value.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Text(f"{value:,}")
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)))
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line on standard error."""
+    errors.print(Text.assemble(("error: ", "bold red"), shown(text)), soft_wrap=True)

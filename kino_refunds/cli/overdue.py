@@ -1,0 +1,77 @@
+"""`overdue run`: ask about jobs whose event never came."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+import typer
+
+from kino_refunds.cli.options import AsJson, open_engine
+from kino_refunds.cli.output import errors, print_facts, print_json
+from kino_refunds.errors import BadSettings
+from kino_refunds.events.client import redis_client
+from kino_refunds.policy.document import published_policy
+from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules, sweep_overdue
+from kino_refunds.settings import Settings, load_settings
+from kino_refunds.settlement.settle import Terms
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    overdue = typer.Typer(help="Jobs past their deadline that nothing has settled.", no_args_is_help=True)
+    overdue.command("run")(run)
+    app.add_typer(overdue, name="overdue")
+
+
+def run(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find overdue jobs, ask the job source, and settle what is known; one pass.
+
+    Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
+    while intake is paused or an older message still waits.
+
+    Example: kino-refunds overdue run --dry-run --json
+    """
+    settings = load_settings()
+    if settings.job_source is None:
+        raise BadSettings(
+            "KINO_JOB_SOURCE is not set; `none` says that nobody knows of jobs, and settles overdue ones in one pass"
+        )
+    report = sweep_overdue(
+        open_engine(settings),
+        redis_client(settings.require_redis_url()),
+        None,
+        Terms(published_policy(), settings.lot_grace, settings.build),
+        rules_of(settings),
+        now=datetime.now(UTC),
+        dry_run=dry_run,
+        progress=_show_progress,
+    )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print_facts((name.replace("_", " "), _shown(value)) for name, value in report.as_dict().items())
+
+
+def rules_of(settings: Settings) -> OverdueRules:
+    """Read the sweep's rules from the settings."""
+    return OverdueRules(
+        grace=settings.overdue_grace,
+        asks=settings.overdue_asks,
+        ask_window=timedelta(seconds=settings.overdue_ask_window_s),
+        running_max=timedelta(hours=settings.overdue_running_max_h),
+    )
+
+
+def _show_progress(report: OverdueReport) -> None:
+    if errors.is_terminal:
+        errors.print(f"{report.overdue:,} overdue so far, {sum(report.outcomes.values()):,} settled", style="dim")
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count:,}" for name, count in value.items()) or None
+    return value

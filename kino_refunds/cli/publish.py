@@ -1,0 +1,57 @@
+"""`publish`: put events on their queues by hand."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kino_refunds.cli.options import AsJson
+from kino_refunds.cli.output import console, print_error, print_json
+from kino_refunds.errors import MalformedMessage
+from kino_refunds.events.envelope import parse
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.settings import load_settings
+
+ERRORS_SHOWN = 10
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    app.command("publish")(publish)
+
+
+def publish(
+    file: Annotated[
+        typer.FileBinaryRead,
+        typer.Argument(help="JSON lines, one CloudEvent each; - reads standard input.", metavar="FILE|-"),
+    ],
+    as_json: AsJson = False,
+) -> int:
+    """Publish events; all lines are checked first, and if one is wrong nothing is published.
+
+    Publishing the same events again is safe: each refunds once.
+
+    Example: kino-refunds publish events.jsonl
+    """
+    events, wrong = [], []
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            events.append(parse(line.strip()))
+        except MalformedMessage as error:
+            wrong.append(f"line {number}: {error.code}: {error.text}")
+    if wrong:
+        for text in wrong[:ERRORS_SHOWN]:
+            print_error(text)
+        rest = f" (and {len(wrong) - ERRORS_SHOWN} more)" if len(wrong) > ERRORS_SHOWN else ""
+        print_error(f"nothing was published: {len(wrong)} lines are wrong{rest}; correct them and run this again")
+        return 2
+    with EventPublisher(load_settings().require_redis_url()) as publisher:
+        count = publisher.publish_many(events)
+    if as_json:
+        print_json({"published": count})
+    else:
+        console.print(f"published {count:,} events")
+    return 0

@@ -1,0 +1,100 @@
+"""`replay-trace` and `demo`: the main job, on real input and on a workload made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kino_refunds import replay as runs
+from kino_refunds.cli.options import AsJson
+from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
+from kino_refunds.replay import Replayed
+from kino_refunds.settings import Settings
+from kino_refunds.workloads import Workload, make_workload, read_trace
+
+DISAGREEMENTS_SHOWN = 10
+Report = Callable[[str, int, int], None]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    app.command("replay-trace")(replay_trace)
+    app.command("demo")(demo)
+
+
+def replay_trace(
+    file: Annotated[Path, typer.Argument(help="A CSV like gentd26-first60.csv.", metavar="FILE", dir_okay=False)],
+    as_json: AsJson = False,
+) -> int:
+    """Run a trace of real jobs through scratch servers and a real worker, and compare the ledger with it.
+
+    Exit code 1 means that the ledger disagrees with the trace.
+
+    Example: kino-refunds replay-trace gentd26-first60.csv --json
+    """
+    grace = Settings.model_construct().overdue_grace
+    return _run(read_trace(file, now=datetime.now(UTC), grace=grace), as_json=as_json)
+
+
+def demo(
+    jobs: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many jobs.")] = 2_000,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same jobs.")] = 1,
+    as_json: AsJson = False,
+) -> int:
+    """Run jobs of every kind through scratch servers and a real worker, and show what happened."""
+    grace = Settings.model_construct().overdue_grace
+    return _run(make_workload(jobs, seed=seed, now=datetime.now(UTC), grace=grace), as_json=as_json)
+
+
+def _run(workload: Workload, *, as_json: bool) -> int:
+    with _progress() as report:
+        report("starting Postgres, Valkey and a worker", 0, 0)
+        with runs.scratch() as running:
+            replayed = runs.replay(workload, running, progress=report)
+    if as_json:
+        print_json(replayed.figures)
+    else:
+        _show(workload, replayed)
+    for text in replayed.disagreements[:DISAGREEMENTS_SHOWN]:
+        print_error(text)
+    if len(replayed.disagreements) > DISAGREEMENTS_SHOWN:
+        print_error(f"and {len(replayed.disagreements) - DISAGREEMENTS_SHOWN:,} more")
+    return 1 if replayed.disagreements else 0
+
+
+def _show(workload: Workload, replayed: Replayed) -> None:
+    print_table(replayed.reasons, title=f"{workload.name}: how {replayed.figures.jobs:,} jobs ended")
+    console.print()
+    print_facts((name.replace("_", " "), value) for name, value in asdict(replayed.figures).items())
+    if not replayed.disagreements:
+        console.print("\nevery job and every wallet is as the workload says", style="bold green")
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Show how far it is: a live bar on a terminal, otherwise one plain line for each stage."""
+    if not errors.is_terminal:
+        said: set[str] = set()
+
+        def say(stage: str, _done: int, _total: int) -> None:
+            if stage not in said:
+                said.add(stage)
+                errors.print(stage, markup=False)
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            bars.update(task, description=stage, completed=done, total=total or None)
+
+        yield show

@@ -1,0 +1,82 @@
+"""`migrate` and `dev`: the database's schema, and everything at once on this machine."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds.cli.options import AsJson
+from kino_refunds.cli.output import console, print_json
+from kino_refunds.db.migrate import migrate as migrate_database
+from kino_refunds.embedded import servers
+from kino_refunds.errors import DependencyAway
+from kino_refunds.processes import settings_for, start_beat, start_worker
+from kino_refunds.settings import load_settings, redacted
+
+LOOK_EVERY_S = 0.5
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    app.command("migrate")(migrate)
+    app.command("dev")(dev)
+
+
+def migrate(as_json: AsJson = False) -> None:
+    """Bring the database of KINO_MIGRATION_DATABASE_URL (as kino_owner) to this build's schema.
+
+    The roles must exist: a superuser runs kino_refunds/db/roles.sql in that database once.
+    """
+    url = load_settings().require_migration_database_url()
+    try:
+        before, after = migrate_database(url)
+    except sa.exc.ProgrammingError as error:
+        raise DependencyAway(
+            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; run kino_refunds/db/roles.sql there as a"
+            " superuser first, and connect as kino_owner; nothing was changed"
+        ) from error
+    if as_json:
+        print_json({"before": before, "after": after})
+    elif before == after:
+        console.print(f"the schema is at {after}, nothing to do")
+    else:
+        console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
+
+
+def dev(
+    data_dir: Annotated[Path, typer.Option(help="Where the data is kept across restarts.")] = Path(".kino-dev"),
+) -> None:
+    """Run Postgres, Valkey, a worker and beat on this machine until Ctrl-C; the data is kept."""
+    stopping = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopping.set()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    with servers(data_dir, log=console.print) as running:
+        migrate_database(running.database_url(role="kino_owner"))
+        # Nobody but the events tells a development ledger how jobs ended.
+        settings = settings_for(running, KINO_JOB_SOURCE="none")
+        environment_file = running.data_dir / "env"
+        environment_file.write_text("".join(f"export {name}='{value}'\n" for name, value in settings.items()))
+        worker = start_worker(settings)
+        beat = start_beat(settings, running.data_dir / "beat-schedule")
+        try:
+            for name, value in settings.items():
+                console.print(f"{name}={value}", soft_wrap=True)
+            console.print(f"in another terminal: . {environment_file}", soft_wrap=True)
+            while not stopping.wait(LOOK_EVERY_S):
+                worker.require_alive()
+                beat.require_alive()
+        finally:
+            console.print("stopping")
+            beat.stop()
+            worker.stop()
+    console.print(f"stopped; the data is kept in {data_dir}")

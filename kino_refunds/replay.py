@@ -1,0 +1,220 @@
+"""Run a workload through the real thing: scratch servers, a real worker, then the overdue sweep.
+
+Nothing here settles anything: charges are opened as a product opens them, events are published as the
+pipeline publishes them, and a `celery -A workers.app worker` process does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from kino_refunds.db.engine import create_engine
+from kino_refunds.db.migrate import migrate
+from kino_refunds.embedded import Servers, servers
+from kino_refunds.events.client import redis_client
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.queues import depths
+from kino_refunds.events.schema import queue_of, to_json
+from kino_refunds.ledger import ChargeRequest, grant_lots, open_charges
+from kino_refunds.policy.document import published_policy
+from kino_refunds.processes import CeleryProcess, settings_for, start_worker
+from kino_refunds.reconciliation.overdue import EVENT_SOURCE, OverdueRules, sweep_overdue
+from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.settings import Settings
+from kino_refunds.settlement.settle import Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    import redis
+
+    from kino_refunds.workloads import Job, Workload
+
+CHUNK = 200
+"""Charges opened in one product transaction, and events published after it."""
+LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the ledger came to; `refunded` is without what the overdue sweep refunded. Credits are whole."""
+
+    jobs: int
+    captured: int
+    captured_credits: int
+    refunded: int
+    refunded_credits: int
+    overdue_refunded: int
+    overdue_refunded_credits: int
+    open: int
+    dead_letters: int
+    breaks: int
+    seconds: float
+    """From the first published event to the last settlement, the overdue sweep included."""
+    events_per_second: float
+    """Published events over the time until the queues were drained; opening the charges is in that time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The figures, where the ledger disagrees with the workload, and what was settled for which reason."""
+
+    figures: Figures
+    disagreements: list[str]
+    reasons: list[dict[str, Any]]
+
+
+class NobodyKnows:
+    """The job source of a trace: for a job whose end was never recorded it knows nothing."""
+
+    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
+        """Answer unknown."""
+        return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
+
+
+@contextmanager
+def scratch() -> Iterator[Servers]:
+    """Run scratch servers with a migrated database."""
+    with servers() as running:
+        migrate(running.database_url(role="kino_owner"))
+        yield running
+
+
+def replay(
+    workload: Workload, running: Servers, *, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Replayed:
+    """Run `workload` through a real worker on these servers and compare every job with what must be.
+
+    `progress` is told (stage, done, of) again and again. Raises ServerFailed if the worker ends.
+    """
+    settings = Settings.model_construct()
+    product = create_engine(running.database_url(role="kino_product"), application_name="kino-product")
+    worker_side = create_engine(running.database_url(), application_name="kino-replay")
+    client = redis_client(running.redis_url())
+    with product.begin() as connection:
+        grant_lots(connection, workload.grants)
+    worker = start_worker(settings_for(running, KINO_LOG_FORMAT="json"), running.data_dir / "worker.log")
+    try:
+        started = time.monotonic()
+        published = _submit(workload.jobs, product, running, client, worker, progress)
+        _wait_until_drained(client, worker, published, progress)
+        drained = time.monotonic()
+        progress("asking about jobs without an event", 0, 0)
+        sweep_overdue(
+            worker_side,
+            client,
+            NobodyKnows(),
+            Terms(published_policy(), settings.lot_grace, settings.build),
+            OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
+            now=datetime.now(UTC),
+        )
+        ended = time.monotonic()
+    finally:
+        worker.stop()
+    with worker_side.connect() as connection:
+        return Replayed(
+            _figures(connection, ended - started, published / (drained - started)),
+            list(_disagreements(connection, workload.jobs)),
+            [dict(row) for row in connection.execute(_REASONS).mappings()],
+        )
+
+
+def _submit(
+    jobs: Sequence[Job],
+    product: sa.Engine,
+    running: Servers,
+    client: redis.Redis,
+    worker: CeleryProcess,
+    progress: Callable[[str, int, int], None],
+) -> int:
+    published = 0
+    with EventPublisher(running.redis_url()) as publisher:
+        for start in range(0, len(jobs), CHUNK):
+            chunk = jobs[start : start + CHUNK]
+            with product.begin() as connection:
+                open_charges(
+                    connection, [ChargeRequest(j.job_id, j.account_id, j.credits, j.deadline_at) for j in chunk]
+                )
+            events = [job.event for job in chunk if job.event is not None]
+            publisher.publish_many(islice(events, 0, None, 2))
+            with client.pipeline(transaction=False) as bare:
+                for event in islice(events, 1, None, 2):
+                    bare.lpush(queue_of(event).value, to_json(event))
+                bare.execute()
+            published += len(events)
+            worker.require_alive()
+            progress("jobs submitted, events published", start + len(chunk), len(jobs))
+    return published
+
+
+def _wait_until_drained(
+    client: redis.Redis, worker: CeleryProcess, published: int, progress: Callable[[str, int, int], None]
+) -> None:
+    while waiting := sum(depths(client).values()):
+        worker.require_alive()
+        progress("events settled", published - waiting, published)
+        time.sleep(LOOK_EVERY_S)
+    progress("events settled", published, published)
+
+
+_FIGURES = sa.text("""
+    SELECT count(*) AS jobs,
+           count(*) FILTER (WHERE s.kind = 'captured') AS captured,
+           coalesce(sum(c.credits) FILTER (WHERE s.kind = 'captured'), 0) AS captured_credits,
+           count(*) FILTER (WHERE s.kind = 'refunded' AND s.event_source <> :reconciler) AS refunded,
+           coalesce(sum(c.credits) FILTER (WHERE s.kind = 'refunded' AND s.event_source <> :reconciler), 0)
+               AS refunded_credits,
+           count(*) FILTER (WHERE s.kind = 'refunded' AND s.event_source = :reconciler) AS overdue_refunded,
+           coalesce(sum(c.credits) FILTER (WHERE s.kind = 'refunded' AND s.event_source = :reconciler), 0)
+               AS overdue_refunded_credits,
+           count(*) FILTER (WHERE s.kind IS NULL) AS open,
+           (SELECT count(*) FROM kino.dead_letter) AS dead_letters,
+           (SELECT count(*) FROM kino.break) AS breaks
+    FROM kino.charge c LEFT JOIN kino.settlement s USING (charge_id)
+""")
+
+_REASONS = sa.text("""
+    SELECT status, reason, clause, count(*) AS jobs, CAST(sum(credits) AS bigint) AS credits
+    FROM kino.charge_status GROUP BY status, reason, clause ORDER BY status, jobs DESC
+""")
+
+
+def _figures(connection: sa.Connection, seconds: float, events_per_second: float) -> Figures:
+    row = connection.execute(_FIGURES, {"reconciler": EVENT_SOURCE}).mappings().one()
+    counts = {name: int(value) for name, value in row.items()}
+    return Figures(**counts, seconds=round(seconds, 2), events_per_second=round(events_per_second, 1))
+
+
+def _disagreements(connection: sa.Connection, jobs: Iterable[Job]) -> Iterator[str]:
+    """Compare every job, and every wallet, with what the workload says must be."""
+    found = {
+        row.job_id: (row.account_id, row.credits, row.status, row.refunded)
+        for row in connection.execute(sa.text("SELECT * FROM kino.charge_status"))
+    }
+    consumed: dict[str, int] = {}
+    for job in jobs:
+        status, refunded = ("refunded", job.credits) if job.refunded else ("captured", 0)
+        wanted = (job.account_id, job.credits, status, refunded)
+        if found.pop(job.job_id, None) != wanted:
+            yield f"job {job.job_id} must be {status}; `kino-refunds why` would say otherwise"
+        consumed[job.account_id] = consumed.get(job.account_id, 0) + job.credits - refunded
+    for job_id in found:
+        yield f"job {job_id} was never submitted"
+    wallets = connection.execute(
+        sa.text("""
+            SELECT b.account_id, b.available, b.held,
+                   (SELECT CAST(sum(credits) AS bigint) FROM kino.transfer t
+                    WHERE t.account_id = b.account_id AND t.kind = 'grant') AS granted
+            FROM kino.account_balance b
+        """)
+    )
+    for row in wallets:
+        if (row.available, row.held) != (row.granted - consumed.get(row.account_id, 0), 0):
+            yield f"account {row.account_id} has {row.available} available and {row.held} held of {row.granted}"

@@ -1,0 +1,180 @@
+"""Jobs with a known ending: read from a trace, or made here. Each says what the ledger must come to."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from kino_refunds.errors import BadTrace
+from kino_refunds.events.schema import (
+    ErrorOrigin,
+    Event,
+    JobCompleted,
+    JobFailed,
+    JobSafetyRejected,
+    JobTimedOut,
+    SafetyStage,
+)
+from kino_refunds.ledger import Grant, LotClass
+from kino_refunds.ledger.lots import require_credits, require_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+EVENT_SOURCE = "generation-pipeline"
+TRACE_DEADLINE = timedelta(minutes=10)
+MARGIN = timedelta(minutes=1)
+"""How far in the past the last deadline and its grace end, so that the sweep finds it due."""
+
+TRACE_COLUMNS = ("gmt_create", "predict_status", "exec_time_seconds", "groupId", "num_images_per_prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job: what it takes, the event that ends it (None: none ever comes), and what must come of it."""
+
+    job_id: str
+    account_id: str
+    credits: int
+    deadline_at: datetime
+    event: Event | None
+    refunded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Jobs in the order they are submitted, and the lots they draw from."""
+
+    name: str
+    grants: list[Grant]
+    jobs: list[Job]
+
+
+def read_trace(path: Path, *, now: datetime, grace: timedelta) -> Workload:
+    """Read a CSV like gentd26-first60.csv (the mapping is in the README beside it).
+
+    All times are shifted by one amount, so that every deadline and its grace lie before `now`. Raises
+    BadTrace that names the line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise BadTrace(f"{path}: it has no column {', '.join(missing)}")
+            jobs = [_trace_job(path, line, row) for line, row in enumerate(reader, start=2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadTrace(f"{path}: {error}") from error
+    if not jobs:
+        raise BadTrace(f"{path}: it has no requests")
+    shift = now - MARGIN - grace - max(job.deadline_at for job in jobs)
+    shifted = [_shifted(job, shift) for job in jobs]
+    return Workload(path.name, list(_one_lot_each(shifted)), shifted)
+
+
+def _trace_job(path: Path, line: int, row: dict[str, Any]) -> Job:
+    try:
+        created = datetime.strptime(row["gmt_create"], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+        status = row["predict_status"]
+        credits = int(float(row["num_images_per_prompt"] or 1))
+        job_id = f"gentd26-{line - 1:06d}"
+        require_id("groupId", row["groupId"])
+        require_credits(credits, at_least=0)
+        event: Event | None
+        match status:
+            case "SUCCEED" | "FAILED":
+                ended = created + timedelta(seconds=float(row["exec_time_seconds"]))
+                event = _ending(job_id, status, ended)
+            case "PENDING" | "PROCESSING":
+                event = None
+            case _:
+                raise BadTrace(f"{path}, line {line}: predict_status {status!r} is not known")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadTrace(f"{path}, line {line}: {error}") from error
+    return Job(job_id, row["groupId"], credits, created + TRACE_DEADLINE, event, refunded=status != "SUCCEED")
+
+
+def _ending(job_id: str, status: str, ended: datetime) -> Event:
+    common: dict[str, Any] = {"id": f"{job_id}-end", "source": EVENT_SOURCE, "time": ended, "job_id": job_id}
+    if status == "SUCCEED":
+        return JobCompleted.of(**common)
+    return JobFailed.of(error={"code": "FAILED", "origin": ErrorOrigin.PLATFORM}, **common)
+
+
+def _shifted(job: Job, shift: timedelta) -> Job:
+    event = job.event and job.event.model_copy(update={"time": job.event.time + shift})
+    return replace(job, deadline_at=job.deadline_at + shift, event=event)
+
+
+def _one_lot_each(jobs: Iterable[Job]) -> Iterator[Grant]:
+    needed: Counter[str] = Counter()
+    for job in jobs:
+        needed[job.account_id] += job.credits
+    for account_id, credits in sorted(needed.items()):
+        # A group whose requests all ask for nothing still needs its account.
+        yield Grant(f"lot-{account_id}", account_id, max(credits, 1), LotClass.SUBSCRIPTION)
+
+
+Ending = tuple[str, bool]
+_DEMO_ENDINGS: dict[Ending, int] = {
+    ("completed", False): 70,
+    ("failed platform", True): 6,
+    ("failed provider", True): 6,
+    ("failed unknown", True): 2,
+    ("failed user", False): 4,
+    ("timeout", True): 4,
+    ("timeout with result", False): 2,
+    ("rejected before_generation", True): 2,
+    ("rejected during_generation", True): 2,
+    ("rejected after_generation", False): 1,
+    ("nothing", True): 1,
+}
+"""How jobs of the demo end, whether that refunds (policy-reading, clause 2), and how many in a hundred."""
+
+
+def make_workload(jobs: int, *, seed: int, now: datetime, grace: timedelta, accounts: int = 50) -> Workload:
+    """Make jobs of every kind for accounts with several lots; the same seed makes the same workload."""
+    chance = random.Random(seed)  # noqa: S311 - a workload, not a secret
+    endings = chance.choices(list(_DEMO_ENDINGS), weights=list(_DEMO_ENDINGS.values()), k=jobs)
+    made = []
+    for number, (ending, refunded) in enumerate(endings, start=1):
+        job_id = f"demo-{number:06d}"
+        deadline = now - MARGIN - grace - timedelta(seconds=chance.randrange(600))
+        ended = deadline - timedelta(seconds=chance.randrange(1, 300))
+        account_id = f"customer-{chance.randrange(accounts):03d}"
+        event = _demo_event(job_id, ending, ended)
+        made.append(Job(job_id, account_id, chance.choice((1, 2, 4, 8)), deadline, event, refunded))
+    return Workload("demo", list(_demo_lots(made, chance, now)), made)
+
+
+def _demo_event(job_id: str, ending: str, ended: datetime) -> Event | None:
+    kind, _, detail = ending.partition(" ")
+    common: dict[str, Any] = {"id": f"{job_id}-{kind}", "source": EVENT_SOURCE, "time": ended, "job_id": job_id}
+    match kind:
+        case "completed":
+            return JobCompleted.of(**common)
+        case "failed":
+            return JobFailed.of(error={"code": f"{detail}_error", "origin": ErrorOrigin(detail)}, **common)
+        case "timeout":
+            return JobTimedOut.of(result_produced=bool(detail), **common)
+        case "rejected":
+            return JobSafetyRejected.of(stage=SafetyStage(detail), category="violence", **common)
+        case _:
+            return None
+
+
+def _demo_lots(jobs: Iterable[Job], chance: random.Random, now: datetime) -> Iterator[Grant]:
+    """Three lots an account: the first is small, expires soon and burns first, so charges span lots."""
+    needed: dict[str, int] = defaultdict(int)
+    for job in jobs:
+        needed[job.account_id] += job.credits
+    for account_id, credits in sorted(needed.items()):
+        soon = now + timedelta(days=chance.randrange(1, 30))
+        yield Grant(f"{account_id}-welcome", account_id, 10, LotClass.PROMOTIONAL, soon, priority=50)
+        yield Grant(f"{account_id}-month", account_id, 30, LotClass.SUBSCRIPTION, now + timedelta(days=30))
+        yield Grant(f"{account_id}-pack", account_id, credits, LotClass.PURCHASED, purchase_id=f"{account_id}-order-1")
