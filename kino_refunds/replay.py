@@ -7,7 +7,7 @@ pipeline publishes them, and a `celery -A workers.app worker` process does the r
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -94,36 +94,42 @@ def replay(
 
     `progress` is told (stage, done, of) again and again. Raises ServerFailed if the worker ends.
     """
-    settings = Settings.model_construct()
     product = create_engine(running.database_url(role="kino_product"), application_name="kino-product")
-    worker_side = create_engine(running.database_url(), application_name="kino-replay")
-    client = redis_client(running.redis_url())
-    with product.begin() as connection:
-        grant_lots(connection, workload.grants)
-    worker = start_worker(settings_for(running, KINO_LOG_FORMAT="json"), running.data_dir / "worker.log")
-    try:
+    operator = create_engine(running.database_url(), application_name="kino-replay")
+    with ExitStack() as stack:
+        stack.callback(product.dispose)
+        stack.callback(operator.dispose)
+        client = stack.enter_context(redis_client(running.redis_url()))
+        with product.begin() as connection:
+            grant_lots(connection, workload.grants)
+        worker = start_worker(settings_for(running, KINO_LOG_FORMAT="json"), running.data_dir / "worker.log")
+        stack.callback(worker.stop)
         started = time.monotonic()
         published = _submit(workload.jobs, product, running, client, worker, progress)
         _wait_until_drained(client, worker, published, progress)
         drained = time.monotonic()
         progress("asking about jobs without an event", 0, 0)
-        sweep_overdue(
-            worker_side,
-            client,
-            NobodyKnows(),
-            Terms(published_policy(), settings.lot_grace, settings.build),
-            OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
-            now=datetime.now(UTC),
-        )
+        _sweep_once(operator, client)
         ended = time.monotonic()
-    finally:
-        worker.stop()
-    with worker_side.connect() as connection:
-        return Replayed(
-            _figures(connection, ended - started, published / (drained - started)),
-            list(_disagreements(connection, workload.jobs)),
-            [dict(row) for row in connection.execute(_REASONS).mappings()],
-        )
+        with operator.connect() as connection:
+            return Replayed(
+                _figures(connection, ended - started, published / (drained - started)),
+                list(_disagreements(connection, workload.jobs)),
+                [dict(row) for row in connection.execute(_REASONS).mappings()],
+            )
+
+
+def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
+    """Ask once about each job without an event; the settings' own defaults otherwise."""
+    settings = Settings.model_construct()
+    sweep_overdue(
+        engine,
+        client,
+        NobodyKnows(),
+        Terms(published_policy(), settings.lot_grace, settings.build),
+        OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
+        now=datetime.now(UTC),
+    )
 
 
 def _submit(

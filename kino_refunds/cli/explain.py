@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 
-from kino_refunds.cli.options import AsJson, open_engine
+from kino_refunds.cli.options import AsJson, ledger_connection
 from kino_refunds.cli.output import console, print_error, print_facts, print_json, print_table
 
 Job = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")]
@@ -65,7 +65,7 @@ def why(job: Job, as_json: AsJson = False) -> int:
 
     Example: kino-refunds why job-42
     """
-    with open_engine().connect() as connection:
+    with ledger_connection() as connection:
         charge = connection.execute(_CHARGE, {"job_id": job}).mappings().one_or_none()
         keys = {"job_id": job, "charge_id": charge and charge["charge_id"]}
         parts = {name: [dict(row) for row in connection.execute(sql, keys).mappings()] for name, sql in _PARTS.items()}

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 import typer
 
 from kino_refunds import ledger
-from kino_refunds.cli.options import AsJson, open_engine, read_time
+from kino_refunds.cli.options import AsJson, ledger_connection, read_time
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json
 from kino_refunds.ledger import Grant, LotClass
 
@@ -44,7 +44,7 @@ def grant(
         wanted = Grant(reference, account, credits, lot_class, read_time(expires_at), priority, purchase)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    with open_engine().begin() as connection:
+    with ledger_connection() as connection:
         lot = ledger.grant_lots(connection, [wanted])[0]
     if as_json:
         print_json(lot)
@@ -61,7 +61,7 @@ def balance(
 
     Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
     """
-    with open_engine().connect() as connection:
+    with ledger_connection() as connection:
         if not _exists(connection, account):
             return 1
         found = ledger.balance(connection, account, at=read_time(at))
@@ -82,7 +82,7 @@ def statement(
 
     Example: kino-refunds statement acme --limit 20
     """
-    with open_engine().connect() as connection:
+    with ledger_connection() as connection:
         if not _exists(connection, account):
             return 1
         lines = ledger.statement(connection, account, after=after, limit=limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -14,10 +16,23 @@ from kino_refunds.settings import Settings, load_settings
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def open_engine(settings: Settings | None = None) -> sa.Engine:
-    """Make an engine for KINO_DATABASE_URL; raises BadSettings if it is not set."""
+@contextmanager
+def ledger_engine(settings: Settings | None = None) -> Iterator[sa.Engine]:
+    """Give an engine for KINO_DATABASE_URL; raises BadSettings if it is not set."""
     settings = settings or load_settings()
-    return create_engine(settings.require_database_url(), limits=settings.session_limits, application_name="kino-cli")
+    url = settings.require_database_url()
+    engine = create_engine(url, limits=settings.session_limits, application_name="kino-cli")
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def ledger_connection() -> Iterator[sa.Connection]:
+    """Give a connection to KINO_DATABASE_URL; what is done in it is committed at the end."""
+    with ledger_engine() as engine, engine.begin() as connection:
+        yield connection
 
 
 def read_time(text: str | None) -> datetime | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kino_refunds.cli.options import AsJson, open_engine
+from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
 from kino_refunds.errors import BadSettings
 from kino_refunds.events.client import redis_client
@@ -40,16 +40,17 @@ def run(
         raise BadSettings(
             "KINO_JOB_SOURCE is not set; `none` says that nobody knows of jobs, and settles overdue ones in one pass"
         )
-    report = sweep_overdue(
-        open_engine(settings),
-        redis_client(settings.require_redis_url()),
-        None,
-        Terms(published_policy(), settings.lot_grace, settings.build),
-        rules_of(settings),
-        now=datetime.now(UTC),
-        dry_run=dry_run,
-        progress=_show_progress,
-    )
+    with ledger_engine(settings) as engine, redis_client(settings.require_redis_url()) as client:
+        report = sweep_overdue(
+            engine,
+            client,
+            None,
+            Terms(published_policy(), settings.lot_grace, settings.build),
+            rules_of(settings),
+            now=datetime.now(UTC),
+            dry_run=dry_run,
+            progress=_show_progress,
+        )
     if as_json:
         print_json(report.as_dict())
     else:

@@ -80,7 +80,7 @@ def main() -> None:
 
 def grant(servers: Servers) -> None:
     """Two lots an account; the first is small, so that some charges span both."""
-    engine = create_engine(servers.database_url(role="kino_product"))
+    engine = create_engine(servers.database_url(role="kino_product"), pooled=False)
     soon = datetime.now(UTC) + timedelta(days=30)
     with engine.begin() as connection:
         grant_lots(
@@ -142,7 +142,7 @@ def measure(servers: Servers, name: str, prefix: str, events: int, batch: int, m
 
 
 def open_jobs(servers: Servers, jobs: list[str]) -> None:
-    engine = create_engine(servers.database_url(role="kino_product"))
+    engine = create_engine(servers.database_url(role="kino_product"), pooled=False)
     deadline = datetime.now(UTC) + timedelta(hours=1)
     for chunk in chunks(jobs):
         with engine.begin() as connection:
@@ -183,7 +183,7 @@ def peak_rss_mib(pid: int) -> float:
 
 
 def count_settled(servers: Servers, prefix: str) -> int:
-    engine = create_engine(servers.database_url())
+    engine = create_engine(servers.database_url(), pooled=False)
     with engine.connect() as connection:
         return int(
             connection.execute(
