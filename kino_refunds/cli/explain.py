@@ -61,7 +61,9 @@ def register(app: typer.Typer) -> None:
 
 
 def why(job: Job, as_json: AsJson = False) -> int:
-    """Explain a job's credits: charge, lots, event, clause, policy version, transfers, and what is open.
+    """Explain what became of a job's credits.
+
+    Charge, lots, event, clause, policy version and transfers, and what about the job is still open.
 
     Example: kino-refunds why job-42
     """

@@ -36,7 +36,9 @@ def grant(
     purchase: Annotated[str | None, typer.Option(help="The purchase that paid for them.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give an account credits, once for each reference; the first grant creates the account.
+    """Give an account credits, once for each reference.
+
+    The first grant creates the account.
 
     Example: kino-refunds grant acme 500 --reference order-1234 --expires-at 2027-01-01T00:00:00Z
     """
@@ -57,7 +59,7 @@ def balance(
     at: Annotated[str | None, typer.Option(help="At an instant (RFC 3339) instead of now.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show what an account can spend, and what its open jobs hold.
+    """Show what an account can spend and what is held.
 
     Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
     """
@@ -78,7 +80,9 @@ def statement(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Lines at most.")] = 100,
     as_json: AsJson = False,
 ) -> int:
-    """List an account's transfers, oldest first; credits are signed by their effect on the wallet.
+    """List an account's transfers, oldest first.
+
+    Credits are signed by their effect on the wallet.
 
     Example: kino-refunds statement acme --limit 20
     """

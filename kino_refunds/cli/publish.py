@@ -28,9 +28,10 @@ def publish(
     ],
     as_json: AsJson = False,
 ) -> int:
-    """Publish events; all lines are checked first, and if one is wrong nothing is published.
+    """Publish events from a file of JSON lines.
 
-    Publishing the same events again is safe: each refunds once.
+    All lines are checked first, and if one is wrong nothing is published. Publishing the same
+    events again is safe: each refunds once.
 
     Example: kino-refunds publish events.jsonl
     """

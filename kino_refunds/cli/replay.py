@@ -33,9 +33,10 @@ def replay_trace(
     file: Annotated[Path, typer.Argument(help="A CSV like gentd26-first60.csv.", metavar="FILE", dir_okay=False)],
     as_json: AsJson = False,
 ) -> int:
-    """Run a trace of real jobs through scratch servers and a real worker, and compare the ledger with it.
+    """Run a trace through a real worker and compare.
 
-    Exit code 1 means that the ledger disagrees with the trace.
+    Scratch servers, whatever KINO_* URLs are set; every job and every wallet is compared with the
+    trace. Exit code 1 means that the ledger disagrees with the trace.
 
     Example: kino-refunds replay-trace gentd26-first60.csv --json
     """
@@ -48,7 +49,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="The same seed makes the same jobs.")] = 1,
     as_json: AsJson = False,
 ) -> int:
-    """Run jobs of every kind through scratch servers and a real worker, and show what happened."""
+    """Run jobs of every kind and show what happened.
+
+    Scratch servers and a real worker, whatever KINO_* URLs are set.
+
+    Example: kino-refunds demo --jobs 500
+    """
     grace = Settings.model_construct().overdue_grace
     return _run(make_workload(jobs, seed=seed, now=datetime.now(UTC), grace=grace), as_json=as_json)
 

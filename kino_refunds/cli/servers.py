@@ -29,9 +29,12 @@ def register(app: typer.Typer) -> None:
 
 
 def migrate(as_json: AsJson = False) -> None:
-    """Bring the database of KINO_MIGRATION_DATABASE_URL (as kino_owner) to this build's schema.
+    """Bring the database to the schema of this build.
 
-    The roles must exist: a superuser runs kino_refunds/db/roles.sql in that database once.
+    Connects to KINO_MIGRATION_DATABASE_URL, as kino_owner. The roles must exist: a superuser
+    runs kino_refunds/db/roles.sql in that database once.
+
+    Example: KINO_MIGRATION_DATABASE_URL=postgresql://kino_owner@db/kino kino-refunds migrate
     """
     url = load_settings().require_migration_database_url()
     try:
@@ -52,7 +55,12 @@ def migrate(as_json: AsJson = False) -> None:
 def dev(
     data_dir: Annotated[Path, typer.Option(help="Where the data is kept across restarts.")] = Path(".kino-dev"),
 ) -> None:
-    """Run Postgres, Valkey, a worker and beat on this machine until Ctrl-C; the data is kept."""
+    """Run servers, worker and beat here until Ctrl-C.
+
+    Postgres and Valkey are real, on free loopback ports; the data is kept for the next time.
+
+    Example: kino-refunds dev --data-dir /tmp/kino
+    """
     stopping = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
