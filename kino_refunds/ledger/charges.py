@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -31,7 +32,7 @@ from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from datetime import datetime, timedelta
+    from datetime import timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,7 @@ def _require_active(connection: sa.Connection, account_ids: Sequence[str]) -> No
             raise AccountNotActive(message)
 
 
+_NEVER = datetime.max.replace(tzinfo=UTC)
 _CLASS_ORDER = {lot_class.value: order for order, lot_class in enumerate(LotClass)}
 
 
@@ -239,7 +241,7 @@ def _spendable(connection: sa.Connection, account_ids: Sequence[str]) -> dict[st
         return (
             row.priority,
             row.expires_at is None,
-            row.expires_at or row.granted_at,
+            row.expires_at or _NEVER,
             _CLASS_ORDER[row[2]],
             row.granted_at,
             row.lot_id,
