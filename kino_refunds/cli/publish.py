@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -35,12 +36,14 @@ def publish(
 
     Example: kino-refunds publish events.jsonl
     """
-    events, wrong = [], []
+    events: list[dict[str, Any]] = []
+    wrong = []
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            events.append(parse(line.strip()))
+            parse(line.strip())
+            events.append(json.loads(line))
         except MalformedMessage as error:
             wrong.append(f"line {number}: {error.code}: {error.text}")
     if wrong:

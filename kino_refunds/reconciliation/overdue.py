@@ -58,8 +58,12 @@ class OverdueRules:
 
     @property
     def ask_spacing(self) -> timedelta:
-        """An ask sooner than this after the last is not made: three asks in one bad second are one."""
-        return self.ask_window / self.asks
+        """An ask sooner than this after the last is not made: three asks in one bad second are one.
+
+        Shorter than the window's even share, so that a sweep that starts a moment early is not skipped and the
+        last ask still lies within the window.
+        """
+        return self.ask_window / (self.asks + 1)
 
 
 @dataclass(frozen=True, slots=True)
