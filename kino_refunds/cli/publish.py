@@ -10,7 +10,7 @@ import typer
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, print_error, print_json
 from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.settings import load_settings
 
@@ -42,8 +42,7 @@ def publish(
         if not line.strip():
             continue
         try:
-            parse(line.strip())
-            events.append(json.loads(line))
+            events.append(_read(line.strip()))
         except MalformedMessage as error:
             wrong.append(f"line {number}: {error.code}: {error.text}")
     if wrong:
@@ -59,3 +58,12 @@ def publish(
     else:
         console.print(f"published {count:,} events")
     return 0
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    """Check a line as a worker would, and return it whole: unknown fields and `message` travel along."""
+    parse(line)
+    event: dict[str, Any] = json.loads(line)
+    if "specversion" not in event:
+        raise MalformedMessage(MalformedReason.BAD_ENVELOPE, "a file holds bare CloudEvents, not envelopes")
+    return event
