@@ -24,9 +24,9 @@ from kino_refunds.ledger.lots import (
     add_successors,
     add_to_lots,
     lock_lots,
-    require_aware,
     require_credits,
     require_id,
+    require_instant,
 )
 from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
@@ -48,7 +48,7 @@ class ChargeRequest:
         require_id("job_id", self.job_id)
         require_id("account_id", self.account_id)
         require_credits(self.credits, at_least=0)
-        require_aware("deadline_at", self.deadline_at)
+        object.__setattr__(self, "deadline_at", require_instant("deadline_at", self.deadline_at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +225,18 @@ _CLASS_ORDER = {lot_class.value: order for order, lot_class in enumerate(LotClas
 
 def _spendable(connection: sa.Connection, account_ids: Sequence[str]) -> dict[str, list[list[int]]]:
     """Lock what can be drawn, per account in burn order, as mutable [lot id, remaining]."""
-    # The condition is checked again after each wait for a lock, so a lot that expired or was frozen
-    # while we waited is not drawn. clock_timestamp() and not now(): the caller's transaction may be old.
+    # Postgres checks the inner condition again after a wait only if the holder changed the row; the outer
+    # one looks at the clock when the lot is had, so a lot that expired while we waited is not drawn either.
+    # clock_timestamp() and not now(): the caller's transaction may be old.
     rows = connection.execute(
         sa.text("""
-            SELECT lot_id, account_id, class, remaining, priority, granted_at, expires_at FROM kino.credit_lot
-            WHERE account_id = ANY(CAST(:ids AS text[])) AND state = 'active' AND remaining > 0
-              AND (expires_at IS NULL OR expires_at > clock_timestamp())
-            ORDER BY lot_id FOR NO KEY UPDATE
+            WITH locked AS MATERIALIZED (
+                SELECT lot_id, account_id, class, remaining, priority, granted_at, expires_at FROM kino.credit_lot
+                WHERE account_id = ANY(CAST(:ids AS text[])) AND state = 'active' AND remaining > 0
+                  AND (expires_at IS NULL OR expires_at > clock_timestamp())
+                ORDER BY lot_id FOR NO KEY UPDATE
+            )
+            SELECT * FROM locked WHERE expires_at IS NULL OR expires_at > clock_timestamp()
         """),
         {"ids": list(account_ids)},
     ).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from datetime import datetime, timedelta
 
-CREDITS_MAX = 2**63 - 1
+CREDITS_MAX = 2**53 - 1
+"""Exact in every JSON reader, and a thousand such lots still add up within Postgres' bigint."""
+
+PRIORITIES = range(-(2**31), 2**31)
+"""Postgres' integer."""
 
 
 class LotClass(StrEnum):
@@ -61,7 +66,11 @@ class Grant:
         if self.purchase_id is not None:
             require_id("purchase_id", self.purchase_id)
         require_credits(self.credits, at_least=1)
-        require_aware("expires_at", self.expires_at)
+        if type(self.priority) is not int or self.priority not in PRIORITIES:
+            message = f"priority must be a whole number from {PRIORITIES[0]} to {PRIORITIES[-1]}"
+            raise ValueError(message)
+        if self.expires_at is not None:
+            object.__setattr__(self, "expires_at", require_instant("expires_at", self.expires_at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +102,20 @@ def require_credits(credits: int, *, at_least: int) -> None:
         raise ValueError(message)
 
 
-def require_aware(name: str, value: datetime | None) -> None:
-    """Raise ValueError if `value` is an instant without an offset: nobody knows which instant that is."""
-    if value is not None and value.utcoffset() is None:
+def require_instant(name: str, value: datetime) -> datetime:
+    """Return `value` in UTC; raise ValueError if it has no offset, or lies beyond the calendar there.
+
+    In UTC, because in its own zone an hour that comes twice equals no instant anywhere else (PEP 495),
+    and because what is stored must be readable again: Postgres' years go on after 9999, Python's do not.
+    """
+    if value.utcoffset() is None:
         message = f"{name} must carry an offset"
         raise ValueError(message)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        message = f"{name} lies beyond the years 1 to 9999 in UTC"
+        raise ValueError(message) from error
 
 
 _LOT_COLUMNS = "lot_id, reference, account_id, class, granted, remaining, priority, expires_at, state"
@@ -122,7 +140,8 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
 
     Idempotent on `reference`: the same grant again returns its lot as it stands now. Raises GrantConflict
     if a reference already names other terms (clause 1: a customer must be able to trust what was bought).
-    The account is created by its first grant.
+    The account is created by its first grant. Runs in a savepoint: an error that the caller catches
+    leaves nothing behind.
     """
     wanted: dict[str, Grant] = {}
     order: list[str] = []
@@ -135,6 +154,13 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
     if not by_reference:
         return []
 
+    with connection.begin_nested():
+        lots = _insert_lots(connection, by_reference)
+        lots |= _same_grants(connection, {r: g for r, g in wanted.items() if r not in lots})
+    return [lots[reference] for reference in order]
+
+
+def _insert_lots(connection: sa.Connection, by_reference: Sequence[Grant]) -> dict[str, Lot]:
     connection.execute(
         sa.text(
             "INSERT INTO kino.account (account_id) SELECT * FROM unnest(CAST(:ids AS text[]))"
@@ -173,8 +199,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
         ],
         actor="grant",
     )
-    lots |= _same_grants(connection, {r: g for r, g in wanted.items() if r not in lots})
-    return [lots[reference] for reference in order]
+    return lots
 
 
 def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict[str, Lot]:
@@ -330,6 +355,7 @@ def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, now: datet
             "UPDATE kino.credit_lot SET state = 'active',"
             " extended_from = CASE WHEN expires_at < :until THEN coalesce(extended_from, expires_at)"
             "                      ELSE extended_from END,"
+            " extended_at = CASE WHEN expires_at < :until THEN clock_timestamp() ELSE extended_at END,"
             " expires_at = CASE WHEN expires_at < :until THEN :until ELSE expires_at END"
             " WHERE lot_id = ANY(CAST(:lot_ids AS bigint[]))"
         ),

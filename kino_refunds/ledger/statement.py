@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from kino_refunds.ledger.lots import require_instant
+
 if TYPE_CHECKING:
     from datetime import datetime
 
@@ -45,7 +47,8 @@ def balance(connection: sa.Connection, account_id: str, *, at: datetime | None =
             {"account_id": account_id},
         ).one_or_none()
     else:
-        row = connection.execute(_BALANCE_AT, {"account_id": account_id, "at": at}).one()
+        instant = require_instant("at", at)
+        row = connection.execute(_BALANCE_AT, {"account_id": account_id, "at": instant}).one()
     return Balance(0, 0) if row is None else Balance(row.available, row.held)
 
 
@@ -58,7 +61,9 @@ _BALANCE_AT = sa.text("""
         SELECT lot_id, -credits FROM posted WHERE from_book = 'wallet'
     )
     SELECT CAST(coalesce((SELECT sum(w.credits) FROM wallet w JOIN kino.credit_lot l USING (lot_id)
-                     WHERE l.expires_at IS NULL OR l.expires_at > :at), 0) AS bigint) AS available,
+                     WHERE l.expires_at IS NULL
+                        OR CASE WHEN l.extended_at > :at THEN l.extended_from ELSE l.expires_at END > :at),
+                    0) AS bigint) AS available,
            CAST(coalesce((SELECT sum(CASE WHEN to_book = 'held' THEN credits ELSE -credits END) FROM posted
                      WHERE 'held' IN (from_book, to_book)), 0) AS bigint) AS held
 """)
@@ -69,8 +74,9 @@ def statement(
 ) -> list[StatementLine]:
     """List an account's transfers, oldest first, up to `limit`, from behind transfer id `after`.
 
-    Only what lies below the transaction horizon: above it a transaction may still commit a transfer with
-    a lower id, and a reader that pages by id would never see it.
+    Only what lies below the transaction horizon, in the order of transactions and within one of transfer
+    ids: a transaction that is still open has a higher id than every one below the horizon, but its
+    transfers may have lower ids than theirs, and a reader that pages by those alone would never see them.
     """
     rows = connection.execute(
         sa.text("""
@@ -78,9 +84,11 @@ def statement(
                    (CASE 'wallet' WHEN t.to_book THEN 1 WHEN t.from_book THEN -1 ELSE 0 END) AS sign,
                    coalesce(t.to_lot_id, t.lot_id) AS lot_id
             FROM kino.transfer t LEFT JOIN kino.charge c ON c.charge_id = t.charge_id
-            WHERE t.account_id = :account_id AND t.transfer_id > :after
+            WHERE t.account_id = :account_id
+              AND (t.xid, t.transfer_id) > (coalesce((SELECT xid FROM kino.transfer WHERE transfer_id = :after),
+                                                     CAST('0' AS xid8)), :after)
               AND t.xid < pg_snapshot_xmin(pg_current_snapshot())
-            ORDER BY t.transfer_id LIMIT :limit
+            ORDER BY t.xid, t.transfer_id LIMIT :limit
         """),
         {"account_id": account_id, "after": after or 0, "limit": limit},
     )

@@ -47,10 +47,12 @@ CREATE TABLE kino.credit_lot (
     granted_at        timestamptz NOT NULL DEFAULT clock_timestamp(),
     expires_at        timestamptz,
     extended_from     timestamptz,
+    extended_at       timestamptz,
     purchase_id       text,
     successor_of      bigint,
     state             text NOT NULL DEFAULT 'active' CHECK (state IN ('active', 'frozen', 'expired', 'voided')),
-    CHECK (extended_from IS NULL OR expires_at IS NOT NULL)
+    CHECK (extended_from IS NULL OR expires_at IS NOT NULL),
+    CHECK ((extended_from IS NULL) = (extended_at IS NULL))
 ) WITH (fillfactor = 70);
 COMMENT ON COLUMN kino.credit_lot.extended_from IS
     'expires_at as it was granted, when unfreezing has moved it; null otherwise';
@@ -122,7 +124,7 @@ CREATE TABLE kino.transfer (
     created_at        timestamptz NOT NULL DEFAULT clock_timestamp(),
     xid               xid8 NOT NULL DEFAULT pg_current_xact_id()
 );
-CREATE INDEX transfer_account ON kino.transfer (account_id, transfer_id);
+CREATE INDEX transfer_account ON kino.transfer (account_id, xid, transfer_id);
 CREATE INDEX transfer_charge ON kino.transfer (charge_id) WHERE charge_id IS NOT NULL;
 
 CREATE TABLE kino.inbox_event (
@@ -309,7 +311,7 @@ GRANT SELECT ON ALL TABLES IN SCHEMA kino TO kino_worker;
 GRANT INSERT ON kino.account, kino.account_status_change, kino.credit_lot, kino.settlement, kino.correction,
                 kino.transfer, kino.inbox_event TO kino_worker;
 GRANT UPDATE (status, status_reason) ON kino.account TO kino_worker;
-GRANT UPDATE (remaining, state, expires_at, extended_from) ON kino.credit_lot TO kino_worker;
+GRANT UPDATE (remaining, state, expires_at, extended_from, extended_at) ON kino.credit_lot TO kino_worker;
 GRANT INSERT, UPDATE, DELETE ON kino.pending_event, kino.overdue_ask, kino.intake_worker TO kino_worker;
 GRANT INSERT, UPDATE ON kino.dead_letter, kino.break, kino.schedule_slot, kino.relay_cursor TO kino_worker;
 GRANT UPDATE ON kino.intake_state, kino.verified_through TO kino_worker;
