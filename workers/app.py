@@ -38,6 +38,9 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     # For as long as Redis is away; a worker that gives up has to be started by a person.
     broker_connection_max_retries=None,
+    # A full Redis, a replica, a missing ACL answer Celery with an error: it must not end the worker, whose
+    # intake can still drain the queues.
+    broker_channel_error_retry=True,
     broker_transport_options={
         # Celery's own keys keep apart from the queues of the pipeline.
         "global_keyprefix": "kino:celery:",

@@ -56,6 +56,7 @@ class Intake:
         self._terms = terms
         self._settings = settings
         self._unfinished: str | None = None
+        self._skipped: tuple[str, ...] = ()
         self.stopping = threading.Event()
 
     def run_once(self) -> int:
@@ -65,17 +66,19 @@ class Intake:
         """
         started = time.monotonic()
         claim = self._queues.claim(self._settings.intake_batch, self._settings.intake_batch_bytes)
-        if claim.skipped:
-            log.error("queue key is not a list; its messages are not read", keys=claim.skipped)
+        if claim.skipped != self._skipped:
+            self._skipped = claim.skipped
+            log.error("queue keys that are not lists, and are not read", keys=claim.skipped)
         if not claim.messages:
             return 0
         self._unfinished = claim.token
         now = datetime.now(UTC)
         deliveries, malformed = read_claim(claim)
+        decisions = settle_batch(self._engine, deliveries, self._terms, now, between=self._between)
         if malformed:
+            # After the neighbours: they settle even while no dead letter can be written.
             with self._engine.begin() as connection:
                 record_dead_letters(connection, malformed, now=now, build=self._terms.build)
-        decisions = settle_batch(self._engine, deliveries, self._terms, now, between=self._between)
         dropped = self._queues.drop(claim.token)
         self._unfinished = None
         log.info(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from secrets import token_bytes
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.faults import Fault, classify
 from kino_refunds.events.envelope import describe, message_key
 
 if TYPE_CHECKING:
@@ -106,33 +108,57 @@ _RECORD = sa.text("""
 """)
 
 
+_HELD = sa.text("""
+    SELECT message_key FROM kino.dead_letter WHERE message_key = ANY(CAST(:keys AS bytea[]))
+    EXCEPT
+    SELECT message_key FROM (SELECT message_key FROM kino.dead_letter WHERE message_key = ANY(CAST(:keys AS bytea[]))
+                             FOR NO KEY UPDATE SKIP LOCKED) AS free
+""")
+
+
 def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter], *, now: datetime, build: str) -> None:
-    """Write dead letters in the caller's transaction; the same message again raises its row's count."""
+    """Write dead letters in the caller's transaction; the same message again raises its row's count.
+
+    A row that somebody holds for longer than the lock time-out (a person at the desk) holds up nobody: the
+    message is kept in a row of its own instead.
+    """
     seen: dict[bytes, int] = {}
     latest: dict[bytes, DeadLetter] = {}
     for letter in letters:
         seen[letter.key] = seen.get(letter.key, 0) + 1
         latest[letter.key] = letter
-    for key in sorted(latest):
-        letter = latest[key]
-        detail = storable(letter.detail, DETAIL_LENGTH_MAX)
-        connection.execute(
-            _RECORD,
-            {
-                "key": key,
-                "raw": letter.raw,
-                "queue": letter.queue,
-                "reason": letter.reason,
-                "detail": detail,
-                "group_fingerprint": letter.group_fingerprint,
-                "exception": letter.exception and storable(letter.exception, EXCEPTION_LENGTH_MAX),
-                "source": letter.source,
-                "event_id": letter.event_id,
-                "job_id": letter.job_id,
-                "attempts": letter.attempts,
-                "seen": seen[key],
-                "now": now,
-                "build": build,
-                "entry": json.dumps([{"at": now.isoformat(), "reason": letter.reason, "detail": detail}]),
-            },
-        )
+    if not latest:
+        return
+    rows = [_row(latest[key], seen[key], now, build) for key in sorted(latest)]
+    try:
+        with connection.begin_nested():
+            connection.execute(_RECORD, rows)
+    except sa.exc.OperationalError as error:
+        if classify(error) is not Fault.LOCK:
+            raise
+        held = set(connection.execute(_HELD, {"keys": sorted(latest)}).scalars())
+        for row in rows:
+            if row["key"] in held:
+                row["key"] = sha256(row["key"] + token_bytes(16)).digest()
+        connection.execute(_RECORD, rows)
+
+
+def _row(letter: DeadLetter, seen: int, now: datetime, build: str) -> dict[str, Any]:
+    detail = storable(letter.detail, DETAIL_LENGTH_MAX)
+    return {
+        "key": letter.key,
+        "raw": letter.raw,
+        "queue": letter.queue,
+        "reason": letter.reason,
+        "detail": detail,
+        "group_fingerprint": letter.group_fingerprint,
+        "exception": letter.exception and storable(letter.exception, EXCEPTION_LENGTH_MAX),
+        "source": letter.source,
+        "event_id": letter.event_id,
+        "job_id": letter.job_id,
+        "attempts": letter.attempts,
+        "seen": seen,
+        "now": now,
+        "build": build,
+        "entry": json.dumps([{"at": now.isoformat(), "reason": letter.reason, "detail": detail}]),
+    }
