@@ -41,6 +41,8 @@ class CeleryProcess:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            # `-m` looks into the working folder first: a `workers` of somebody else there is not ours.
+            cwd="/",
             start_new_session=True,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, before exec
         )

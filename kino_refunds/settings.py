@@ -9,11 +9,12 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Annotated, Literal
 
+import redis
 import sqlalchemy as sa
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from kino_refunds.db.engine import SessionLimits
+from kino_refunds.db.engine import SessionLimits, driver_url
 from kino_refunds.errors import BadSettings
 from kino_refunds.events.queues import CLAIM_LIMIT_MAX
 
@@ -28,7 +29,7 @@ ALIVE_MARGIN_S = 5.0
 class Settings(BaseSettings):
     """Everything that a deployment can choose; times carry their unit in their name."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", allow_inf_nan=False)
 
     database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
     migration_database_url: SecretStr | None = Field(
@@ -124,11 +125,11 @@ class Settings(BaseSettings):
 
     def require_database_url(self) -> str:
         """Return the worker's database URL; raises BadSettings that says how to set it."""
-        return _require(self.database_url, "KINO_DATABASE_URL", "postgresql://kino_worker@HOST/DATABASE")
+        return _require_postgres(self.database_url, "KINO_DATABASE_URL", "postgresql://kino_worker@HOST/DATABASE")
 
     def require_migration_database_url(self) -> str:
         """Return the owner's database URL; raises BadSettings that says how to set it."""
-        return _require(
+        return _require_postgres(
             self.migration_database_url,
             "KINO_MIGRATION_DATABASE_URL",
             "postgresql://kino_owner@HOST/DATABASE",
@@ -136,13 +137,30 @@ class Settings(BaseSettings):
 
     def require_redis_url(self) -> str:
         """Return the Redis URL; raises BadSettings that says how to set it."""
-        return _require(self.redis_url, "KINO_REDIS_URL", "redis://HOST:6379/0")
+        example = "redis://HOST:6379/0"
+        url = _require(self.redis_url, "KINO_REDIS_URL", example)
+        try:
+            redis.ConnectionPool.from_url(url)
+        except ValueError as error:
+            raise BadSettings(f"KINO_REDIS_URL cannot be read: {error}; for example {example}") from None
+        return url
 
 
 def _require(value: SecretStr | None, name: str, example: str) -> str:
     if value is None or not value.get_secret_value():
         raise BadSettings(f"{name} is not set; for example {name}={example} (or run `kino-refunds dev`)")
     return value.get_secret_value()
+
+
+def _require_postgres(value: SecretStr | None, name: str, example: str) -> str:
+    url = _require(value, name, example)
+    try:
+        driver = driver_url(url).drivername
+    except (sa.exc.ArgumentError, ValueError):  # their texts may quote the password
+        raise BadSettings(f"{name} cannot be read as a URL; for example {example}") from None
+    if driver != "postgresql+psycopg":
+        raise BadSettings(f"{name} is not Postgres by psycopg but {driver}; for example {example}")
+    return url
 
 
 def load_settings() -> Settings:

@@ -62,27 +62,30 @@ def read_trace(path: Path, *, now: datetime, grace: timedelta) -> Workload:
     BadTrace that names the line.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise BadTrace(f"{path}: it has no column {', '.join(missing)}")
-            jobs = [_trace_job(path, line, row) for line, row in enumerate(reader, start=2)]
+            jobs = [_trace_job(f"{path}, line {reader.line_num}", n, row) for n, row in enumerate(reader, start=1)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadTrace(f"{path}: {error}") from error
     if not jobs:
         raise BadTrace(f"{path}: it has no requests")
-    shift = now - MARGIN - grace - max(job.deadline_at for job in jobs)
+    ends = [job.deadline_at + grace for job in jobs] + [job.event.time for job in jobs if job.event is not None]
+    shift = now - MARGIN - max(ends)
     shifted = [_shifted(job, shift) for job in jobs]
     return Workload(path.name, list(_one_lot_each(shifted)), shifted)
 
 
-def _trace_job(path: Path, line: int, row: dict[str, Any]) -> Job:
+def _trace_job(where: str, number: int, row: dict[str, Any]) -> Job:
+    if None in (row[name] for name in TRACE_COLUMNS):
+        raise BadTrace(f"{where}: it has fewer fields than the first line")
     try:
         created = datetime.strptime(row["gmt_create"], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
         status = row["predict_status"]
-        credits = int(float(row["num_images_per_prompt"] or 1))
-        job_id = f"gentd26-{line - 1:06d}"
+        credits = _whole("num_images_per_prompt", row["num_images_per_prompt"] or "1")
+        job_id = f"gentd26-{number:06d}"
         require_id("groupId", row["groupId"])
         require_credits(credits, at_least=0)
         event: Event | None
@@ -93,10 +96,17 @@ def _trace_job(path: Path, line: int, row: dict[str, Any]) -> Job:
             case "PENDING" | "PROCESSING":
                 event = None
             case _:
-                raise BadTrace(f"{path}, line {line}: predict_status {status!r} is not known")
+                raise BadTrace(f"{where}: predict_status {status!r} is not known")
     except (TypeError, ValueError, OverflowError) as error:
-        raise BadTrace(f"{path}, line {line}: {error}") from error
+        raise BadTrace(f"{where}: {error}") from error
     return Job(job_id, row["groupId"], credits, created + TRACE_DEADLINE, event, refunded=status != "SUCCEED")
+
+
+def _whole(name: str, text: str) -> int:
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError(f"{name} {value} is not whole")
+    return int(value)
 
 
 def _ending(job_id: str, status: str, ended: datetime) -> Event:

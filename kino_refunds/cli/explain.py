@@ -8,7 +8,7 @@ import sqlalchemy as sa
 import typer
 
 from kino_refunds.cli.options import AsJson, ledger_connection
-from kino_refunds.cli.output import console, print_error, print_facts, print_json, print_table
+from kino_refunds.cli.output import console, print_error, print_facts, print_json, print_table, shown
 
 Job = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")]
 
@@ -78,7 +78,7 @@ def why(job: Job, as_json: AsJson = False) -> int:
     if as_json:
         print_json(found)
         return 0
-    console.print(_sentence(job, found), markup=False, style="bold")
+    console.print(shown(_sentence(job, found)), style="bold")
     for name, rows in parts.items():
         if len(rows) == 1 and name in {"settlement", "correction", "asks"}:
             console.print(f"\n{name}", style="bold")

@@ -32,7 +32,9 @@ def grant(
     ],
     lot_class: Annotated[LotClass, typer.Option("--class", help="Where the credits come from.")] = LotClass.PURCHASED,
     expires_at: Annotated[str | None, typer.Option(help="When they expire (RFC 3339); without it: never.")] = None,
-    priority: Annotated[int, typer.Option(help="Lots with a lower number burn first.")] = 100,
+    priority: Annotated[
+        int, typer.Option(min=-(2**31), max=2**31 - 1, help="Lots with a lower number burn first.")
+    ] = 100,
     purchase: Annotated[str | None, typer.Option(help="The purchase that paid for them.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -40,7 +42,7 @@ def grant(
 
     The first grant creates the account.
 
-    Example: kino-refunds grant acme 500 --reference order-1234 --expires-at 2027-01-01T00:00:00Z
+    Example: kino-refunds grant acme 500 --reference order-1234
     """
     try:
         wanted = Grant(reference, account, credits, lot_class, read_time(expires_at), priority, purchase)
@@ -63,10 +65,11 @@ def balance(
 
     Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
     """
+    instant = read_time(at)
     with ledger_connection() as connection:
         if not _exists(connection, account):
             return 1
-        found = ledger.balance(connection, account, at=read_time(at))
+        found = ledger.balance(connection, account, at=instant)
     if as_json:
         print_json({"account_id": account, **asdict(found)})
     else:

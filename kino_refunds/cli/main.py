@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import click
 import redis
 import sqlalchemy as sa
+import structlog
 import typer
 
 from kino_refunds.cli import explain, ledger, overdue, publish, replay, servers
-from kino_refunds.cli.output import errors, print_error
+from kino_refunds.cli.output import errors, print_error, shown
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import BadSettings, DependencyAway, KinoError, SourceUnavailable
+from kino_refunds.errors import BadSettings, BadTrace, DependencyAway, KinoError, ServerFailed, SourceUnavailable
 from kino_refunds.settings import unknown_names
 
 FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
@@ -34,41 +33,47 @@ for room in (servers, ledger, publish, explain, overdue, replay):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 fine, 1 a finding, 2 usage, 3 a dependency is away, 130 interrupted."""
+    # By default structlog writes to standard output, which is the answer's alone: `--json | jq` must work.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     for name, nearest in unknown_names():
         hint = f"; did you mean {nearest}?" if nearest else ""
-        errors.print(f"warning: {name} is not a setting and is ignored{hint}", soft_wrap=True, markup=False)
+        errors.print(shown(f"warning: {name} is not a setting and is ignored{hint}"), soft_wrap=True)
     sys.exit(_run(arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         result: Any = app(args=arguments, standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        return int(ended.exit_code)
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
+        _show_usage_error(error)
         return USAGE
-    except (click.Abort, KeyboardInterrupt):
-        errors.print("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`head`) has what it wanted; python would complain about it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError) as error:
+    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError, UnicodeEncodeError) as error:
         code, text = explained(error)
         print_error(text)
         return code
+    if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        errors.print("interrupted")
     return result if isinstance(result, int) else 0
+
+
+def _show_usage_error(error: Any) -> None:
+    """Say what is wrong with the command line, in one line; a command that lacks everything shows its help."""
+    if "\n" in (message := error.format_message()):
+        errors.print(message, soft_wrap=True, markup=False)
+    else:
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "kino-refunds"
+        print_error(f"{message.rstrip('.')}; see {command} --help")
 
 
 def explained(error: Exception) -> tuple[int, str]:
     """Say in one line what went wrong and what to do next, with the exit code that belongs to it."""
-    first_line = str(error).partition("\n")[0]
+    first_line = str(getattr(error, "orig", None) or error).partition("\n")[0]
     match error:
-        case BadSettings():
+        case BadSettings() | BadTrace():
             return USAGE, first_line
-        case DependencyAway() | SourceUnavailable():
+        case UnicodeEncodeError():
+            return USAGE, f"{error.object!r} cannot be written as {error.encoding}"
+        case DependencyAway() | ServerFailed() | SourceUnavailable():
             return AWAY, str(error)
         case KinoError():
             return FINDING, str(error)

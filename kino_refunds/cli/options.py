@@ -41,6 +41,7 @@ def read_time(text: str | None) -> datetime | None:
         return None
     try:
         value = datetime.fromisoformat(text)
-    except ValueError as error:
+        value = value.replace(tzinfo=UTC) if value.utcoffset() is None else value
+        return value.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise typer.BadParameter(f"{text!r} is not a time; for example 2026-01-31T12:00:00Z") from error
-    return value if value.utcoffset() is not None else value.replace(tzinfo=UTC)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,20 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-console = Console(highlight=False)
+
+def _reader_left() -> NoReturn:
+    """The reader (`head`) has what it wanted: no error; python would complain about it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Instead of rich's exit with 1, which here means a finding."""
+        _reader_left()
+
+
+console = _Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 
@@ -33,8 +47,12 @@ def plain(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on one line."""
-    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    """Print one JSON document on one line; in ASCII, so that nothing in it acts on a terminal."""
+    try:
+        sys.stdout.write(json.dumps(plain(value)) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # typer would make this an exit with 1
+        _reader_left()
 
 
 def print_items(items: Sequence[Mapping[str, Any]], *, next_cursor: Any, as_json: bool, empty: str) -> None:
@@ -52,7 +70,13 @@ def print_items(items: Sequence[Mapping[str, Any]], *, next_cursor: Any, as_json
 
 def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
     """Print rows under the keys of the first; numbers to the right."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=None if title is None else shown(title),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for name, value in items[0].items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         table.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold")

@@ -9,9 +9,9 @@ import typer
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, print_error, print_json
-from kino_refunds.errors import MalformedMessage
+from kino_refunds.errors import DependencyAway, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason, parse
-from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.publisher import EventPublisher, to_wire
 from kino_refunds.settings import load_settings
 
 ERRORS_SHOWN = 10
@@ -51,8 +51,11 @@ def publish(
         rest = f" (and {len(wrong) - ERRORS_SHOWN} more)" if len(wrong) > ERRORS_SHOWN else ""
         print_error(f"nothing was published: {len(wrong)} lines are wrong{rest}; correct them and run this again")
         return 2
-    with EventPublisher(load_settings().require_redis_url()) as publisher:
-        count = publisher.publish_many(events)
+    try:
+        with EventPublisher(load_settings().require_redis_url()) as publisher:
+            count = publisher.publish_many(events)
+    except DependencyAway as error:
+        raise DependencyAway(f"{error}; part of the events may be published: publish all of them again") from error
     if as_json:
         print_json({"published": count})
     else:
@@ -66,4 +69,5 @@ def _read(line: bytes) -> dict[str, Any]:
     event: dict[str, Any] = json.loads(line)
     if "specversion" not in event:
         raise MalformedMessage(MalformedReason.BAD_ENVELOPE, "a file holds bare CloudEvents, not envelopes")
+    to_wire(event)  # the envelope can make too large what is not, and NaN is no JSON
     return event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Annotated
 
 import sqlalchemy as sa
 import typer
+from alembic.util import CommandError
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, print_json
 from kino_refunds.db.migrate import migrate as migrate_database
 from kino_refunds.embedded import servers
-from kino_refunds.errors import DependencyAway
+from kino_refunds.errors import BadSettings, DependencyAway
 from kino_refunds.processes import settings_for, start_beat, start_worker
 from kino_refunds.settings import load_settings, redacted
 
@@ -34,11 +36,18 @@ def migrate(as_json: AsJson = False) -> None:
     Connects to KINO_MIGRATION_DATABASE_URL, as kino_owner. The roles must exist: a superuser
     runs kino_refunds/db/roles.sql in that database once.
 
-    Example: KINO_MIGRATION_DATABASE_URL=postgresql://kino_owner@db/kino kino-refunds migrate
+    Example: kino-refunds migrate
     """
     url = load_settings().require_migration_database_url()
     try:
         before, after = migrate_database(url)
+    except CommandError as error:
+        raise BadSettings(f"{redacted(url)}: {error}; is this build older than that database's schema?") from error
+    except sa.exc.OperationalError as error:
+        text = str(error.orig).partition("\n")[0]
+        raise DependencyAway(
+            f"Postgres (KINO_MIGRATION_DATABASE_URL): {text}; check that it runs and can be reached"
+        ) from error
     except sa.exc.ProgrammingError as error:
         raise DependencyAway(
             f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; run kino_refunds/db/roles.sql there as a"
@@ -79,7 +88,7 @@ def dev(
         try:
             for name, value in settings.items():
                 console.print(f"{name}={value}", soft_wrap=True)
-            console.print(f"in another terminal: . {environment_file}", soft_wrap=True)
+            console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True, markup=False)
             while not stopping.wait(LOOK_EVERY_S):
                 worker.require_alive()
                 beat.require_alive()

@@ -54,6 +54,7 @@ _KEEP = frozenset(
         "42703",  # undefined column: this build is ahead of the schema
         "42883",  # undefined function: likewise
         "42P01",  # undefined table: likewise
+        "42P10",  # no such unique index for ON CONFLICT: likewise
     }
 )
 

@@ -59,7 +59,7 @@ class EventPublisher:
         If this raises, any part of them may be on the queues: publish all of them again, with the same ids.
         """
         iterator, count = iter(events), 0
-        while bodies := [_wire(event) for event in islice(iterator, _PIPELINE_LENGTH)]:
+        while bodies := [to_wire(event) for event in islice(iterator, _PIPELINE_LENGTH)]:
             with self._lock:
                 self._push(bodies)
             count += len(bodies)
@@ -129,7 +129,7 @@ def _declare(channel: Any) -> None:
         KombuQueue(queue.value, Exchange(queue.value, "direct"), queue.value, channel=channel).declare()
 
 
-def _wire(event: Event | Mapping[str, Any]) -> tuple[str, Queue]:
+def to_wire(event: Event | Mapping[str, Any]) -> tuple[str, Queue]:
     """Write the body, and read it as a worker would before it goes anywhere."""
     if isinstance(event, BaseModel):
         body = event.model_dump_json(exclude_none=True)

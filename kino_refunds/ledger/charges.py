@@ -18,6 +18,7 @@ from kino_refunds.errors import (
 )
 from kino_refunds.ledger.accounts import AccountStatus
 from kino_refunds.ledger.lots import (
+    SUCCESSOR_PREFIX,
     LockedLot,
     LotClass,
     LotState,
@@ -330,7 +331,7 @@ def end_charges(
         elif _needs_successor(lot, now + lot_grace):
             onward[lot_id] += credits
             # A charge is settled once, so a charge and a lot name one successor and no other.
-            references.setdefault(lot_id, f"successor:{lot_id}:{ending.charge_id}")
+            references.setdefault(lot_id, f"{SUCCESSOR_PREFIX}{lot_id}:{ending.charge_id}")
         else:
             back[lot_id] += credits
     add_to_lots(connection, back)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CREDITS_MAX = 2**53 - 1
 """Exact in every JSON reader, and a thousand such lots still add up within Postgres' bigint."""
 
+SUCCESSOR_PREFIX = "successor:"
+"""Begins the reference of a lot that took what another could not: nobody's grant may stand in its way."""
+
 PRIORITIES = range(-(2**31), 2**31)
 """Postgres' integer."""
 
@@ -63,6 +66,8 @@ class Grant:
         object.__setattr__(self, "lot_class", LotClass(self.lot_class))
         require_id("reference", self.reference)
         require_id("account_id", self.account_id)
+        if self.reference.startswith(SUCCESSOR_PREFIX):
+            raise ValueError(f"references that start with {SUCCESSOR_PREFIX} belong to the ledger")
         if self.purchase_id is not None:
             require_id("purchase_id", self.purchase_id)
         require_credits(self.credits, at_least=1)

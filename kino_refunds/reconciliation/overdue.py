@@ -129,7 +129,9 @@ def sweep_overdue(
     raises; a source or a Redis that fails costs verdicts, not the sweep.
     """
     report = OverdueReport(dry_run)
-    for page in _pages(engine, rules, now):
+    # Without a source there is nobody whom three asks in a row could wake at a bad minute.
+    asked_before = now if source is None else now - rules.ask_spacing
+    for page in _pages(engine, rules, now, asked_before):
         report.overdue += len(page)
         answers = _ask(source, page, report)
         report.answers.update(answer.state.value for answer in answers.values())
@@ -158,7 +160,9 @@ def sweep_overdue(
 _NOT_AN_END = frozenset({JobState.RUNNING, JobState.UNKNOWN})
 
 
-def _pages(engine: sa.Engine, rules: OverdueRules, now: datetime) -> Iterator[list[OverdueCharge]]:
+def _pages(
+    engine: sa.Engine, rules: OverdueRules, now: datetime, asked_before: datetime
+) -> Iterator[list[OverdueCharge]]:
     after: tuple[datetime, int] | None = None
     while True:
         with engine.connect() as connection:
@@ -166,7 +170,7 @@ def _pages(engine: sa.Engine, rules: OverdueRules, now: datetime) -> Iterator[li
                 _OVERDUE,
                 {
                     "due_before": now - rules.grace,
-                    "asked_before": now - rules.ask_spacing,
+                    "asked_before": asked_before,
                     "after_opened": after and after[0],
                     "after_id": after and after[1],
                     "limit": PAGE,
@@ -218,6 +222,7 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
         report.asked += len(part)
         try:
             said = source.ask(part)
+            answers |= {job_id: _answer(said[job_id]) for job_id in part if job_id in said}
         except Exception as error:  # noqa: BLE001 - a source is foreign code; whatever it raises is no answer
             if len(part) > 1:
                 middle = len(part) // 2
@@ -229,9 +234,14 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
                     job_id=part[0],
                     error=f"{type(error).__name__}: {error}",
                 )
-        else:
-            answers |= {job_id: said[job_id] for job_id in part if job_id in said}
     return answers
+
+
+def _answer(said: object) -> Answer:
+    """Refuse what is no answer: a source is foreign code."""
+    if not isinstance(said, Answer):
+        raise TypeError(f"the source said {type(said).__name__}, not Answer")
+    return said
 
 
 def _note_answers(

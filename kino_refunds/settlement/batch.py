@@ -39,12 +39,14 @@ def settle_batch(
     that were settled by then are told `duplicate` the next time (P2).
     """
     decisions: list[Decision] = []
+    not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
     parts = [list(deliveries)]
+    put_off: set[str] = set()  # or a later event of such a job would overtake the one that was put off
     while parts:
         part = parts.pop()
         try:
             with engine.connect() as connection:
-                decisions += settle(connection, part, terms, now)
+                decisions += settle(connection, part, terms, now, busy_jobs=put_off)
         except Exception as error:
             fault = classify(error)
             if fault is Fault.KEEP:
@@ -53,9 +55,18 @@ def settle_batch(
             if smaller:
                 parts += reversed(smaller)
             else:
-                decisions += _settle_alone(engine, part[0], terms, now, fault, error)
+                try:
+                    decisions += _settle_alone(engine, part[0], terms, now, fault, error)
+                except Exception as also:
+                    if classify(also) is Fault.KEEP:
+                        raise
+                    not_even_kept = also
+                if fault is not Fault.BISECT:
+                    put_off.add(part[0].event.job_id)
         if parts:
             between()
+    if not_even_kept is not None:
+        raise not_even_kept
     return decisions
 
 

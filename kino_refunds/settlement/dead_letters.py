@@ -58,9 +58,7 @@ def malformed_letter(raw: bytes, queue: str, error: MalformedMessage) -> DeadLet
     )
 
 
-def event_letter(
-    delivery: Delivery, reason: str, detail: str, *, exception: str | None = None, attempts: int = 0
-) -> DeadLetter:
+def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str | None = None) -> DeadLetter:
     """An event that was understood and cannot be applied."""
     event = delivery.event
     key = sha256(f"{event.source}\0{event.id}\0{delivery.fingerprint}".encode()).digest()
@@ -74,7 +72,7 @@ def event_letter(
         event.source,
         event.id,
         event.job_id,
-        attempts,
+        delivery.attempts,
     )
 
 

@@ -22,6 +22,8 @@ class Delivery:
     queue: str
     pending_since: datetime | None = None
     """Set by the retry sweep: when the event was first seen, and that this is another attempt at it."""
+    attempts: int = 0
+    """How often it was tried again, this attempt included."""
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -35,6 +37,6 @@ def read_delivery(raw: bytes, queue: str) -> Delivery:
     return Delivery(event, fingerprint(event), raw, queue)
 
 
-def delivery_of(event: Event, *, pending_since: datetime | None = None) -> Delivery:
+def delivery_of(event: Event, *, pending_since: datetime | None = None, attempts: int = 0) -> Delivery:
     """Wrap an event that did not come by a queue: one that we wrote ourselves, or kept while it waited."""
-    return Delivery(event, fingerprint(event), to_json(event), queue_of(event).value, pending_since)
+    return Delivery(event, fingerprint(event), to_json(event), queue_of(event).value, pending_since, attempts)

@@ -36,6 +36,11 @@ class Record:
         """Return what counts: the decision if there is one."""
         return self.decided.get(identity) or self.pending.get(identity)
 
+    def waits(self, identity: Identity, fingerprint: str) -> bool:
+        """Say whether this event, with this content, has a pending row."""
+        said = self.pending.get(identity)
+        return said is not None and said.fingerprint == fingerprint
+
 
 _READ = sa.text("""
     SELECT i.source, i.event_id, i.fingerprint, i.outcome

@@ -144,19 +144,25 @@ def lease_due(connection: sa.Connection, *, now: datetime, limit: int = 500) -> 
             WITH due AS (
                 SELECT p.source, p.event_id FROM kino.pending_event p
                 WHERE coalesce(p.leased_until, '-infinity') <= :now
-                  AND (p.next_attempt_at <= :now
-                       OR (p.outcome = 'charge_not_found'
-                           AND EXISTS (SELECT FROM kino.charge c WHERE c.job_id = p.job_id)))
-                ORDER BY p.next_attempt_at LIMIT :limit
+                  AND p.job_id IN (
+                      SELECT d.job_id FROM kino.pending_event d
+                      WHERE coalesce(d.leased_until, '-infinity') <= :now
+                        AND (d.next_attempt_at <= :now
+                             OR (d.outcome = 'charge_not_found'
+                                 AND EXISTS (SELECT FROM kino.charge c WHERE c.job_id = d.job_id)))
+                      ORDER BY d.next_attempt_at LIMIT :limit)
                 FOR UPDATE SKIP LOCKED
             )
             UPDATE kino.pending_event p SET leased_until = :until FROM due
             WHERE p.source = due.source AND p.event_id = due.event_id
-            RETURNING CAST(p.event AS text) AS event, p.first_seen_at
+            RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts
         """),
         {"now": now, "until": now + LEASE, "limit": limit},
     )
-    return [delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at) for row in rows]
+    return [
+        delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,8 @@ def settle(
             if held_lots is not None or classify(error) is not Fault.LOCK:
                 raise
             held_lots = _held_lots(connection, deliveries)
+            if not held_lots:
+                raise  # it is another row that is held: only parting the batch tells whose
     message = f"other sessions decided events of this batch {ROUNDS_MAX} times in a row"
     raise SettledElsewhere(message)
 
@@ -222,7 +224,7 @@ def decide(
         if disposition(outcome) is Disposition.FINAL:
             decisions[index] = Decision(deliveries[index], Outcome.DUPLICATE, outcome)
         else:
-            decisions[index] = Decision(deliveries[index], outcome)
+            decisions[index] = decisions[first]._replace(delivery=deliveries[index])
     return [decisions[index] for index in range(len(deliveries))]
 
 
@@ -281,7 +283,12 @@ def _write(
     postpone(connection, [waiting for waiting in retry.values() if waiting[0].pending_since is not None], now=now)
     unpark(
         connection,
-        {d.delivery.identity: d.delivery.fingerprint for d in (*final, *dead) if d.delivery.identity in record.pending},
+        {
+            d.delivery.identity: d.delivery.fingerprint
+            for d in (*final, *dead)
+            # The row is that of one content: a conflict under the same id must not stand in for it.
+            if record.waits(d.delivery.identity, d.delivery.fingerprint)
+        },
     )
 
     raise_breaks(connection, [_break(d) for d in decisions if d.outcome in BREAKS], now=now)
