@@ -1,0 +1,326 @@
+"""Balances and statements: what an account has, had, and every movement that led there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from kino_refunds.db.engine import create_engine
+from kino_refunds.ledger import (
+    Balance,
+    Charge,
+    Ending,
+    Grant,
+    LotClass,
+    StatementLine,
+    balance,
+    end_charges,
+    expire_lots,
+    freeze_purchase,
+    grant_lots,
+    open_charge,
+    statement,
+    unfreeze_purchase,
+    void_purchase,
+)
+from tests.books import violations
+from tests.conftest import Database
+
+NOW = datetime.now(UTC)
+DAY = timedelta(days=1)
+GRACE = 7 * DAY
+
+SOLD = Grant("order-1", "ada", 100, LotClass.PURCHASED, NOW + 30 * DAY, 50, "p-1")
+
+
+@pytest.fixture(autouse=True)
+def sound_books(database: Database) -> Iterator[None]:
+    """Whatever a test of this file did, the books it leaves are sound."""
+    yield
+    engine = create_engine(database.url("kino_read"), pooled=False)
+    with engine.connect() as connection:
+        assert violations(connection) == []
+
+
+@pytest.fixture
+def product_engine(database: Database) -> Iterator[sa.Engine]:
+    """An engine for kino_product."""
+    engine = create_engine(database.url("kino_product"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def product(product_engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection as kino_product, which grants and charges."""
+    with product_engine.connect() as connection:
+        yield connection
+
+
+def give(product: sa.Connection, *grants: Grant) -> None:
+    """Grant lots one after the other, and commit."""
+    for grant in grants:
+        grant_lots(product, [grant])
+    product.commit()
+
+
+def charge(product: sa.Connection, job_id: str, credits: int) -> Charge:
+    """Open a charge and commit."""
+    opened = open_charge(product, job_id=job_id, account_id="ada", credits=credits, deadline_at=NOW)
+    product.commit()
+    return opened
+
+
+def end(connection: sa.Connection, opened: Charge, kind: str, *, now: datetime = NOW) -> None:
+    """Settle a charge and commit."""
+    reason, clause = {"refunded": ("timeout", "2.timeout"), "captured": ("completed", "1")}[kind]
+    connection.execute(
+        sa.text(
+            "INSERT INTO kino.settlement"
+            " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
+            " VALUES (:charge_id, :kind, :reason, :clause, 'v', 's', :job_id, :now)"
+        ),
+        {
+            "charge_id": opened.charge_id,
+            "kind": kind,
+            "reason": reason,
+            "clause": clause,
+            "job_id": opened.job_id,
+            "now": now,
+        },
+    )
+    ending = Ending(opened.charge_id, opened.account_id, opened.credits, opened.lines, kind == "refunded", reason, now)
+    end_charges(connection, [ending], now=now, lot_grace=GRACE, actor="test")
+    connection.commit()
+
+
+def clock(connection: sa.Connection) -> datetime:
+    """The database's clock, which stamps transfers."""
+    at: datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+    connection.rollback()
+    return at
+
+
+def undated(lines: list[StatementLine]) -> list[StatementLine]:
+    """Statement lines with the one field that the clock chose set to NOW."""
+    return [replace(line, at=NOW) for line in lines]
+
+
+def ids(lines: list[StatementLine]) -> list[int]:
+    return [line.transfer_id for line in lines]
+
+
+class TestBalance:
+    def test_nobody_knows_an_account_that_has_nothing(self, connection: sa.Connection) -> None:
+        """An account that was never granted anything has zero, now and at any time."""
+        assert balance(connection, "eve") == Balance(0, 0)
+        assert balance(connection, "eve", at=NOW) == Balance(0, 0)
+
+    def test_the_balance_of_every_instant_can_be_told_later(
+        self, product: sa.Connection, connection: sa.Connection
+    ) -> None:
+        """What the balance was after each step is what `at` says of that instant when all is over."""
+        steps = [(clock(product), Balance(0, 0))]
+
+        def step() -> None:
+            steps.append((clock(product), balance(product, "ada")))
+            product.rollback()
+
+        give(product, SOLD, replace(SOLD, reference="soon", credits=50, expires_at=NOW + DAY, purchase_id="p-2"))
+        step()
+        first, second, third = (charge(product, job_id, 40) for job_id in ("a", "b", "c"))
+        step()
+        end(connection, first, "captured")
+        step()
+        end(connection, second, "refunded")
+        step()
+        void_purchase(connection, "p-1", reason="payout", actor="ops")
+        connection.commit()
+        step()
+        end(connection, third, "refunded")
+        step()
+
+        assert [now for _, now in steps] == [
+            Balance(0, 0),
+            Balance(150, 0),
+            Balance(30, 120),
+            Balance(30, 80),
+            Balance(70, 40),
+            Balance(10, 40),
+            Balance(10, 0),
+        ]
+        assert [balance(product, "ada", at=at) for at, _ in steps] == [now for _, now in steps]
+
+    def test_a_lot_counts_until_it_expires_swept_or_not(
+        self, product: sa.Connection, connection: sa.Connection
+    ) -> None:
+        """The instant of its expiry belongs to the time after, and when the sweep comes makes no difference."""
+        give(product, SOLD, replace(SOLD, reference="b", credits=7, expires_at=None))
+        instants = [NOW + 30 * DAY - timedelta(microseconds=1), NOW + 30 * DAY]
+
+        before = [balance(product, "ada", at=at) for at in instants]
+        product.rollback()
+        expire_lots(connection, now=NOW + 30 * DAY)
+        connection.commit()
+        after = balance(product, "ada", at=NOW + 30 * DAY)
+
+        assert before == [Balance(107, 0), Balance(7, 0)]
+        assert after == Balance(7, 0)
+
+    def test_an_expired_lot_is_not_available_before_its_sweep(self, product: sa.Connection) -> None:
+        """What cannot be spent is not shown as if it could."""
+        give(product, replace(SOLD, expires_at=NOW - DAY))
+
+        assert balance(product, "ada") == Balance(0, 0)
+
+    def test_a_freeze_is_seen_now_and_not_in_the_past(self, product: sa.Connection, connection: sa.Connection) -> None:
+        """Frozen credits are not available; history goes by transfers, and a freeze is none."""
+        give(product, SOLD)
+        freeze_purchase(connection, "p-1")
+        connection.commit()
+
+        found = (balance(product, "ada"), balance(product, "ada", at=clock(product)))
+
+        assert found == (Balance(0, 0), Balance(100, 0))
+
+    def test_thawing_a_lot_does_not_change_the_past(self, product: sa.Connection, connection: sa.Connection) -> None:
+        """A lot that had expired at an instant had expired at it, whatever time a later thaw has given it."""
+        give(product, replace(SOLD, expires_at=NOW - DAY))
+        at = clock(product)
+        before = balance(product, "ada", at=at)
+        product.rollback()
+        freeze_purchase(connection, "p-1")
+        unfreeze_purchase(connection, "p-1", now=NOW, lot_grace=GRACE)
+        connection.commit()
+
+        after = balance(product, "ada", at=at)
+
+        assert (before, after) == (Balance(0, 0), Balance(0, 0))
+        assert balance(product, "ada") == Balance(100, 0)
+        assert balance(product, "ada", at=clock(product)) == Balance(100, 0)
+
+    def test_an_instant_has_an_offset(self, connection: sa.Connection) -> None:
+        """A time without an offset is nobody's instant, so no balance is told for it."""
+        with pytest.raises(ValueError):
+            balance(connection, "ada", at=datetime(2026, 1, 1))  # noqa: DTZ001 - what is refused here
+
+    def test_uncommitted_work_is_seen_by_its_own_transaction_only(
+        self, product: sa.Connection, connection: sa.Connection
+    ) -> None:
+        """A product sees what it has just charged, and nobody else does before it commits."""
+        give(product, SOLD)
+
+        open_charge(product, job_id="job", account_id="ada", credits=30, deadline_at=NOW)
+
+        assert balance(product, "ada") == Balance(70, 30)
+        assert balance(connection, "ada") == Balance(100, 0)
+        product.rollback()
+
+
+class TestStatement:
+    def test_a_statement_tells_every_movement(self, product: sa.Connection, connection: sa.Connection) -> None:
+        """Each transfer is a line with its effect on the wallet, and the effects add up to what is left."""
+        give(product, replace(SOLD, expires_at=NOW + DAY))
+        captured, refunded = charge(product, "a", 30), charge(product, "b", 20)
+        end(connection, captured, "captured")
+        end(connection, refunded, "refunded")
+        expire_lots(connection, now=NOW + DAY)
+        void_purchase(connection, "p-1", reason="payout", actor="ops")
+        connection.commit()
+
+        lines = statement(connection, "ada")
+
+        assert undated(lines) == [
+            StatementLine(1, NOW, "grant", 100, 1, None, "purchased"),
+            StatementLine(2, NOW, "hold", -30, 1, "a", None),
+            StatementLine(3, NOW, "hold", -20, 1, "b", None),
+            StatementLine(4, NOW, "capture", 0, 1, "a", "completed"),
+            StatementLine(5, NOW, "refund", 20, 2, "b", "timeout"),
+            StatementLine(6, NOW, "expire", -50, 1, None, "expired"),
+            StatementLine(7, NOW, "void", -20, 2, None, "payout"),
+        ]
+        assert [line.at for line in lines] == sorted(line.at for line in lines)
+
+    def test_an_account_sees_its_own_movements_only(self, product: sa.Connection) -> None:
+        """One customer's statement holds nothing of another's."""
+        give(product, SOLD, replace(SOLD, reference="b", account_id="bob"), replace(SOLD, reference="c"))
+
+        found = [ids(statement(product, account_id)) for account_id in ("ada", "bob", "eve")]
+
+        assert found == [[1, 3], [2], []]
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 100])
+    def test_pages_together_are_the_statement(self, product: sa.Connection, limit: int) -> None:
+        """Reading on from the last line of each page finds every line once, in order."""
+        give(product, *(replace(SOLD, reference=str(n)) for n in range(6)))
+        whole = statement(product, "ada")
+
+        pages = [statement(product, "ada", limit=limit)]
+        while pages[-1]:
+            pages.append(statement(product, "ada", after=pages[-1][-1].transfer_id, limit=limit))
+
+        assert [line for page in pages for line in page] == whole
+        assert ids(whole) == [1, 2, 3, 4, 5, 6]
+        assert max(len(page) for page in pages) == min(limit, 6)
+
+    def test_an_open_transaction_holds_back_what_comes_after_it(
+        self, product: sa.Connection, product_engine: sa.Engine, connection: sa.Connection
+    ) -> None:
+        """A transfer is shown when no transaction may still commit an earlier one, and then all are."""
+        give(product, SOLD)
+        with product_engine.connect() as slow:
+            grant_lots(slow, [replace(SOLD, reference="slow")])
+            give(product, replace(SOLD, reference="quick"))
+            held_back = statement(connection, "ada")
+            connection.rollback()
+            slow.commit()
+
+        assert ids(held_back) == [1]
+        assert ids(statement(connection, "ada")) == [1, 2, 3]
+
+    @pytest.mark.parametrize("early_commits_first", [False, True])
+    def test_a_reader_that_pages_misses_nothing(
+        self,
+        product: sa.Connection,
+        product_engine: sa.Engine,
+        connection: sa.Connection,
+        early_commits_first: bool,
+    ) -> None:
+        """Whatever order transactions begin, write and commit in, reading on finds each transfer once.
+
+        (1) `early` gets its transaction id, (2) `late` gets a higher one and posts first, so that the lower
+        transfer id belongs to the higher transaction id, (3) `early` posts, (4) they commit in either order.
+        """
+        read: list[StatementLine] = []
+
+        def read_on() -> None:
+            read.extend(statement(connection, "ada", after=read[-1].transfer_id if read else None))
+            connection.rollback()
+
+        give(product, SOLD)
+        read_on()
+        with product_engine.connect() as early, product_engine.connect() as late:
+            early.exec_driver_sql("SELECT pg_current_xact_id()")
+            grant_lots(late, [replace(SOLD, reference="late")])
+            grant_lots(early, [replace(SOLD, reference="early")])
+            for session in (early, late) if early_commits_first else (late, early):
+                session.commit()
+                read_on()
+            read_on()
+
+        assert sorted(ids(read)) == [1, 2, 3]
+
+    def test_a_transaction_that_rolled_back_holds_back_nothing(
+        self, product: sa.Connection, product_engine: sa.Engine, connection: sa.Connection
+    ) -> None:
+        """Ids that were never committed leave a gap that no reader waits for."""
+        with product_engine.connect() as abandoned:
+            grant_lots(abandoned, [SOLD])
+            abandoned.rollback()
+        give(product, replace(SOLD, reference="order-2"))
+
+        assert ids(statement(connection, "ada")) == [2]
