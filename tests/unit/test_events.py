@@ -146,9 +146,7 @@ def test_a_time_built_in_python_needs_an_offset_too() -> None:
         JobCompleted.of(**{**COMMON, "time": AT.replace(tzinfo=None)})
 
 
-@pytest.mark.parametrize(
-    "value", ["x", "x" * 128, "\U0001f3ac" * 128, "with a space", "größe/Ω", '"quoted\\']
-)
+@pytest.mark.parametrize("value", ["x", "x" * 128, "\U0001f3ac" * 128, "with a space", "größe/Ω", '"quoted\\'])
 def test_an_id_may_be_any_printable_text_up_to_128_characters(value: str) -> None:
     """The boundaries of ids lie where the contract says, counted in characters."""
     document = event(id=value, source=value, subject=value, data=data(job_id=value, account_id=value))
@@ -282,9 +280,7 @@ def test_the_fingerprint_is_made_of_sorted_compact_json() -> None:
     """The canonical form is sorted-key compact JSON of the known fields, without the message."""
     parsed = parse(envelope(event(extra=1)))
 
-    canonical = event(
-        time="2026-11-02T09:11:12.500000Z", data=data(error={"code": "GPU_OOM", "origin": "platform"})
-    )
+    canonical = event(time="2026-11-02T09:11:12.500000Z", data=data(error={"code": "GPU_OOM", "origin": "platform"}))
     assert to_json(parsed).decode() == json.dumps(canonical, sort_keys=True, separators=(",", ":"))
 
 
@@ -388,9 +384,7 @@ def test_other_content_has_another_key() -> None:
     assert len({message_key(raw) for raw in messages}) == len(contents)
 
 
-@pytest.mark.parametrize(
-    "name", ["python repr", "cut off", "trailing characters", "byte order mark", "old version"]
-)
+@pytest.mark.parametrize("name", ["python repr", "cut off", "trailing characters", "byte order mark", "old version"])
 @pytest.mark.parametrize("form", ["bare", "kombu"])
 def test_a_malformed_message_still_names_its_job(name: str, form: str) -> None:
     """Whoever looks at a dead letter sees which job it was about, wherever the bytes still say it."""
