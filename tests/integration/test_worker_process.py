@@ -1,0 +1,411 @@
+"""Intake as it runs: a real Celery worker process that is stopped, killed, cut off and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import pytest
+from kombu import Connection
+from redis import Redis
+
+from kino_refunds.db.migrate import migrate
+from kino_refunds.embedded import DATABASE, Servers, servers
+from kino_refunds.events.client import redis_client
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.queues import SERVED, Queues, Recovered, depths, waiting
+from kino_refunds.events.schema import Event, queue_of, to_json
+from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.processes import CeleryProcess, start_beat, start_worker
+from tests.books import violations
+from tests.conftest import Database
+from tests.scenario import NOW, Scene, make_event, until
+
+FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
+KINDS = ("failed platform", "timeout", "safety before", "completed")
+REFUNDED, CAPTURED = [("refund", 10)], [("capture", 10)]
+EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
+
+
+class Start(Protocol):
+    """Starts a worker, or beat, that ends with the test at the latest."""
+
+    def __call__(self, what: str = "worker", **settings: str) -> CeleryProcess: ...
+
+
+def settings_of(database: Database, redis_url: str) -> dict[str, str]:
+    return {"KINO_DATABASE_URL": database.url(), "KINO_REDIS_URL": redis_url, "KINO_LOG_FORMAT": "json"}
+
+
+@pytest.fixture
+def processes() -> Iterator[list[CeleryProcess]]:
+    started: list[CeleryProcess] = []
+    yield started
+    for process in started:
+        process.kill()
+
+
+def starter(processes: list[CeleryProcess], common: dict[str, str], folder: Path) -> Start:
+    def start(what: str = "worker", **settings: str) -> CeleryProcess:
+        log_file = folder / f"{what}-{len(processes)}.log"
+        if what == "worker":
+            process = start_worker(common | settings, log_file)
+        else:
+            process = start_beat(common | settings, folder / "schedule", log_file)
+        processes.append(process)
+        return process
+
+    return start
+
+
+@pytest.fixture
+def start(processes: list[CeleryProcess], database: Database, redis_url: str, tmp_path: Path) -> Start:
+    return starter(processes, settings_of(database, redis_url), tmp_path)
+
+
+@pytest.fixture
+def scene(database: Database) -> Iterator[Scene]:
+    with Scene.of(database) as scene:
+        yield scene
+
+
+def log_of(process: CeleryProcess) -> list[dict[str, Any]]:
+    """What a process has said so far, a line each."""
+    assert process.log_file is not None
+    lines = process.log_file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def said(process: CeleryProcess, sentence: str) -> bool:
+    return any(line["event"] == sentence for line in log_of(process))
+
+
+def open_jobs(scene: Scene, job_ids: list[str], account_id: str = "acct-1") -> None:
+    """Charge 10 credits for each job, all to one account whose one lot just covers them."""
+    scene.grant(account_id, credits=10 * len(job_ids))
+    requests = [ChargeRequest(job_id, account_id, 10, NOW + timedelta(hours=1)) for job_id in job_ids]
+    with scene.product.begin() as connection:
+        open_charges(connection, requests)
+
+
+def numbered(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}-{number}" for number in range(count)]
+
+
+def endings(job_ids: list[str]) -> list[Event]:
+    """An event for each job, of all kinds in turn."""
+    return [make_event(KINDS[number % len(KINDS)], job_id) for number, job_id in enumerate(job_ids)]
+
+
+def settled(job_ids: list[str]) -> dict[str, list[tuple[str, int]]]:
+    """What `ledger` reads when `endings` are settled."""
+    return {
+        job_id: CAPTURED if KINDS[number % len(KINDS)] == "completed" else REFUNDED
+        for number, job_id in enumerate(job_ids)
+    }
+
+
+def push(client: Redis, events: list[Event]) -> None:
+    with client.pipeline(transaction=False) as bare:
+        for event in events:
+            bare.lpush(queue_of(event), to_json(event))
+        bare.execute()
+
+
+def ledger(scene: Scene) -> dict[str, list[tuple[str, int]]]:
+    """Every job with what moved after its hold, in a ledger without a contradiction."""
+    with scene.superuser.begin() as connection:
+        assert violations(connection) == []
+    moved: dict[str, list[tuple[str, int]]] = {}
+    for job_id, kind, credits in scene.rows(
+        "SELECT c.job_id, t.kind, t.credits FROM kino.charge c"
+        " LEFT JOIN kino.transfer t ON t.charge_id = c.charge_id AND t.kind <> 'hold' ORDER BY t.transfer_id"
+    ):
+        moved.setdefault(job_id, [])
+        if kind is not None:
+            moved[job_id].append((kind, credits))
+    return moved
+
+
+def count_settled(scene: Scene) -> int:
+    return int(scene.rows("SELECT count(*) FROM kino.settlement")[0][0])
+
+
+def make_slow(scene: Scene) -> None:
+    """Let every batch take a while, so that something is in flight at nearly every instant."""
+    scene.as_superuser(
+        "CREATE FUNCTION kino.dawdle() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END $$",
+        "CREATE TRIGGER dawdle AFTER INSERT ON kino.inbox_event EXECUTE FUNCTION kino.dawdle()",
+    )
+
+
+def make_quick(scene: Scene) -> None:
+    scene.as_superuser("DROP TRIGGER dawdle ON kino.inbox_event")
+
+
+def wait_for(condition: Callable[[], bool], *alive: CeleryProcess) -> None:
+    """Look until it is so; fail at once, with its last words, when a process ends that should not."""
+
+    def look() -> bool:
+        for process in alive:
+            process.require_alive()
+        return condition()
+
+    until(look, deadline_s=60)
+
+
+def drained(client: Redis) -> Callable[[], bool]:
+    return lambda: depths(client) == EMPTY
+
+
+def test_a_worker_settles_what_is_published_by_any_means(
+    scene: Scene, redis: Redis, redis_url: str, start: Start
+) -> None:
+    """Through real processes, kombu messages and bare ones of all four queues each move their credits once."""
+    jobs = numbered("job", 400)
+    open_jobs(scene, jobs)
+    events = endings(jobs)
+    with EventPublisher(redis_url) as publisher:
+        publisher.publish_many(events[:100])
+    worker = start()
+    push(redis, events[100:200])
+    wait_for(drained(redis), worker)
+    with EventPublisher(redis_url) as publisher:
+        publisher.publish_many(events[200:300])
+    push(redis, events[300:])
+    wait_for(drained(redis), worker)
+
+    code = worker.stop()
+
+    assert code == 0
+    assert ledger(scene) == settled(jobs)
+
+
+def test_a_stop_under_load_leaves_nothing_behind(scene: Scene, redis: Redis, start: Start) -> None:
+    """After SIGTERM all is settled or queued again, no key names the worker, and the next one settles the rest."""
+    jobs = numbered("job", 1_000)
+    open_jobs(scene, jobs)
+    push(redis, endings(jobs))
+    make_slow(scene)
+    first = start(KINO_INTAKE_BATCH="20")
+    wait_for(lambda: count_settled(scene) > 0, first)
+
+    code = first.stop()
+    left = depths(redis)
+    keys = [key for key in redis.scan_iter("kino:*") if not key.startswith(b"kino:celery:")]
+    done = count_settled(scene)
+    make_quick(scene)
+    second = start()
+    wait_for(drained(redis), second)
+
+    assert code == 0
+    assert (left["in-flight"], left["recovered"]) == (0, 0)
+    assert done + sum(left.values()) == 1_000
+    assert done < 1_000
+    assert keys == []
+    assert said(first, "intake stopped")
+    assert ledger(scene) == settled(jobs)
+
+
+def test_a_stop_while_redis_and_postgres_are_away_ends_the_worker(
+    own: Database, processes: list[CeleryProcess], tmp_path: Path
+) -> None:
+    """A worker whose servers are gone can still be stopped in order."""
+    start = starter(processes, settings_of(own, own.servers.redis_url()), tmp_path)
+    worker = start()
+    wait_for(lambda: said(worker, "intake started"), worker)
+    own.servers.redis.kill()
+    own.servers.postgres.kill()
+    wait_for(lambda: said(worker, "batch kept"), worker)
+
+    code = worker.stop()
+
+    assert code == 0
+
+
+def stop_in_the_middle(worker: CeleryProcess, client: Redis) -> None:
+    """Freeze the worker at an instant at which it has a batch in flight."""
+
+    def frozen_with_a_batch() -> bool:
+        os.kill(worker.pid, signal.SIGSTOP)
+        if depths(client)["in-flight"]:
+            return True
+        os.kill(worker.pid, signal.SIGCONT)
+        return False
+
+    wait_for(frozen_with_a_batch, worker)
+
+
+@pytest.mark.faults
+def test_a_killed_worker_loses_nothing_and_pays_nothing_twice(scene: Scene, redis: Redis, start: Start) -> None:
+    """After SIGKILL every event is on a queue, in flight or decided; once recovered, all settle exactly once."""
+    jobs = numbered("job", 600)
+    open_jobs(scene, jobs)
+    push(redis, endings(jobs))
+    make_slow(scene)
+    first = start(KINO_INTAKE_BATCH="50")
+    wait_for(lambda: count_settled(scene) >= 50, first)
+    stop_in_the_middle(first, redis)
+
+    first.kill()
+    found = {message.raw for message in waiting(redis).messages}
+    in_flight = depths(redis)["in-flight"]
+    (dead,) = cast("set[bytes]", redis.smembers("kino:workers"))
+    decided = set(scene.inbox())
+    lost = [event.id for event in endings(jobs) if to_json(event) not in found and event.id not in decided]
+    make_quick(scene)
+    second = start()
+    wait_for(lambda: depths(redis) == {**EMPTY, "in-flight": in_flight}, second)
+    redis.delete(b"kino:alive:" + dead)  # as when its TTL is over
+    recovered = Queues(redis, "test", alive_ttl_s=60).recover()
+    wait_for(drained(redis), second)
+
+    assert lost == []
+    assert 0 < len(decided) < 600
+    assert recovered == Recovered(workers=(dead.decode(),), messages=in_flight, skipped=())
+    assert ledger(scene) == settled(jobs)
+    assert Counter(scene.inbox().values()) == {"refunded": 450, "captured": 150}
+
+
+@pytest.mark.faults
+def test_a_flushed_redis_does_not_end_the_worker(scene: Scene, redis: Redis, redis_url: str, start: Start) -> None:
+    """After FLUSHALL the worker settles what comes, and the bindings that stock kombu needs are back at its restart."""
+    jobs = numbered("job", 8)
+    open_jobs(scene, jobs)
+    events = endings(jobs)
+    bindings = [f"_kombu.binding.{queue}" for queue in SERVED]
+    worker = start()
+    push(redis, events[:2])
+    wait_for(lambda: count_settled(scene) == 2, worker)
+
+    redis.flushall()
+    push(redis, events[2:4])
+    wait_for(lambda: count_settled(scene) == 4, worker)
+    missing = redis.exists(*bindings)
+    code = worker.stop()
+    again = start()
+    wait_for(lambda: redis.exists(*bindings) == 4, again)
+    with Connection(redis_url) as stock:
+        for event in events[4:]:
+            queue = stock.SimpleQueue(queue_of(event).value)
+            queue.put(json.loads(to_json(event)))
+            queue.close()
+    wait_for(drained(redis), again)
+
+    assert missing == 0
+    assert code == 0
+    assert ledger(scene) == settled(jobs)
+
+
+@pytest.fixture(scope="module")
+def own_servers() -> Iterator[Servers]:
+    """Servers that these tests may kill."""
+    with servers() as running:
+        migrate(running.database_url(role="kino_owner"))
+        yield running
+
+
+@pytest.fixture
+def own(own_servers: Servers) -> Iterator[Database]:
+    """The database of servers that may be killed; they run again after the test."""
+    with redis_client(own_servers.redis_url()) as client:
+        client.flushdb()
+    yield Database(DATABASE, own_servers)
+    own_servers.redis.restart()
+    own_servers.postgres.restart()
+
+
+@pytest.mark.faults
+def test_a_worker_survives_its_servers(own: Database, processes: list[CeleryProcess], tmp_path: Path) -> None:
+    """Redis and Postgres are killed and come back, one after the other, and what was and is published settles."""
+    jobs = numbered("survivor", 16)
+    with Scene.of(own) as scene:
+        open_jobs(scene, jobs, "acct of survivors")
+    events = endings(jobs)
+    start = starter(processes, settings_of(own, own.servers.redis_url()), tmp_path)
+    worker = start(KINO_RETRY_EVERY_S="1")
+    client = redis_client(own.servers.redis_url())
+    push(client, events[:4])
+    wait_for(drained(client), worker)
+
+    own.servers.redis.kill()
+    wait_for(lambda: said(worker, "batch kept"), worker)
+    own.servers.redis.start()
+    push(client, events[4:8])
+    wait_for(drained(client), worker)
+    own.servers.postgres.kill()
+    push(client, events[8:12])
+    wait_for(lambda: depths(client)["in-flight"] == 4, worker)
+    own.servers.postgres.start()
+    push(client, events[12:])
+    wait_for(drained(client), worker)
+    code = worker.stop()
+
+    assert code == 0
+    with Scene.of(own) as scene:
+        moved = ledger(scene)
+    assert {job: moved[job] for job in jobs} == settled(jobs)
+    client.close()
+
+
+@pytest.mark.faults
+def test_a_full_redis_ends_no_worker(own: Database, processes: list[CeleryProcess], tmp_path: Path) -> None:
+    """A worker that meets a full Redis, at its start or with a sweep to fetch, lives on and drains the queues."""
+    jobs = numbered("full", 40)
+    with Scene.of(own) as scene:
+        open_jobs(scene, jobs, "acct of the full")
+    start = starter(processes, settings_of(own, own.servers.redis_url()), tmp_path)
+    client = redis_client(own.servers.redis_url())
+    push(client, endings(jobs))
+    beat = start("beat", KINO_RETRY_EVERY_S="1")
+    wait_for(lambda: client.llen("kino:celery:sweeps") > 0, beat)
+    client.config_set("maxmemory", 1)
+
+    worker = start(KINO_INTAKE_BATCH="5")
+    wait_for(drained(client), worker)
+    client.config_set("maxmemory", 0)
+    wait_for(lambda: client.llen("kino:celery:sweeps") == 0, worker)
+    codes = worker.stop(), beat.stop()
+
+    assert codes == (0, 0)
+    with Scene.of(own) as scene:
+        moved = ledger(scene)
+    assert {job: moved[job] for job in jobs} == settled(jobs)
+    client.close()
+
+
+def test_an_event_before_its_charge_settles_once_the_charge_is_there(scene: Scene, redis: Redis, start: Start) -> None:
+    """An event that overtakes its charge waits, and the sweep that beat starts settles it."""
+    worker, beat = start(KINO_RETRY_EVERY_S="1"), start("beat", KINO_RETRY_EVERY_S="1")
+    push(redis, endings(["early"]))
+    wait_for(lambda: "early failed platform" in scene.pending(), worker, beat)
+    redis.flushall()  # sweeps need nothing that Redis could have lost
+
+    open_jobs(scene, ["early"])
+    wait_for(lambda: scene.pending() == {}, worker, beat)
+
+    assert ledger(scene) == {"early": REFUNDED}
+    assert scene.inbox() == {"early failed platform": "refunded"}
+    assert (beat.stop(), worker.stop()) == (0, 0)
+
+
+def test_an_unknown_setting_is_named_with_the_nearest_known(redis: Redis, start: Start) -> None:
+    """A misspelt variable is not silently ignored."""
+    worker = start(KINO_INTAKE_BACTH="7")
+
+    wait_for(lambda: said(worker, "intake started"), worker)
+    (warning,) = [line for line in log_of(worker) if line["event"] == "unknown setting is ignored"]
+
+    assert (warning["level"], warning["name"], warning["did_you_mean"]) == (
+        "warning",
+        "KINO_INTAKE_BACTH",
+        "KINO_INTAKE_BATCH",
+    )
+    assert redis.keys("kino:inflight:*") == []
