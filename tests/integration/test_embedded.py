@@ -123,8 +123,7 @@ def test_both_servers_answer_with_the_durable_settings(embedded: Servers) -> Non
     with Redis.from_url(embedded.redis_url(511), decode_responses=True) as client:
         version = str(client.info("server")["valkey_version"])
         kept = {
-            name: client.config_get(name)[name]
-            for name in ("appendonly", "appendfsync", "save", "maxmemory-policy")
+            name: client.config_get(name)[name] for name in ("appendonly", "appendfsync", "save", "maxmemory-policy")
         }
 
     assert execute(embedded.postgres, "SELECT split_part(version(), ' ', 2) LIKE '18.%'") == [(True,)]
@@ -147,9 +146,7 @@ def test_both_servers_answer_with_the_durable_settings(embedded: Servers) -> Non
 @pytest.mark.parametrize("role", ["kino_owner", "kino_worker", "kino_product", "kino_read"])
 def test_every_role_may_connect(embedded: Servers, role: str) -> None:
     """The database `kino` is there with the project's four roles."""
-    with psycopg.connect(
-        embedded.database_url(role=role).replace("postgresql+psycopg", "postgresql")
-    ) as connection:
+    with psycopg.connect(embedded.database_url(role=role).replace("postgresql+psycopg", "postgresql")) as connection:
         row = connection.execute("SELECT current_user::text, current_database()::text").fetchone()
 
     assert row == (role, "kino")
@@ -279,9 +276,7 @@ def test_data_folder_in_use_is_refused(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedValkey])
-def test_server_that_cannot_start_says_why(
-    data_dir: Path, kind: type[EmbeddedPostgres | EmbeddedValkey]
-) -> None:
+def test_server_that_cannot_start_says_why(data_dir: Path, kind: type[EmbeddedPostgres | EmbeddedValkey]) -> None:
     """A server that does not start raises ServerFailed with the last lines of its log."""
     first = kind(data_dir / "server").start()
     first.stop()

@@ -42,9 +42,7 @@ ONE_OF_EACH: dict[str, Event] = {
         **COMMON, error={"code": "E", "origin": ErrorOrigin.USER, "message": "bad prompt"}
     ),
     "generation.timeout": JobTimedOut.of(**COMMON),
-    "generation.safety-rejection": JobSafetyRejected.of(
-        **COMMON, stage=SafetyStage.BEFORE_GENERATION, category="gore"
-    ),
+    "generation.safety-rejection": JobSafetyRejected.of(**COMMON, stage=SafetyStage.BEFORE_GENERATION, category="gore"),
 }
 
 
@@ -177,9 +175,7 @@ def test_the_queues_are_bound_for_stock_kombu(publisher: EventPublisher, redis: 
     publisher.publish(event())
 
     bindings = {key.decode(): redis.smembers(key) for key in redis.scan_iter("_kombu.binding.*")}
-    assert bindings == {
-        f"_kombu.binding.{queue}": {f"{queue}\x06\x16\x06\x16{queue}".encode()} for queue in Queue
-    }
+    assert bindings == {f"_kombu.binding.{queue}": {f"{queue}\x06\x16\x06\x16{queue}".encode()} for queue in Queue}
 
 
 def test_many_events_keep_their_order(publisher: EventPublisher, redis: Redis) -> None:
@@ -324,8 +320,7 @@ def test_tls_is_verified_unless_the_url_says_otherwise() -> None:
     url = "rediss://user:p%40ss@redis.example:6380/3"
 
     default, own_ca, unchecked = (
-        _connection_options(url + query)["ssl"]
-        for query in ("", "?ssl_ca_certs=/etc/ca.pem", "?ssl_cert_reqs=none")
+        _connection_options(url + query)["ssl"] for query in ("", "?ssl_ca_certs=/etc/ca.pem", "?ssl_cert_reqs=none")
     )
 
     assert default == {"ssl_cert_reqs": "required"}

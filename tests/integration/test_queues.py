@@ -120,9 +120,7 @@ def test_priority_keys_are_served_highest_first(redis: Redis) -> None:
 
     claim = worker(redis).claim()
 
-    assert claim.messages == messages(
-        TIMEOUT, b"0", b"3-old", b"3-new", b"6-old", b"6-new", b"9-old", b"9-new"
-    )
+    assert claim.messages == messages(TIMEOUT, b"0", b"3-old", b"3-new", b"6-old", b"6-new", b"9-old", b"9-new")
 
 
 def test_an_empty_claim_writes_nothing(redis: Redis) -> None:
@@ -481,9 +479,7 @@ def test_a_release_to_a_queue_of_the_wrong_type_keeps_its_messages(redis: Redis)
     again = queues.claim()
 
     assert released == 1
-    assert again == Claim(
-        token=again.token, messages=messages(FAILED, b"1"), recovered=True, skipped=(str(FAILED),)
-    )
+    assert again == Claim(token=again.token, messages=messages(FAILED, b"1"), recovered=True, skipped=(str(FAILED),))
 
 
 OWN_KEYS = [

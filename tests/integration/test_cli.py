@@ -1,0 +1,779 @@
+"""The command line as people, programs and attackers use it: exit codes, shapes, and errors that help."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pytest
+import typer
+from redis import Redis
+
+from kino_refunds.cli import main as cli
+from kino_refunds.errors import MalformedMessage
+from kino_refunds.events.envelope import parse
+from kino_refunds.events.queues import waiting
+from kino_refunds.events.schema import to_json
+from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
+from kino_refunds.settings import PREFIX
+from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
+from tests.conftest import Database
+from tests.scenario import NOW, Scene, make_event, until
+
+SCRIPT = Path(sys.executable).with_name("kino-refunds")
+AWAY_PORT = 1
+"""Nobody listens on tcpmux here, and a connection to it is refused at once."""
+HOSTILE = "\x1b[2J\x9b31m[red]\u202egnp.exe[/red]\x07"
+"""Clears the screen, colours by C1, reverses what follows, rings; and rich's markup, if anybody reads it as such."""
+HARMLESS = "[red]"
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.out.count("\n") == 1, "one document on one line"
+        return json.loads(self.out)
+
+
+class Run(Protocol):
+    def __call__(self, *arguments: str, stdin: bytes = b"", **environment: str | None) -> Result: ...
+
+
+def error(text: str, code: int = 2) -> Result:
+    """One line on standard error, and nothing on standard output."""
+    return Result(code, "", f"error: {text}\n")
+
+
+def outside() -> dict[str, str]:
+    """This environment without any ledger that it may name."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process, with no KINO_* variable but those that are given."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["kino-refunds"])
+
+    def run(*arguments: str, stdin: bytes = b"", **environment: str | None) -> Result:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            for name, value in environment.items():
+                if value is not None:
+                    patch.setenv(name, value)
+            capsys.readouterr()
+            try:
+                code = cli._run(list(arguments))
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        said = capsys.readouterr()
+        return Result(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def run(bare: Run, database: Database, redis_url: str) -> Run:
+    """Run a command against this test's own database and Redis; None leaves a variable out."""
+    urls: dict[str, str | None] = {
+        "KINO_DATABASE_URL": database.url("kino_worker"),
+        "KINO_MIGRATION_DATABASE_URL": database.url("kino_owner"),
+        "KINO_REDIS_URL": redis_url,
+        "KINO_JOB_SOURCE": "none",
+    }
+    return lambda *arguments, stdin=b"", **environment: bare(*arguments, stdin=stdin, **(urls | environment))
+
+
+@pytest.fixture
+def scene(database: Database) -> Iterator[Scene]:
+    with Scene.of(database) as opened:
+        yield opened
+
+
+def lines(*events: object) -> bytes:
+    return b"".join(each if isinstance(each, bytes) else to_json(each) + b"\n" for each in events)  # type: ignore[arg-type]
+
+
+def instant(text: str) -> datetime:
+    """Read a time of a JSON document: RFC 3339, with an offset."""
+    value = datetime.fromisoformat(text)
+    assert value.utcoffset() == timedelta(0)
+    return value
+
+
+# --- help
+
+
+def commands() -> dict[str, typer.core.TyperCommand]:
+    """Every command by its words."""
+
+    def walk(group: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from walk(command, (*words, name))
+            else:
+                yield " ".join((*words, name)), command
+
+    return dict(walk(typer.main.get_command(cli.app), ()))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_of_every_command_has_an_example_and_fits_a_terminal(bare: Run, command: str) -> None:
+    """A person finds an example to copy, on one line, and no line is wider than 80 columns."""
+    shown = bare(*command.split(), "--help")
+
+    examples = [line for line in shown.out.splitlines() if line.startswith("  Example: ")]
+    assert (shown.code, shown.err) == (0, "")
+    assert max(map(len, shown.out.splitlines())) <= 80
+    assert [shlex.split(line)[1 : 2 + len(command.split())] for line in examples] == [
+        ["kino-refunds", *command.split()]
+    ]
+    assert shown.out.partition(examples[0])[2].startswith("\n\n")
+
+
+def test_list_of_commands_says_each_in_a_whole_line(bare: Run) -> None:
+    """What a command does is not cut off in the list of all of them."""
+    shown = bare("--help")
+
+    listed = {line.split()[0] for line in shown.out.partition("Commands:\n")[2].splitlines()}
+    assert listed == {command.split()[0] for command in commands()}
+    assert "..." not in shown.out.replace("[ARGS]...", "")
+    assert bare("-h") == shown
+
+
+@pytest.mark.parametrize("arguments", [(), ("overdue",)])
+def test_command_without_its_verb_shows_help(bare: Run, arguments: tuple[str, ...]) -> None:
+    """Who types only the name is shown what there is; a script that does is told that it used it wrongly."""
+    shown = bare(*arguments)
+
+    assert (shown.code, shown.out) == (2, "")
+    assert shown.err == bare(*arguments, "--help").out
+
+
+# --- usage errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["refund"], "No such command 'refund'"),
+        (["--versoin"], "No such option: --versoin"),
+        (["why"], "Missing argument 'JOB'"),
+        (["grant", "acme", "5"], "Missing option '--reference'"),
+        (["grant", "acme", "-5", "--reference", "r"], "No such option: -5"),
+        (["grant", "acme", "1.5", "--reference", "r"], "Invalid value for 'CREDITS': Input should be a valid integer"),
+        (["grant", "acme", "0", "--reference", "r"], "credits must be a whole number from 1 to "),
+        (["grant", "--reference", "r", "acme", "--", "-5"], "credits must be a whole number from 1 to "),
+        (["grant", "acme", "9" * 30, "--reference", "r"], "credits must be a whole number from 1 to "),
+        (["grant", "acme", "5", "--reference", "r", "--class", "gift"], "Invalid value for '--class'"),
+        (["grant", "acme", "5", "--reference", "r", "--priority", "3000000000"], "Invalid value for '--priority'"),
+        (["grant", "acme", "5", "--reference", "r", "--expires-at", "soon"], "'soon' is not a time; for example 2026-"),
+        (
+            ["grant", "acme", "5", "--reference", "r", "--expires-at", "0001-01-01T00:00:00+10:00"],
+            "'0001-01-01T00:00:00+10:00' is not a time; for example 2026-",
+        ),
+        (["grant", "", "5", "--reference", "r"], "account_id must be 1 to 128 printable characters"),
+        (["grant", "a" * 129, "5", "--reference", "r"], "account_id must be 1 to 128 printable characters"),
+        (["grant", HOSTILE, "5", "--reference", "r"], "account_id must be 1 to 128 printable characters"),
+        (["grant", "acme", "5", "--reference", "a\nb"], "reference must be 1 to 128 printable characters"),
+        (["balance", "acme", "--at", "2026-13-01"], "'2026-13-01' is not a time; for example 2026-"),
+        (["statement", "acme", "--limit", "0"], "Invalid value for '--limit'"),
+        (["statement", "acme", "--limit", "10001"], "Invalid value for '--limit'"),
+        (["statement", "acme", "--after", "x"], "Invalid value for '--after'"),
+        (["publish", "no such file"], "'no such file': No such file or directory"),
+        (["publish", "/"], "'/': Is a directory"),
+        (["demo", "--jobs", "0"], "Invalid value for '--jobs'"),
+        ([HOSTILE], "No such command "),
+    ],
+)
+def test_wrong_usage_is_one_line_that_leads_to_the_help(bare: Run, arguments: list[str], says: str) -> None:
+    """Exit code 2, one line that names what is wrong and where to read on, no traceback, nothing connected to."""
+    result = bare(*arguments, KINO_DATABASE_URL=f"postgresql://kino_worker@127.0.0.1:{AWAY_PORT}/kino")
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: ")
+    assert says in result.err
+    assert result.err.endswith("--help\n")
+    assert result.err.count("\n") == 1
+    assert result.err[:-1].isprintable()
+
+
+@pytest.mark.parametrize("command", ["balance", "statement", "why"])
+def test_argument_that_is_not_utf_8_is_refused(run: Run, command: str) -> None:
+    """Bytes that no id can have are a wrong argument, not a crash."""
+    result = run(command, "acme\udcff")
+
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith("error: 'acme\\udcff' cannot be written as utf-8")
+
+
+# --- settings and servers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["balance", "acme"], "KINO_DATABASE_URL"),
+        (["statement", "acme"], "KINO_DATABASE_URL"),
+        (["why", "job-1"], "KINO_DATABASE_URL"),
+        (["grant", "acme", "5", "--reference", "r"], "KINO_DATABASE_URL"),
+        (["overdue", "run"], "KINO_DATABASE_URL"),
+        (["migrate"], "KINO_MIGRATION_DATABASE_URL"),
+        (["publish", "-"], "KINO_REDIS_URL"),
+    ],
+)
+def test_missing_and_unreadable_urls_are_named(bare: Run, arguments: list[str], name: str) -> None:
+    """Which variable, and how one looks; the password of a wrong one is not shown."""
+    stdin = lines(make_event("completed"))
+    missing = bare(*arguments, stdin=stdin, KINO_JOB_SOURCE="none")
+    wrong = bare(*arguments, stdin=stdin, KINO_JOB_SOURCE="none", **{name: "db:hunter2@localhost"})
+
+    for result in (missing, wrong):
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert result.err.startswith(f"error: {name} ")
+        assert "; for example " in result.err
+    assert "hunter2" not in wrong.err
+
+
+def test_server_that_is_away_is_exit_3_and_named(bare: Run, tmp_path: Path) -> None:
+    """Nobody listens: the variable that leads there is named, its password is not, and what to look at is said."""
+    (tmp_path / "events").write_bytes(lines(make_event("completed")))
+    at = f":hunter2@127.0.0.1:{AWAY_PORT}"
+
+    results = {
+        "KINO_DATABASE_URL": bare("balance", "acme", KINO_DATABASE_URL=f"postgresql://kino_worker{at}/kino"),
+        "KINO_MIGRATION_DATABASE_URL": bare("migrate", KINO_MIGRATION_DATABASE_URL=f"postgresql://kino_owner{at}/kino"),
+        "Redis": bare("publish", str(tmp_path / "events"), KINO_REDIS_URL=f"redis://{at}/0"),
+    }
+
+    for name, result in results.items():
+        assert (result.code, result.out, result.err.count("\n")) == (3, "", 1)
+        assert name in result.err
+        assert "hunter2" not in result.err
+        assert "psycopg" not in result.err
+    assert "check that it runs and can be reached" in results["KINO_DATABASE_URL"].err
+    assert "check that it runs and can be reached" in results["KINO_MIGRATION_DATABASE_URL"].err
+    assert "publish all of them again" in results["Redis"].err
+
+
+def test_database_without_a_ledger_is_exit_3_and_says_migrate(run: Run, database: Database) -> None:
+    """Not migrated yet: every command that reads says how to mend that, and migrate mends it, once."""
+    with database.servers.postgres.connect(database.name) as superuser:
+        superuser.execute("DROP SCHEMA kino CASCADE")
+
+    before = [run(*arguments) for arguments in (["balance", "a"], ["statement", "a"], ["why", "j"], ["overdue", "run"])]
+    migrated = run("migrate", "--json")
+    again = run("migrate", "--json")
+
+    assert before == [error("the database has no ledger yet; run `kino-refunds migrate` as kino_owner", 3)] * 4
+    assert migrated.json == {"before": None, "after": migrated.json["after"]}
+    assert again.json == {"before": migrated.json["after"], "after": migrated.json["after"]}
+    assert run("migrate") == Result(0, f"the schema is at {migrated.json['after']}, nothing to do\n", "")
+
+
+def test_wrong_role_is_exit_3_and_says_which_may(run: Run, database: Database, scene: Scene) -> None:
+    """A role without the right changes nothing, and reads which to use."""
+    scene.grant("acct-1")
+    before = scene.everything()
+
+    reading = run("grant", "acct-1", "5", "--reference", "r", KINO_DATABASE_URL=database.url("kino_read"))
+    worker = run("migrate", KINO_MIGRATION_DATABASE_URL=database.url("kino_worker"))
+    nobody = run("balance", "acct-1", KINO_DATABASE_URL=database.url("kino_nobody"))
+
+    assert scene.everything() == before
+    assert [(result.code, result.out, result.err.count("\n")) for result in (reading, worker, nobody)] == [
+        (3, "", 1)
+    ] * 3
+    assert "permission denied for table account; connect with the role that may (see KINO_DATABASE_URL)" in reading.err
+    assert "connect as kino_owner; nothing was changed" in worker.err
+    assert 'role "kino_nobody" does not exist' in nobody.err
+
+
+def test_wrong_settings_are_all_named(run: Run) -> None:
+    """A wrong value stops a command before it connects; each is named, in one line."""
+    result = run("balance", "acme", KINO_LOT_GRACE_DAYS="x", KINO_OVERDUE_ASKS="0")
+
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "KINO_LOT_GRACE_DAYS: " in result.err
+    assert "KINO_OVERDUE_ASKS: " in result.err
+
+
+# --- grant, balance, statement
+
+
+def test_grant_gives_once_and_a_conflict_changes_nothing(run: Run, scene: Scene) -> None:
+    """The same grant again shows the same lot; other terms under its reference are a finding."""
+    arguments = (
+        "grant",
+        "acme",
+        "500",
+        "--reference",
+        "order-1",
+        "--expires-at",
+        "2100-01-01T02:00:00+02:00",
+        "--json",
+    )
+    first, again = run(*arguments), run(*arguments)
+    before = scene.everything()
+    conflict = run("grant", "acme", "501", "--reference", "order-1")
+
+    assert (first.code, first.err) == (0, "")
+    assert first.json == {
+        "lot_id": first.json["lot_id"],
+        "reference": "order-1",
+        "account_id": "acme",
+        "lot_class": "purchased",
+        "granted": 500,
+        "remaining": 500,
+        "priority": 100,
+        "expires_at": "2100-01-01T00:00:00+00:00",
+        "state": "active",
+    }
+    assert again == first
+    assert scene.everything() == before
+    assert (conflict.code, conflict.out, conflict.err.count("\n")) == (1, "", 1)
+    assert conflict.err.startswith("error: grant 'order-1' was given on other terms: ")
+
+
+def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: Scene) -> None:
+    """A page of the statement names where the next begins, until there is none."""
+    lot = scene.grant("acme", 100)
+    scene.open("job-1", "acme", 8)
+
+    balance = run("balance", "acme", "--json")
+    before = run("balance", "acme", "--at", "2020-01-01", "--json")
+    page = run("statement", "acme", "--limit", "1", "--json")
+    rest = run("statement", "acme", "--after", str(page.json["next"]), "--json")
+    end = run("statement", "acme", "--after", str(rest.json["items"][-1]["transfer_id"]), "--json")
+
+    def line(of: Result, kind: str, credits: int, job_id: str | None, reason: str | None) -> dict[str, Any]:
+        (item,) = of.json["items"]
+        assert instant(item["at"]) > NOW - timedelta(hours=1)
+        ids = {"transfer_id": item["transfer_id"], "at": item["at"]}
+        return {**ids, "kind": kind, "credits": credits, "lot_id": lot.lot_id, "job_id": job_id, "reason": reason}
+
+    assert balance.json == {"account_id": "acme", "available": 92, "held": 8}
+    assert before.json == {"account_id": "acme", "available": 0, "held": 0}
+    granted = line(page, "grant", 100, None, "purchased")
+    assert page.json == {"items": [granted], "next": granted["transfer_id"]}
+    assert rest.json == {"items": [line(rest, "hold", -8, "job-1", None)], "next": None}
+    assert end.json == {"items": [], "next": None}
+
+
+def test_people_read_tables(run: Run, scene: Scene) -> None:
+    """Without --json a person reads names, separated thousands and what to type next."""
+    scene.grant("acme", 1_234_567)
+    scene.open("job-1", "acme", 4_567)
+
+    balance = run("balance", "acme")
+    statement = run("statement", "acme", "--limit", "1")
+
+    assert [line.split() for line in balance.out.splitlines()] == [
+        ["account", "acme"],
+        ["available", "1,230,000"],
+        ["held", "4,567"],
+    ]
+    first = scene.rows("SELECT min(transfer_id) FROM kino.transfer")[0][0]
+    assert statement.out.splitlines()[-2:] == [f"more: --after {first}", "sum of these lines: 1,234,567"]
+
+
+@pytest.mark.parametrize("command", ["balance", "statement"])
+def test_unknown_account_is_a_finding_that_says_how_accounts_begin(run: Run, command: str) -> None:
+    """Zero credits and no such account are not the same answer."""
+    result = run(command, "nobody", "--json")
+
+    assert result == error("there is no account 'nobody'; its first grant creates it (kino-refunds grant)", 1)
+
+
+# --- publish
+
+
+def test_publish_puts_every_event_on_its_queue(run: Run, redis: Redis, tmp_path: Path) -> None:
+    """A file and standard input are published alike; empty lines are passed over."""
+    failed, completed = make_event("failed platform"), make_event("completed", "job-2")
+    (tmp_path / "events").write_bytes(lines(failed, b"\n", b"  \r\n", completed))
+
+    by_file = run("publish", str(tmp_path / "events"), "--json")
+    by_stdin = run("publish", "-", stdin=lines(failed))
+    nothing = run("publish", "-", "--json")
+
+    assert (by_file.code, by_file.json, by_file.err) == (0, {"published": 2}, "")
+    assert (by_stdin.code, by_stdin.err) == (0, "")
+    assert nothing.json == {"published": 0}
+    assert [parse(message.raw) for message in waiting(redis).messages] == [failed, failed, completed]
+
+
+def test_publish_names_every_wrong_line_and_publishes_nothing(run: Run, redis: Redis) -> None:
+    """One wrong line keeps all from their queues: a half-published file is hard to correct."""
+    good = make_event("completed")
+    naive = to_json(good).replace(b"Z", b"", 1) + b"\n"
+
+    result = run("publish", "-", stdin=lines(good, b"{\n", b"\n", good, naive, HOSTILE.encode() + b"\n"))
+
+    said = result.err.splitlines()
+    assert (result.code, result.out) == (2, "")
+    assert [line.split(":")[:3] for line in said[:-1]] == [
+        ["error", " line 2", " bad_json"],
+        ["error", " line 5", " invalid_event"],
+        ["error", " line 6", " bad_json"],
+    ]
+    assert said[-1].startswith("error: nothing was published: 3 ")
+    assert said[-1].endswith("correct them and run this again")
+    assert all(line.isprintable() for line in said)
+    assert redis.keys() == []
+
+
+def test_publish_checks_what_it_will_send_and_not_only_what_it_read(run: Run, redis: Redis) -> None:
+    """A line that is fine as it stands but not on the wire is named before anything is published."""
+    good = to_json(make_event("completed"))
+    inside = good.replace(b"{", b'{"extra":NaN,', 1) + b"\n"
+    large = good.replace(b"{", b'{"extra":"' + b"x" * 200_000 + b'",', 1) + b"\n"
+
+    result = run("publish", "-", stdin=lines(*[good + b"\n"] * 501, inside, large))
+
+    assert (result.code, result.out) == (2, "")
+    assert [line.split(":")[:3] for line in result.err.splitlines()[:-1]] == [
+        ["error", " line 502", " bad_json"],
+        ["error", " line 503", " too_large"],
+    ]
+    assert redis.keys() == []
+
+
+def test_publish_shows_ten_wrong_lines_of_many(run: Run) -> None:
+    """A wrong file does not fill the terminal; how many more there are is said."""
+    result = run("publish", "-", stdin=b"x\n" * 12)
+
+    assert len(result.err.splitlines()) == 11
+    assert "12 lines are wrong (and 2 more)" in result.err.splitlines()[-1]
+
+
+# --- why
+
+
+WHY_PARTS = ("lots", "settlement", "correction", "transfers", "asks", "events", "waiting", "dead_letters", "breaks")
+
+
+def parts_of(result: Result) -> set[str]:
+    """The parts of a job's story that are not empty; all of them are there."""
+    assert set(result.json) == {"charge", *WHY_PARTS}
+    return {name for name in result.json if result.json[name]}
+
+
+def test_why_explains_every_state_of_a_job(run: Run, scene: Scene, redis: Redis) -> None:
+    """Whatever became of a job: a sentence for people, and for programs every row that speaks of it."""
+    jobs = ("open", "captured", "refunded", "corrected", "broken", "asked")
+    charges = {job_id: scene.charged(job_id, credits=5) for job_id in jobs}
+    scene.settle(
+        make_event("completed", "captured"),
+        make_event("safety before", "refunded"),
+        make_event("failed user", "corrected"),
+        make_event("timeout", "broken"),
+        make_event("completed", "early"),
+    )
+    scene.settle(make_event("completed", "broken"))
+    scene.correct(charges["corrected"])
+    scene.as_superuser(
+        "INSERT INTO kino.overdue_ask"
+        " SELECT charge_id, 2, 'unknown', now(), now() FROM kino.charge WHERE job_id = 'asked'"
+    )
+    letter = malformed_letter(b'{"job_id": "lost",', "generation.timeout", MalformedMessage("bad_json", "cut off"))
+    with scene.worker.begin() as connection:
+        record_dead_letters(connection, [letter], now=NOW, build="test")
+
+    found = {job_id: (run("why", job_id), run("why", job_id, "--json")) for job_id in (*jobs, "early", "lost")}
+
+    assert {job_id: (text.code, document.code) for job_id, (text, document) in found.items()} == dict.fromkeys(
+        found, (0, 0)
+    )
+    taken = {"charge", "lots", "transfers"}
+    assert {job_id: parts_of(document) for job_id, (_, document) in found.items()} == {
+        "open": taken,
+        "captured": taken | {"settlement", "events"},
+        "refunded": taken | {"settlement", "events"},
+        "corrected": taken | {"settlement", "events", "correction"},
+        "broken": taken | {"settlement", "events", "breaks"},
+        "asked": taken | {"asks"},
+        "early": {"waiting"},
+        "lost": {"dead_letters"},
+    }
+    sentences = {job_id: " ".join(text.out.partition("\n\n")[0].split()) for job_id, (text, _) in found.items()}
+    nothing = "has no charge; events about it wait or are dead letters."
+    deadline = f"{charges['open'].deadline_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+    assert sentences == {
+        "open": f"Job open took 5 credits of account acct of open; it is open, with its deadline at {deadline}.",
+        "captured": "Job captured took 5 credits of account acct of captured; they were captured: completed, clause 1"
+        " of policy 2025-12-14, by event captured completed.",
+        "refunded": "Job refunded took 5 credits of account acct of refunded; they came back: content policy rejection,"
+        " clause 2.safety of policy 2025-12-14, by event refunded safety before.",
+        "corrected": "Job corrected took 5 credits of account acct of corrected; they were captured: not covered,"
+        " clause 2.failure of policy 2025-12-14, by event corrected failed user; a correction returned them later.",
+        "broken": "Job broken took 5 credits of account acct of broken; they came back: timeout, clause 2.timeout of"
+        " policy 2025-12-14, by event broken timeout.",
+        "asked": f"Job asked took 5 credits of account acct of asked; it is open, with its deadline at {deadline}.",
+        "early": f"Job early {nothing}",
+        "lost": f"Job lost {nothing}",
+    }
+    assert redis.keys() == []
+
+
+def test_why_shows_a_settlement_whole(run: Run, scene: Scene) -> None:
+    """P10: event, lots, clause, policy version, time and who are all in one document."""
+    charge = scene.charged("job-1", credits=7)
+    scene.settle(make_event("failed provider"))
+
+    document = run("why", "job-1", "--json").json
+
+    (lot,) = scene.rows("SELECT lot_id FROM kino.credit_lot")[0]
+    (settlement,), (event,) = document["settlement"], document["events"]
+    assert document["charge"] == {
+        "charge_id": charge.charge_id,
+        "job_id": "job-1",
+        "account_id": "acct of job-1",
+        "credits": 7,
+        "deadline_at": charge.deadline_at.isoformat(),
+        "opened_at": charge.opened_at.isoformat(),
+        "status": "refunded",
+        "refunded": 7,
+    }
+    assert settlement == {
+        "kind": "refunded",
+        "reason": "generation_failure",
+        "clause": "2.failure",
+        "policy_version": "2025-12-14",
+        "event_source": "/pipeline/eu-1",
+        "event_id": "job-1 failed provider",
+        "event_time": (NOW - timedelta(minutes=1)).isoformat(),
+        "settled_at": settlement["settled_at"],
+    }
+    assert [
+        (t["kind"], t["from_book"], t["to_book"], t["lot_id"], t["credits"], t["actor"]) for t in document["transfers"]
+    ] == [
+        ("hold", "wallet", "held", lot, 7, "product"),
+        ("refund", "held", "wallet", lot, 7, "settlement"),
+    ]
+    assert (event["event_id"], event["outcome"]) == ("job-1 failed provider", "refunded")
+
+
+def test_why_of_an_unknown_job_is_a_finding(run: Run) -> None:
+    """Nothing known is said so, with where was looked."""
+    assert run("why", "job-1") == error("nothing is known of job 'job-1': no charge, no event, no dead letter", 1)
+
+
+# --- overdue run
+
+
+def test_overdue_run_needs_to_be_told_that_nobody_knows(run: Run) -> None:
+    """Without a source every overdue job is refunded in one pass: that is chosen, never fallen into."""
+    result = run("overdue", "run", KINO_JOB_SOURCE=None)
+
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith("error: KINO_JOB_SOURCE is not set; `none` says that nobody knows of jobs")
+
+
+def test_overdue_run_settles_what_the_dry_run_announced(run: Run, scene: Scene) -> None:
+    """A dry run says what would be, the run does it, and a second run finds nothing left."""
+    scene.grant("acme")
+    with scene.product.begin() as connection:
+        open_charges(connection, [ChargeRequest("job-1", "acme", 8, NOW - timedelta(minutes=10))])
+
+    dry = run("overdue", "run", "--dry-run", "--json")
+    held = scene.balance("acme").held
+    wet = run("overdue", "run", "--json")
+    again = run("overdue", "run")
+
+    nothing = {"asked": 0, "source_errors": 0, "withheld": {}}
+    assert dry.json == nothing | {
+        "dry_run": True,
+        "overdue": 1,
+        "answers": {"unknown": 1},
+        "outcomes": {"would settle: kino.generation.timeout.v1": 1},
+        "refunded": 0,
+        "refunded_credits": 0,
+        "verified_through": None,
+    }
+    assert held == 8
+    assert wet.json == nothing | {
+        "dry_run": False,
+        "overdue": 1,
+        "answers": {"unknown": 1},
+        "outcomes": {"refunded": 1},
+        "refunded": 1,
+        "refunded_credits": 8,
+        "verified_through": wet.json["verified_through"],
+    }
+    assert instant(wet.json["verified_through"]) < datetime.now(UTC) - timedelta(minutes=59)
+    assert ["overdue", "0"] in [line.split() for line in again.out.splitlines()]
+    assert scene.balance("acme").held == 0
+
+
+# --- hostile content
+
+
+def test_hostile_text_in_the_database_is_shown_harmlessly(run: Run, scene: Scene) -> None:
+    """Whatever got into a row neither acts on the terminal nor is read as markup, in tables and in JSON."""
+    scene.grant("acme")
+    scene.open("job-1", "acme")
+    literal = "'" + HOSTILE + "'"
+    replica = "SET session_replication_role = replica"
+    scene.as_superuser(
+        replica,
+        f"UPDATE kino.credit_lot SET reference = {literal}, account_id = {literal}",
+        f"UPDATE kino.account SET account_id = {literal}",
+        f"UPDATE kino.charge SET job_id = {literal}, account_id = {literal}",
+        f"UPDATE kino.transfer SET account_id = {literal}, reason = {literal}, actor = {literal}",
+        "INSERT INTO kino.break (kind, job_id, credits, detail)"
+        f" VALUES ('failed_after_capture', {literal}, 1, {literal})",
+    )
+
+    shown = [
+        run(*arguments, *form)
+        for arguments in (["why", HOSTILE], ["balance", HOSTILE], ["statement", HOSTILE])
+        for form in ([], ["--json"])
+    ]
+
+    assert [(result.code, result.err) for result in shown] == [(0, "")] * 6
+    assert [result.out.replace("\n", "").isprintable() for result in shown] == [True] * 6
+    assert [HARMLESS in result.out for result in shown] == [True] * 6
+
+
+@pytest.mark.parametrize("arguments", [["why"], ["balance"], ["statement"]])
+def test_hostile_argument_is_shown_harmlessly(run: Run, arguments: list[str]) -> None:
+    """An id that is echoed in an error keeps to its line and its colour."""
+    result = run(*arguments, HOSTILE)
+
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err[:-1].isprintable()
+    assert HARMLESS in result.err
+
+
+# --- the installed script
+
+
+def script(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [SCRIPT, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=outside() | environment,
+    )
+
+
+def test_installed_script_answers_and_warns(database: Database, scene: Scene) -> None:
+    """The answer on one stream; on the other, each name that is no setting, with the nearest that is one."""
+    scene.grant("acme", 5)
+
+    wrong = {"KINO_REDIS_ULR": "x", f"KINO_{HOSTILE}": "x"}
+    program = script("balance", "acme", "--json", KINO_DATABASE_URL=database.url(), **wrong)
+    out, err = program.communicate(timeout=60)
+
+    said = err.decode().splitlines()
+    assert (program.returncode, json.loads(out)) == (0, {"account_id": "acme", "available": 5, "held": 0})
+    assert said[1] == "warning: KINO_REDIS_ULR is not a setting and is ignored; did you mean KINO_REDIS_URL?"
+    assert [line.startswith("warning: KINO_") and line.isprintable() for line in said] == [True, True]
+
+
+def test_json_is_all_there_is_on_standard_output(database: Database, scene: Scene) -> None:
+    """What the program has to say beside its answer goes to standard error, so that the answer can be piped."""
+    scene.grant("acme")
+    with scene.product.begin() as connection:
+        open_charges(connection, [ChargeRequest("job-1", "acme", 8, NOW - timedelta(minutes=10))])
+
+    program = script(
+        "overdue",
+        "run",
+        "--json",
+        KINO_DATABASE_URL=database.url(),
+        KINO_REDIS_URL=f"redis://127.0.0.1:{AWAY_PORT}/0",
+        KINO_JOB_SOURCE="none",
+    )
+    out, err = program.communicate(timeout=60)
+
+    assert json.loads(out)["withheld"] == {"redis_away": 1}
+    assert b"no verdict: Redis cannot be read" in err
+
+
+def test_schema_of_a_newer_build_is_left_alone(run: Run, database: Database) -> None:
+    """A database that this build does not know is a clear refusal."""
+    with database.servers.postgres.connect(database.name) as superuser:
+        superuser.execute("UPDATE kino.alembic_version SET version_num = '9999'")
+
+    result = run("migrate")
+
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "'9999'" in result.err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_reader_that_leaves_early_is_no_error(database: Database, scene: Scene, form: list[str]) -> None:
+    """`| head` has what it wanted: exit code 0 and not a word, for more than a pipe holds."""
+    with scene.worker.begin() as connection:
+        grant_lots(connection, [Grant(f"lot-{n}", "acme", 1, LotClass.COURTESY) for n in range(3_000)])
+
+    program = script("statement", "acme", "--limit", "3000", *form, KINO_DATABASE_URL=database.url())
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.read(10)
+    program.stdout.close()
+    said = program.stderr.read()
+    program.stderr.close()
+
+    assert (program.wait(60), said) == (0, b"")
+
+
+def ended_by(number: signal.Signals, *arguments: str, once: Callable[[bytes], bool]) -> tuple[int, bytes]:
+    """Run the script, signal it once it has said so, and return its exit code and what it said on stderr."""
+    program = script(*arguments)
+    assert program.stdout is not None
+    assert program.stderr is not None
+    said = b""
+    while not once(said):
+        line = program.stderr.readline()
+        assert line, f"it ended too soon, and said {said!r}"
+        said += line
+    program.send_signal(number)
+    rest = program.stderr.read()
+    program.stdout.close()
+    program.stderr.close()
+    return program.wait(60), said + rest
+
+
+def test_interrupt_ends_with_130_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a demo: one word, exit code 130, no server and no worker left behind."""
+    with tempfile.TemporaryDirectory(prefix="kino-test-") as folder:
+        Path(folder).chmod(0o711)
+        monkeypatch.setenv("TMPDIR", folder)
+        code, said = ended_by(signal.SIGINT, "demo", "--jobs", "20000", once=lambda said: b"submitted" in said)
+
+        assert code == 130
+        assert said.splitlines()[-1] == b"interrupted"
+        assert b"Traceback" not in said
+        until(lambda: processes_of(folder) == [] and not any(Path(folder).iterdir()))
+
+
+def processes_of(folder: str) -> list[str]:
+    """Every process that has the folder in its command line or environment, this one aside."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            if folder.encode() in told and process.name != str(os.getpid()):
+                found.append(told.decode(errors="replace"))
+    return found
