@@ -48,6 +48,14 @@ class ForeignKey(KinoError):
     """A Redis key of our own name holds a value that is not ours; nothing was moved."""
 
 
+class DeadLetterNotFound(KinoError):
+    """No dead letter has this number."""
+
+
+class BreakNotFound(KinoError):
+    """No open break has this number."""
+
+
 class SourceUnavailable(KinoError):
     """The job source did not answer; an error is not an answer."""
 

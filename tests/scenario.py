@@ -38,7 +38,7 @@ from kino_refunds.ledger import (
 from kino_refunds.ledger.lots import add_to_lots, lock_lots
 from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 from kino_refunds.policy.document import Policy, published_policy
-from kino_refunds.settlement.batch import outcomes_of, settle_batch
+from kino_refunds.settlement.batch import Part, outcomes_of, settle_batch
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.settlement.retries import sweep_retries
@@ -272,10 +272,10 @@ class Scene:
         *events: Event | Delivery,
         now: datetime = NOW,
         terms: Terms | None = None,
-        between: Callable[[], None] = lambda: None,
+        watch: Callable[[Part], None] = lambda _: None,
     ) -> dict[str, str]:
         """Settle these events as intake does; returns outcomes by event id."""
-        decisions = settle_batch(self.worker, deliveries_of(events), terms or make_terms(), now, between=between)
+        decisions = settle_batch(self.worker, deliveries_of(events), terms or make_terms(), now, watch=watch)
         return {decision.delivery.event.id: decision.outcome.value for decision in decisions}
 
     def sweep(self, *, now: datetime = NOW, terms: Terms | None = None, limit: int = 500) -> dict[str, int]:

@@ -14,7 +14,7 @@ from celery.signals import setup_logging
 
 from kino_refunds.log import configure_logging, get_logger
 from kino_refunds.settings import load_settings, unknown_names
-from workers.intake import IntakeStep
+from workers.bootstep import IntakeStep
 from workers.schedule import beat_schedule
 
 settings = load_settings()

@@ -1,8 +1,10 @@
-"""What Celery beat starts, and how often. A sweep that is missed is made up by the next one."""
+"""What Celery beat starts, and how often; whether it then runs is decided by its slot's row."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from kino_refunds.schedule import entries
 
 if TYPE_CHECKING:
     from kino_refunds.settings import Settings
@@ -10,8 +12,12 @@ if TYPE_CHECKING:
 
 def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
     """Return Celery's beat_schedule; a task that waited for longer than its period is not worth starting."""
-    every_s = {"kino.sweep_retries": settings.retry_every_s, "kino.expire_lots": settings.expiry_every_s}
     return {
-        name: {"task": name, "schedule": period_s, "options": {"expires": period_s}}
-        for name, period_s in every_s.items()
+        entry.name: {
+            "task": entry.name,
+            # Twice a slot: beat counts from its last tick and drifts, and a slot without a tick would be missed.
+            "schedule": entry.every.total_seconds() / 2,
+            "options": {"expires": entry.every.total_seconds()},
+        }
+        for entry in entries(settings)
     }

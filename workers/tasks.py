@@ -1,22 +1,34 @@
-"""The sweeps, as Celery tasks: each opens what it needs, does one round, and says what it did."""
+"""The sweeps, as Celery tasks: each claims its slot, does one round, and keeps what it did in the slot's row."""
 
 from __future__ import annotations
 
+import os
+import socket
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from celery import shared_task
 
 from kino_refunds.db.engine import create_engine
+from kino_refunds.events.client import redis_client
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.log import get_logger
+from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.reconciliation.overdue import rules_of
+from kino_refunds.reconciliation.overdue import sweep_overdue as sweep_jobs
+from kino_refunds.schedule import claim_slot, entries, finish_slot
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
+from kino_refunds.settlement.gate import read_gate
+from kino_refunds.settlement.relay import relay_refunds as relay
 from kino_refunds.settlement.retries import sweep_retries as sweep
-from workers.intake import terms_of
+from workers.bootstep import terms_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
     import sqlalchemy as sa
 
 log = get_logger(__name__)
@@ -30,28 +42,80 @@ def _engine() -> sa.Engine:
     )
 
 
+@cache
+def _redis() -> redis.Redis:
+    return redis_client(load_settings().require_redis_url())
+
+
+def _in_slot(name: str, run: Callable[[datetime], dict[str, Any]], *, settles: bool) -> None:
+    """Run in this slot unless somebody has; a run that found something to do is worth a line.
+
+    What settles events waits while intake is paused: a build that the tripwire has stopped must not go on
+    with the events that wait for a retry.
+    """
+    now = datetime.now(UTC)
+    entry = next(entry for entry in entries(load_settings()) if entry.name == name)
+    with _engine().begin() as connection:
+        slot_at = claim_slot(connection, entry, now=now, claimed_by=f"{socket.gethostname()}:{os.getpid()}")
+        paused = settles and read_gate(connection).paused
+    if slot_at is None:
+        return
+    result = {"paused": True} if paused else run(now)
+    with _engine().begin() as connection:
+        finish_slot(connection, entry, slot_at, result)
+    if any(result.values()):
+        log.info("swept", task=name, **result)
+
+
 @shared_task(name="kino.sweep_retries")
 def sweep_retries() -> None:
     """Try events again whose time, or whose charge, has come."""
     terms = terms_of(load_settings())
-    swept = sweep(
-        _engine(),
-        lambda due, now: outcomes_of(settle_batch(_engine(), due, terms, now)),
-        now=datetime.now(UTC),
-    )
-    if swept.tried:
-        log.info("retries swept", tried=swept.tried, outcomes=swept.outcomes)
+
+    def run(now: datetime) -> dict[str, Any]:
+        swept = sweep(_engine(), lambda due, at: outcomes_of(settle_batch(_engine(), due, terms, at)), now=now)
+        return {"tried": swept.tried, "outcomes": swept.outcomes}
+
+    _in_slot("kino.sweep_retries", run, settles=True)
 
 
 @shared_task(name="kino.expire_lots")
 def expire_lots() -> None:
     """Expire lots whose time has come, in small transactions: a refund may be waiting for one of them."""
-    count = 0
-    while True:
-        with _engine().begin() as connection:
-            expired = expire(connection, now=datetime.now(UTC))
-        count += expired
-        if not expired:
-            break
-    if count:
-        log.info("lots expired", lots=count)
+
+    def run(now: datetime) -> dict[str, Any]:
+        count = expired = -1
+        while expired:
+            with _engine().begin() as connection:
+                expired = expire(connection, now=now)
+            count += expired
+        return {"lots": count + 1}
+
+    _in_slot("kino.expire_lots", run, settles=False)
+
+
+@shared_task(name="kino.sweep_overdue")
+def sweep_overdue() -> None:
+    """Ask about jobs whose event never came."""
+    settings = load_settings()
+
+    def run(now: datetime) -> dict[str, Any]:
+        with source_of(settings) as source:
+            report = sweep_jobs(_engine(), _redis(), source, terms_of(settings), rules_of(settings), now=now)
+        return {name: value for name, value in report.as_dict().items() if name != "verified_through"}
+
+    _in_slot("kino.sweep_overdue", run, settles=True)
+
+
+@shared_task(name="kino.relay_refunds")
+def relay_refunds() -> None:
+    """Tell the product of refunds, oldest first."""
+    queue = load_settings().relay_queue
+
+    def run(_now: datetime) -> dict[str, Any]:
+        count = relayed = 0
+        while queue is not None and (relayed := relay(_engine(), _redis(), queue)):
+            count += relayed
+        return {"relayed": count}
+
+    _in_slot("kino.relay_refunds", run, settles=False)

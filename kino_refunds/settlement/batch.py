@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import defaultdict
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, record_dead_letters
@@ -21,32 +21,41 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.deliveries import Delivery
 
 
+class Part(NamedTuple):
+    """What one try of a part came to: events decided, events that became `apply_error`, parts still to do."""
+
+    settled: int
+    failed: int
+    parts_left: int
+
+
 def settle_batch(
     engine: sa.Engine,
     deliveries: Sequence[Delivery],
     terms: Terms,
     now: datetime,
     *,
-    between: Callable[[], None] = lambda: None,
+    watch: Callable[[Part], None] = lambda _: None,
 ) -> list[Decision]:
     """Settle `deliveries`, in one transaction if nothing is wrong; returns the decisions, in no order.
 
     When the batch fails for a reason that lies in an event, it is halved until that event is alone; it
     becomes a dead letter `apply_error` and has no decision. A job's events stay together until the job is
-    alone. `between` is called between two parts, so that a long search is not taken for a dead worker.
+    alone. `watch` is told of each part: it may keep a long search from being taken for a dead worker, and may
+    raise to end it.
 
     Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. Parts
     that were settled by then are told `duplicate` the next time (P2).
     """
     decisions: list[Decision] = []
     not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
-    parts = [list(deliveries)]
+    parts = [list(deliveries)] if deliveries else []
     put_off: set[str] = set()  # or a later event of such a job would overtake the one that was put off
     while parts:
-        part = parts.pop()
+        part, settled, failed = parts.pop(), [], 0
         try:
             with engine.connect() as connection:
-                decisions += settle(connection, part, terms, now, busy_jobs=put_off)
+                settled = settle(connection, part, terms, now, busy_jobs=put_off)
         except Exception as error:
             fault = classify(error)
             if fault is Fault.KEEP:
@@ -56,15 +65,16 @@ def settle_batch(
                 parts += reversed(smaller)
             else:
                 try:
-                    decisions += _settle_alone(engine, part[0], terms, now, fault, error)
+                    settled = _settle_alone(engine, part[0], terms, now, fault, error)
+                    failed = 1 - len(settled)
                 except Exception as also:
                     if classify(also) is Fault.KEEP:
                         raise
                     not_even_kept = also
                 if fault is not Fault.BISECT:
                     put_off.add(part[0].event.job_id)
-        if parts:
-            between()
+        decisions += settled
+        watch(Part(len(settled), failed, len(parts)))
     if not_even_kept is not None:
         raise not_even_kept
     return decisions

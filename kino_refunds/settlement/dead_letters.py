@@ -24,7 +24,7 @@ DETAIL_LENGTH_MAX = 2_000
 EXCEPTION_LENGTH_MAX = 20_000
 
 APPLY_ERROR = "apply_error"
-EXHAUSTED_AFTER_H = 24
+POISON_CRASH = "poison_crash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,12 @@ def malformed_letter(raw: bytes, queue: str, error: MalformedMessage) -> DeadLet
     return DeadLetter(
         message_key(raw), raw, queue, error.code, error.text, source=source, event_id=event_id, job_id=job_id
     )
+
+
+def poison_letter(raw: bytes, queue: str, crashes: int) -> DeadLetter:
+    """A message that ended workers while it was alone with them; not even its ids are read from it."""
+    detail = f"{crashes} workers ended while this message was all that they had in flight"
+    return DeadLetter(sha256(raw).digest(), raw, queue, POISON_CRASH, detail, attempts=crashes)
 
 
 def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str | None = None) -> DeadLetter:

@@ -12,7 +12,7 @@ from kino_refunds.db.engine import SessionLimits, create_engine
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.ledger import Balance
 from kino_refunds.settlement import settle as settle_module
-from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.settlement.batch import Part, settle_batch
 from kino_refunds.settlement.retries import GIVE_UP_AFTER, LONGEST_DELAY
 from tests.scenario import (
     EVENT_AT,
@@ -344,11 +344,11 @@ def test_intake_gets_a_word_in_between_the_parts(scene: Scene) -> None:
     refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
     settled_so_far: list[int] = []
 
-    scene.settle_batch(*events, between=lambda: settled_so_far.append(len(scene.inbox())))
+    scene.settle_batch(*events, watch=lambda _: settled_so_far.append(len(scene.inbox())))
 
     assert settled_so_far == sorted(settled_so_far)
     assert settled_so_far[0] == 0
-    assert 0 < settled_so_far[-1] < len(JOBS)
+    assert settled_so_far[-1] == len(JOBS) - 1
 
 
 def test_a_bisection_that_is_stopped_leaves_what_is_settled(scene: Scene) -> None:
@@ -356,12 +356,12 @@ def test_a_bisection_that_is_stopped_leaves_what_is_settled(scene: Scene) -> Non
     events = charge_all(scene)
     refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
 
-    def stop_once_some_are_settled() -> None:
-        if scene.inbox():
+    def stop_once_some_are_settled(part: Part) -> None:
+        if part.parts_left and scene.inbox():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scene.settle_batch(*events, between=stop_once_some_are_settled)
+        scene.settle_batch(*events, watch=stop_once_some_are_settled)
     settled = scene.inbox()
     mend(scene)
     said = scene.settle_batch(*events)

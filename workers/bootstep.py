@@ -1,0 +1,157 @@
+"""Intake's place in a Celery worker: one thread, its connections, and its chores beside the batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import sqlalchemy as sa
+from celery import bootsteps
+
+from kino_refunds.db.engine import create_engine
+from kino_refunds.events.client import redis_client
+from kino_refunds.events.publisher import declare_queues
+from kino_refunds.events.queues import Queues
+from kino_refunds.log import get_logger
+from kino_refunds.policy.document import published_policy
+from kino_refunds.settings import Settings, load_settings
+from kino_refunds.settlement.settle import Terms
+from workers.intake import Intake, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = get_logger(__name__)
+
+DECLARE_EVERY_S = 30.0
+"""After a FLUSHALL a live kombu SimpleQueue drops what it is given until its binding is back."""
+RECOVER_EVERY_S = 5.0
+"""A dead worker's batch waits for its alive key to run out; this adds little to that."""
+HEARTBEAT_EVERY_S = 10.0
+FORGET_WORKERS_AFTER = "7 days"
+STOP_WITHIN_S = 10.0
+"""Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
+
+
+def terms_of(settings: Settings) -> Terms:
+    """What this worker settles by."""
+    return Terms(policy=published_policy(), lot_grace=settings.lot_grace, build=settings.build)
+
+
+class IntakeStep(bootsteps.StartStopStep):
+    """Starts intake with a Celery worker, in one thread of its own.
+
+    A step of the worker and not of its consumer: the consumer's steps are restarted whenever the broker's
+    connection breaks, and an exception in one of them can end the worker.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._intake: Intake | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Open connections and start the thread; nothing here waits for Postgres or Redis."""
+        settings = load_settings()
+        redis_url = settings.require_redis_url()
+        worker_id = str(uuid4())
+        engine = create_engine(
+            settings.require_database_url(), limits=settings.session_limits, application_name="kino-intake"
+        )
+        queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
+        intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
+        heartbeat = Heartbeat(engine, intake, worker_id, settings.build)
+        chores = Chores(
+            {
+                "declare queues": (DECLARE_EVERY_S, lambda: declare_queues(redis_url)),
+                "recover": (RECOVER_EVERY_S, lambda: _recover(queues)),
+                "heartbeat": (HEARTBEAT_EVERY_S, heartbeat.beat),
+            }
+        )
+
+        def run() -> None:
+            intake.run(chores=chores)
+            Chores({"last heartbeat": (0.0, heartbeat.stop)})()
+
+        # A daemon: if it does not stop in time the process ends all the same, and the batch is recovered.
+        self._intake = intake
+        self._thread = threading.Thread(target=run, name="kino-intake", daemon=True)
+        self._thread.start()
+        log.info("intake started", worker_id=worker_id, build=settings.build)
+
+    def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Let the batch in hand end, release it if it cannot, within STOP_WITHIN_S."""
+        if self._intake is not None and self._thread is not None:
+            self._intake.stopping.set()
+            self._thread.join(STOP_WITHIN_S)
+            if self._thread.is_alive():
+                log.warning("intake did not stop in time; its batch will be recovered")
+
+    terminate = stop
+
+
+class Chores:
+    """What a worker does now and then between batches; one that fails is said, and stops nothing.
+
+    A full Redis, for one, refuses the bindings and can still be drained.
+    """
+
+    def __init__(self, every: dict[str, tuple[float, Callable[[], None]]]) -> None:
+        self._every = every
+        self._due = dict.fromkeys(every, 0.0)
+
+    def __call__(self) -> None:
+        """Do what is due; everything is due at first."""
+        for name, (seconds, call) in self._every.items():
+            if time.monotonic() < self._due[name]:
+                continue
+            self._due[name] = time.monotonic() + seconds
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the batches go on
+                log.warning("chore failed", chore=name, error=one_line(error))
+
+
+def _recover(queues: Queues) -> None:
+    recovered = queues.recover()
+    if recovered.skipped:
+        log.error("keys of a dead worker hold something foreign", keys=recovered.skipped)
+    if recovered.workers:
+        log.warning("recovered what dead workers had in flight", workers=recovered.workers, messages=recovered.messages)
+
+
+class Heartbeat:
+    """This worker's row in `intake_worker`: for on-call only, nothing is decided by it."""
+
+    def __init__(self, engine: sa.Engine, intake: Intake, worker_id: str, build: str) -> None:
+        self._engine = engine
+        self._intake = intake
+        self._row = {"worker_id": worker_id, "host": socket.gethostname(), "pid": os.getpid(), "build": build}
+
+    def beat(self) -> None:
+        """Say that we live, and what we did so far."""
+        self._write(
+            "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, counts)"
+            " VALUES (:worker_id, :host, :pid, :build, clock_timestamp(), clock_timestamp(),"
+            "         CAST(:counts AS jsonb))"
+            " ON CONFLICT (worker_id) DO UPDATE SET seen_at = clock_timestamp(), counts = excluded.counts"
+        )
+        self._write(f"DELETE FROM kino.intake_worker WHERE seen_at < now() - interval '{FORGET_WORKERS_AFTER}'")  # noqa: S608 - a constant
+
+    def stop(self) -> None:
+        """Say that we end."""
+        self._write(
+            "UPDATE kino.intake_worker SET stopped_at = clock_timestamp(), seen_at = clock_timestamp(),"
+            " counts = CAST(:counts AS jsonb) WHERE worker_id = :worker_id"
+        )
+
+    def _write(self, statement: str) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(sa.text(statement), {**self._row, "counts": json.dumps(self._intake.counts)})
