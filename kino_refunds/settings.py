@@ -29,7 +29,9 @@ ALIVE_MARGIN_S = 5.0
 class Settings(BaseSettings):
     """Everything that a deployment can choose; times carry their unit in their name."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="ignore", allow_inf_nan=False, env_ignore_empty=True
+    )
 
     database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
     migration_database_url: SecretStr | None = Field(
@@ -58,9 +60,27 @@ class Settings(BaseSettings):
         60.0,
         description="Pause between expiry sweeps; an expired lot is not drawn from before its sweep either.",
     )
-    job_source: Literal["none"] | None = Field(
-        None,
-        description="Who knows of jobs that sent no event; `none` says that nobody does. Unset: no sweep.",
+    job_source: Literal["none", "sql", "http"] | None = Field(
+        None, description="Who knows of jobs that sent no event; `none` says that nobody does. Unset: no sweep."
+    )
+    job_source_url: SecretStr | None = Field(
+        None, description="The source's database (`sql`) or endpoint (`http`; https, except on loopback)."
+    )
+    job_source_query: str | None = Field(
+        None, description="`sql`: a query with `:job_ids`, giving `job_id`, `state` and, if known, `origin`, `stage`."
+    )
+    job_source_token: SecretStr | None = Field(None, description="`http`: sent as a bearer token.")
+    job_source_timeout_s: Annotated[float, Field(gt=0, le=60)] = Field(
+        10.0, description="A source that does not answer within this has not answered; the sweep asks again."
+    )
+    overdue_every_s: Annotated[float, Field(ge=1)] = Field(
+        60.0, description="Pause between overdue sweeps: with three asks a verdict stays within P9's 5 min."
+    )
+    relay_queue: str | None = Field(
+        None, description="Where the product hears of refunds (`kino.credits-refunded`). Unset: nobody is told."
+    )
+    relay_every_s: Annotated[float, Field(ge=1)] = Field(
+        5.0, description="Pause between relay rounds: the balance is right at once, this is only the news of it."
     )
     overdue_grace_s: Annotated[float, Field(ge=0)] = Field(
         60.0, description="A job's event may come this long after its deadline before anybody asks."

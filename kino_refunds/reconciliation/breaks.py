@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from kino_refunds.errors import BreakNotFound
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
@@ -57,3 +59,20 @@ def raise_breaks(connection: sa.Connection, found: Iterable[Break], *, now: date
             "now": now,
         },
     )
+
+
+def accept_break(connection: sa.Connection, break_id: int, *, note: str, actor: str) -> None:
+    """Close an open break as it stands: somebody has looked, and nothing is to be repaired.
+
+    Raises BreakNotFound if no open break has this number.
+    """
+    changed = connection.execute(
+        sa.text("""
+            UPDATE kino.break SET status = 'accepted', status_actor = :actor, status_note = :note,
+                   status_at = clock_timestamp()
+            WHERE break_id = :break_id AND status = 'open'
+        """),
+        {"break_id": break_id, "note": note, "actor": actor},
+    ).rowcount
+    if not changed:
+        raise BreakNotFound(f"there is no open break {break_id}; see `kino-refunds breaks list`")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import redis
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import parse
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from kino_refunds.events.schema import Event
     from kino_refunds.reconciliation.sources import JobSource
+    from kino_refunds.settings import Settings
     from kino_refunds.settlement.deliveries import Delivery
     from kino_refunds.settlement.settle import Terms
 
@@ -64,6 +66,16 @@ class OverdueRules:
         last ask still lies within the window.
         """
         return self.ask_window / (self.asks + 1)
+
+
+def rules_of(settings: Settings) -> OverdueRules:
+    """Read the sweep's rules from the settings."""
+    return OverdueRules(
+        grace=settings.overdue_grace,
+        asks=settings.overdue_asks,
+        ask_window=timedelta(seconds=settings.overdue_ask_window_s),
+        running_max=timedelta(hours=settings.overdue_running_max_h),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +150,7 @@ def sweep_overdue(
         asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run)
         _raise_running(engine, page, answers, rules, now=now, dry_run=dry_run)
         known = [c for c in page if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
-        deliveries = [delivery_of(event_of(charge, answers[charge.job_id])) for charge in known]
+        deliveries = [each for charge in known for each in _deliver(charge, answers[charge.job_id], report)]
         unheard = [
             charge
             for charge in page
@@ -340,6 +352,16 @@ def event_of(charge: OverdueCharge, answer: Answer) -> Event:
             assert_never(answer.state)
 
 
+def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> list[Delivery]:
+    """Write the event; a charge that no event can speak of (its ids are not ids) holds up no other."""
+    try:
+        return [delivery_of(event_of(charge, answer))]
+    except ValidationError as error:
+        report.withheld["ids_that_no_event_can_carry"] += 1
+        log.warning("no event can speak of this charge", charge_id=charge.charge_id, errors=error.error_count())
+        return []
+
+
 @dataclass(frozen=True, slots=True)
 class Guard:
     """What forbids a timed-out verdict of our own, read at one point: P9, never because *we* were behind.
@@ -440,7 +462,7 @@ def _own_verdicts(
     for charge in charges:
         reason = guard.reason(charge)
         if reason is None:
-            verdicts.append(delivery_of(event_of(charge, Answer(JobState.TIMED_OUT))))
+            verdicts += _deliver(charge, Answer(JobState.TIMED_OUT), report)
         else:
             report.withheld[reason] += 1
     return verdicts

@@ -1,0 +1,294 @@
+"""Bad input from everywhere: it ends in a row or a clear error, the worker lives, and neighbours settle at once."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from redis import Redis
+
+from kino_refunds.errors import MalformedMessage
+from kino_refunds.events.envelope import parse
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
+from kino_refunds.events.schema import to_json
+from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
+from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.settings import Settings
+from kino_refunds.settlement import batch
+from kino_refunds.settlement.settle import settle
+from tests.books import violations
+from tests.conftest import Database
+from tests.malformed import MALFORMED, bare, envelope
+from tests.malformed import event as document
+from tests.scenario import NOW, Scene, make_event, make_terms
+from workers.bootstep import terms_of
+from workers.intake import Intake
+
+FAILED = SERVED[0]
+EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
+TEN_KB = "x" * 10_000
+RULES = OverdueRules(grace=timedelta(0), asks=1, ask_window=timedelta(0), running_max=timedelta(hours=24))
+
+
+@pytest.fixture
+def scene(database: Database) -> Iterator[Scene]:
+    with Scene.of(database) as scene:
+        yield scene
+        with scene.superuser.begin() as connection:
+            assert violations(connection) == []
+
+
+def make_intake(scene: Scene, client: Redis) -> Intake:
+    settings = Settings.model_construct(intake_batch=1000, build="test")
+    return Intake(scene.worker, Queues(client, "worker-a", alive_ttl_s=60), terms_of(settings), settings)
+
+
+def charge(scene: Scene, *jobs: str, deadline: timedelta = timedelta(hours=1)) -> None:
+    scene.grant("acct-1", 10 * len(jobs))
+    with scene.product.begin() as connection:
+        open_charges(connection, [ChargeRequest(job, "acct-1", 10, NOW + deadline) for job in jobs])
+
+
+def refunded(scene: Scene) -> list[str]:
+    return [row[0] for row in scene.rows("SELECT job_id FROM kino.charge_status WHERE refunded > 0 ORDER BY job_id")]
+
+
+def kept(scene: Scene) -> list[bytes]:
+    """The exact bytes of every dead letter."""
+    return sorted(row[0] for row in scene.rows("SELECT raw FROM kino.dead_letter"))
+
+
+def understood(raw: bytes) -> bool:
+    try:
+        parse(raw)
+    except MalformedMessage:
+        return False
+    return True
+
+
+# --- on the queues
+
+
+def test_everything_malformed_at_once_is_kept_and_the_neighbours_settle(scene: Scene, redis: Redis) -> None:
+    """In one batch with everything that cannot be read, what can be read settles; the rest is kept byte by byte."""
+    raws = {raw for raw, _ in MALFORMED.values()}
+    jobs = [f"job-{number}" for number in range(len(QUEUE_KEYS))]
+    charge(scene, *jobs)
+    for number, raw in enumerate(sorted(raws)):
+        redis.lpush(QUEUE_KEYS[number % len(QUEUE_KEYS)], raw)
+    for key, job in zip(QUEUE_KEYS, jobs, strict=True):
+        redis.lpush(key, to_json(make_event("failed platform", job)))
+
+    size = make_intake(scene, redis).run_once()
+
+    assert size == len(raws) + len(jobs)
+    assert refunded(scene) == sorted(jobs)
+    # The same content in several envelopes is one letter: what delivery adds is not content.
+    assert set(kept(scene)) <= raws
+    assert scene.rows("SELECT CAST(sum(seen) AS bigint) FROM kino.dead_letter") == [(len(raws),)]
+    assert depths(redis) == EMPTY
+
+
+VALUES: Sequence[Any] = (
+    None,
+    0,
+    -1,
+    1e308,
+    float("nan"),
+    True,
+    "",
+    "x",
+    "\x00",
+    "\ud800",
+    TEN_KB,
+    [],
+    [[]],
+    {},
+    {"x": {}},
+)
+FIELDS = ("body", "content-encoding", "content-type", "headers", "properties")
+PROPERTIES = (
+    "delivery_mode",
+    "delivery_info",
+    "priority",
+    "body_encoding",
+    "delivery_tag",
+    "correlation_id",
+    "expiration",
+)
+HEADERS = ("compression", "lang", "task", "id", "eta", "retries", "x")
+
+
+def oddities() -> Iterator[bytes]:
+    """Kombu's envelope of a valid event with one thing about it odd."""
+    for number, value in enumerate(VALUES):
+        for name in (*FIELDS, *PROPERTIES, *HEADERS, ""):
+            message = json.loads(envelope(document(id=f"{name} {number}", subject="no charge", data={
+                "job_id": "no charge", "error": {"code": "E", "origin": "platform"}})))  # fmt: skip
+            place = message
+            if name in PROPERTIES:
+                place = message["properties"]
+            elif name in HEADERS:
+                place = message["headers"]
+            place[name] = value
+            yield json.dumps(message).encode()
+
+
+def test_whatever_is_odd_about_an_envelope_is_understood_or_kept(scene: Scene, redis: Redis) -> None:
+    """Every field of kombu's envelope may hold anything: the event settles or is kept, and no neighbour waits."""
+    odd = list(oddities())
+    charge(scene, "first", "last")
+    redis.lpush(FAILED, to_json(make_event("failed platform", "first")), *odd)
+    redis.lpush(FAILED, to_json(make_event("failed platform", "last")))
+
+    size = make_intake(scene, redis).run_once()
+
+    letters = scene.rows("SELECT CAST(coalesce(sum(seen), 0) AS bigint) FROM kino.dead_letter")
+    assert size == len(odd) + 2
+    assert refunded(scene) == ["first", "last"]
+    assert len(scene.pending()) == sum(map(understood, odd))
+    assert letters == [(len(odd) - sum(map(understood, odd)),)]
+    assert depths(redis) == EMPTY
+
+
+def mutated(rng: random.Random) -> bytes:
+    """A valid message of either form in which some bytes were lost, doubled, changed or cut off."""
+    event = document(id=f"e{rng.random()}")
+    content = bytearray(bare(event) if rng.random() < 0.5 else envelope(event))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(content))
+        match rng.randrange(5):
+            case 0:
+                del content[at : at + rng.randint(1, 20)]
+            case 1:
+                content[at:at] = content[at : at + rng.randint(1, 20)]
+            case 2:
+                content[at] = rng.randrange(256)
+            case 3:
+                content[at:at] = rng.randbytes(rng.randint(1, 8))
+            case _:
+                del content[max(at, 1) :]
+        if not content:
+            content = bytearray(b"{")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_damaged_message_is_lost_or_in_the_way(scene: Scene, redis: Redis, seed: int) -> None:
+    """Whatever happened to a message on its way, it is decided, waits or is kept; the worker lives."""
+    rng = random.Random(seed)
+    raws = sorted({mutated(rng) for _ in range(300)})
+    charge(scene, "first", "last")
+    redis.lpush(FAILED, to_json(make_event("failed platform", "first")), *raws)
+    redis.lpush(FAILED, to_json(make_event("failed platform", "last")))
+    intake = make_intake(scene, redis)
+
+    size = intake.run_once()
+
+    broken = [raw for raw in raws if not understood(raw)]
+    assert size == len(raws) + 2
+    assert refunded(scene) == ["first", "last"]
+    assert set(kept(scene)) >= set(broken)
+    assert intake.counts["not_parsed"] == len(broken)
+    assert intake.counts["apply_error"] == 0
+    assert depths(redis) == EMPTY
+
+
+# --- what our own errors say
+
+
+ERRORS: Mapping[str, Exception] = {
+    "controls": ValueError("\x00\x1b[2J\x9b31m\r\n\x7f\u202e"),
+    "no utf-8": ValueError("\udcff \ud800"),
+    "a megabyte": ValueError("x" * 2**20),
+    "a megabyte that grows": ValueError("\x00" * 2**18),
+    "percent and braces": ValueError("%s %(x)s {} {0} :job_id $1 \\u0000"),
+    "empty": ValueError(),
+    "a group": ExceptionGroup("\x00 many", [ValueError("\x00"), ValueError("\udcff")]),
+}
+
+
+def test_an_error_of_any_text_becomes_a_dead_letter(
+    scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an exception says is stored escaped and cut, beside the event; the neighbours settle."""
+    charge(scene, *ERRORS, "good")
+    redis.lpush(FAILED, *[to_json(make_event("failed platform", job)) for job in (*ERRORS, "good")])
+
+    def failing(connection: sa.Connection, deliveries: Sequence[Any], *args: Any, **more: Any) -> Any:
+        for delivery in deliveries:
+            if delivery.event.job_id in ERRORS:
+                raise ERRORS[delivery.event.job_id]
+        return settle(connection, deliveries, *args, **more)
+
+    monkeypatch.setattr(batch, "settle", failing)
+
+    make_intake(scene, redis).run_once()
+
+    letters = scene.rows("SELECT job_id, reason, detail, exception FROM kino.dead_letter ORDER BY job_id")
+    assert refunded(scene) == ["good"]
+    assert [(letter.job_id, letter.reason) for letter in letters] == [(job, "apply_error") for job in sorted(ERRORS)]
+    assert max(len(letter.detail) for letter in letters) <= 2_000
+    assert max(len(letter.exception) for letter in letters) <= 20_000
+    assert all(c.isprintable() or c == "\n" for letter in letters for c in letter.detail + letter.exception)
+
+
+# --- in the tables, and from the source
+
+
+ODD = ("a\x1b[2J\x9b\n\tb", TEN_KB, "", "\u202e")
+
+
+class Says:
+    """A job source that says the same of every job."""
+
+    def __init__(self, state: JobState) -> None:
+        self.state = state
+
+    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
+        return dict.fromkeys(job_ids, Answer(self.state))
+
+
+def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redis: Redis) -> None:
+    """Charges whose ids no event can carry are left for a person; every other overdue job is refunded."""
+    for odd in ODD:
+        for job, account in ((odd, "acct-1"), (f"job {ascii(odd)[:9]}", odd)):
+            scene.rows(
+                "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)"
+                " VALUES (:job, :account, 0, now() - interval '1 day') RETURNING 1",
+                job=job,
+                account=account,
+            )
+    charge(scene, "neighbour", deadline=-timedelta(hours=1))
+
+    report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_terms(), RULES, now=NOW)
+
+    assert report.overdue == 2 * len(ODD) + 1
+    assert refunded(scene) == ["neighbour"]
+
+
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.TIMED_OUT, JobState.REJECTED])
+def test_hostile_ids_go_through_the_sweep_as_ids(scene: Scene, redis: Redis, state: JobState) -> None:
+    """Quotes, formats and markup in an id are text to source, event and ledger."""
+    jobs = ["'; DROP TABLE kino.charge; --", "%s %(x)s", ":job_ids {} $1", "[bold]\U0001f3ac", "NULL", " "]
+    charge(scene, *jobs, deadline=-timedelta(hours=1))
+
+    sweep_overdue(scene.worker, redis, Says(state), make_terms(), RULES, now=NOW)
+
+    assert refunded(scene) == sorted(jobs)
+
+
+@pytest.mark.parametrize("name", ["job_id", "account_id"])
+@pytest.mark.parametrize("odd", ["", "a\x00b", "\x1b[2J", "\ud800", TEN_KB], ids=ascii)
+def test_the_ledger_opens_no_charge_that_no_event_can_name(name: str, odd: str) -> None:
+    """An id that an event could not carry is refused when the job is charged, with a clear error."""
+    fields = {"job_id": "job-1", "account_id": "acct-1", name: odd}
+
+    with pytest.raises(ValueError, match=f"{name} must be 1 to 128 printable characters"):
+        ChargeRequest(credits=1, deadline_at=NOW, **fields)

@@ -1,0 +1,417 @@
+"""What runs by itself: one run a slot, who notices a missing one, and the relay that tells of every refund."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from kino_refunds.schedule import KEPT_FOR, Entry, Run, claim_slot, entries, finish_slot, read_schedule
+from kino_refunds.settings import Settings, load_settings
+from kino_refunds.settlement.relay import relay_refunds
+from tests.conftest import Database
+from tests.scenario import EVENT_AT, Scene, make_event
+from workers.schedule import beat_schedule
+
+SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
+SLOT = datetime(2026, 11, 2, 10, 0, tzinfo=UTC)
+ENTRY = Entry("kino.expire_lots", MINUTE, "expire lots")
+QUEUE = "kino.credits-refunded"
+
+
+@pytest.fixture
+def scene(database: Database) -> Iterator[Scene]:
+    with Scene.of(database) as scene:
+        yield scene
+
+
+# --- slots
+
+
+def claim(scene: Scene, now: datetime, by: str = "beat-1", entry: Entry = ENTRY) -> datetime | None:
+    with scene.worker.begin() as connection:
+        return claim_slot(connection, entry, now=now, claimed_by=by)
+
+
+def run_at(scene: Scene, *instants: datetime, entry: Entry = ENTRY) -> None:
+    """Run an entry at these instants, in one transaction."""
+    with scene.worker.begin() as connection:
+        for now in instants:
+            slot_at = claim_slot(connection, entry, now=now, claimed_by="beat-1")
+            if slot_at is not None:
+                finish_slot(connection, entry, slot_at, {"lots": 0})
+
+
+def read(scene: Scene, now: datetime, entry: Entry = ENTRY) -> Run:
+    with scene.worker.begin() as connection:
+        (run,) = read_schedule(connection, [entry], now=now)
+    return run
+
+
+def slots(scene: Scene) -> list[tuple[str, datetime, str]]:
+    rows = scene.rows("SELECT name, slot_at, claimed_by FROM kino.schedule_slot ORDER BY name, slot_at")
+    return [tuple(row) for row in rows]
+
+
+def test_two_beats_make_one_run(scene: Scene) -> None:
+    """Whoever comes second in a slot does not run, early or late in it; the next slot is another run."""
+    instants = (SLOT, SLOT + MINUTE - timedelta(microseconds=1), SLOT + MINUTE)
+
+    claimed = [claim(scene, now, f"beat-{number}") for number, now in enumerate(instants)]
+
+    assert claimed == [SLOT, None, SLOT + MINUTE]
+    assert slots(scene) == [(ENTRY.name, SLOT, "beat-0"), (ENTRY.name, SLOT + MINUTE, "beat-2")]
+
+
+def test_two_that_claim_at_the_same_instant_make_one_run(scene: Scene) -> None:
+    """The row is the promise: of eight that ask together exactly one is given the slot."""
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> datetime | None:
+        together.wait(30)
+        return claim(scene, SLOT, f"beat-{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        claimed = sorted(pool.map(ask, range(8)), key=str)
+
+    assert claimed == [SLOT, *[None] * 7]
+    assert len(slots(scene)) == 1
+
+
+def test_a_claim_that_is_rolled_back_leaves_the_slot(scene: Scene) -> None:
+    """Whoever dies before its claim is committed has not taken the run from anybody."""
+    with scene.worker.connect() as connection:
+        claim_slot(connection, ENTRY, now=SLOT, claimed_by="dies")
+        connection.rollback()
+
+    claimed = claim(scene, SLOT)
+
+    assert claimed == SLOT
+
+
+def test_each_entry_has_its_own_slots(scene: Scene) -> None:
+    """Two tasks in the same instant are two runs."""
+    other = Entry("kino.sweep_retries", MINUTE, "try again")
+
+    claimed = [claim(scene, SLOT), claim(scene, SLOT, entry=other)]
+
+    assert claimed == [SLOT, SLOT]
+
+
+@pytest.mark.parametrize("every", [2.0, 5.0, 60.0, 7.5])
+def test_a_slot_begins_at_the_same_instant_everywhere(every: float) -> None:
+    """Slots are counted from the epoch, so that machines agree without talking; every instant lies in one."""
+    entry = Entry("any", timedelta(seconds=every), "any")
+
+    starts = [entry.slot(SLOT + SECOND * n / 4) for n in range(40)]
+
+    assert all(entry.slot(start) == start for start in starts)
+    assert all(start <= SLOT + SECOND * n / 4 < start + entry.every for n, start in enumerate(starts))
+
+
+def test_a_late_beat_runs_now_and_not_twice(scene: Scene) -> None:
+    """Beat that comes back after ten minutes makes one run, not ten; what it skipped is counted as missed."""
+    run_at(scene, SLOT, SLOT + 10 * MINUTE, SLOT + 10 * MINUTE + SECOND)
+
+    found = read(scene, SLOT + 11 * MINUTE + SECOND)
+
+    assert [slot for _, slot, _ in slots(scene)] == [SLOT, SLOT + 10 * MINUTE]
+    assert (found.last, found.next, found.missed) == (SLOT + 10 * MINUTE, SLOT + 12 * MINUTE, 9)
+
+
+def test_slots_of_a_day_ago_are_forgotten(scene: Scene) -> None:
+    """A claim clears what is older than a day of its own entry, and nothing else."""
+    other = Entry("kino.sweep_retries", MINUTE, "try again")
+    run_at(scene, SLOT - KEPT_FOR - MINUTE, SLOT - KEPT_FOR, SLOT - HOUR)
+    run_at(scene, SLOT - KEPT_FOR - MINUTE, entry=other)
+
+    claim(scene, SLOT)
+
+    assert [(name, slot) for name, slot, _ in slots(scene)] == [
+        (ENTRY.name, SLOT - KEPT_FOR),
+        (ENTRY.name, SLOT - HOUR),
+        (ENTRY.name, SLOT),
+        (other.name, SLOT - KEPT_FOR - MINUTE),
+    ]
+
+
+# --- what the schedule says
+
+
+def test_what_never_ran_is_said_so(scene: Scene) -> None:
+    """On the first day there is a next run and no last one, and nothing was missed yet."""
+    found = read(scene, SLOT + SECOND)
+
+    assert found == Run(ENTRY.name, 60.0, None, None, None, SLOT + MINUTE, 0, "expire lots")
+
+
+def test_a_run_is_kept_with_its_result(scene: Scene) -> None:
+    """Of a run one sees when it was, that it has ended, and what it came to."""
+    claim(scene, SLOT)
+    started = read(scene, SLOT + SECOND)
+    with scene.worker.begin() as connection:
+        finish_slot(connection, ENTRY, SLOT, {"lots": 3})
+
+    found = read(scene, SLOT + SECOND)
+
+    assert (started.last, started.finished, started.result) == (SLOT, None, None)
+    assert found.finished is not None
+    assert (found.last, found.result, found.missed) == (SLOT, {"lots": 3}, 0)
+
+
+def test_a_regular_run_misses_nothing(scene: Scene) -> None:
+    """As long as every slot of the last hour has its run nothing is missed."""
+    run_at(scene, *[SLOT + n * MINUTE for n in range(90)])
+
+    found = read(scene, SLOT + 90 * MINUTE)
+
+    assert found.missed == 0
+
+
+def test_the_slot_that_has_just_begun_is_not_missed(scene: Scene) -> None:
+    """A run is missed only once its slot is over."""
+    run_at(scene, SLOT)
+
+    missed = [read(scene, SLOT + n * MINUTE + SECOND).missed for n in range(3)]
+
+    assert missed == [0, 0, 1]
+
+
+def test_a_beat_that_died_long_ago_is_missed(scene: Scene) -> None:
+    """When nothing has run for hours every slot of the last hour is missed: silence is not health."""
+    run_at(scene, *[SLOT - 5 * HOUR + n * MINUTE for n in range(10)])
+
+    found = read(scene, SLOT)
+
+    assert (found.last, found.missed) == (SLOT - 5 * HOUR + 9 * MINUTE, 60)
+
+
+def test_a_gap_that_began_before_the_last_hour_is_missed(scene: Scene) -> None:
+    """Beat that has just come back does not hide the hour before it."""
+    run_at(scene, SLOT - 3 * HOUR, SLOT - MINUTE)
+
+    found = read(scene, SLOT)
+
+    assert found.missed == 59
+
+
+def test_a_beat_that_is_a_little_late_each_time_misses_nothing(scene: Scene) -> None:
+    """Celery's beat counts each period from its last tick, so it drifts; that must not skip a run."""
+    period = beat_schedule(Settings.model_construct())[ENTRY.name]["schedule"]
+    ticks = [SLOT + 50 * SECOND + n * timedelta(seconds=period + 0.4) for n in range(int(3600 // period))]
+    run_at(scene, *ticks)
+
+    found = read(scene, ticks[-1])
+
+    assert found.missed == 0
+
+
+def test_what_is_off_is_not_scheduled() -> None:
+    """Without a job source nobody is asked, and without a queue nobody is told; both are off by default."""
+    always = ["kino.sweep_retries", "kino.expire_lots"]
+
+    default = entries(Settings.model_construct())
+    everything = entries(Settings.model_construct(job_source="none", relay_queue=QUEUE))
+
+    assert [entry.name for entry in default] == always
+    assert [entry.name for entry in everything] == [*always, "kino.sweep_overdue", "kino.relay_refunds"]
+    assert sorted(beat_schedule(Settings.model_construct())) == sorted(always)
+
+
+def test_an_empty_setting_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`KINO_RELAY_QUEUE=` in a compose file configures no queue: nothing must fill a Redis unread."""
+    monkeypatch.setenv("KINO_RELAY_QUEUE", "")
+
+    names = [entry.name for entry in entries(load_settings())]
+
+    assert "kino.relay_refunds" not in names
+
+
+# --- the relay
+
+
+def start_relay(scene: Scene, redis: Redis) -> None:
+    """The first round only marks where to start."""
+    assert relay_refunds(scene.worker, redis, QUEUE) == 0
+
+
+def told(redis: Redis) -> list[dict[str, Any]]:
+    """What a consumer has read: the oldest first."""
+    return [json.loads(raw) for raw in reversed(redis.lrange(QUEUE, 0, -1))]
+
+
+def ids(redis: Redis) -> list[str]:
+    return [event["id"] for event in told(redis)]
+
+
+def cursor(scene: Scene) -> list[Any]:
+    return scene.rows("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor")
+
+
+def refund(scene: Scene, job_id: str) -> str:
+    """Charge a job, refund it, and return the id of the news."""
+    charge = scene.charged(job_id)
+    scene.settle(make_event("failed platform", job_id))
+    return f"refund:{charge.charge_id}"
+
+
+def test_each_refund_is_told_once_in_its_order(scene: Scene, redis: Redis) -> None:
+    """The product hears of every refund, oldest transaction first, and of nothing twice."""
+    start_relay(scene, redis)
+    refunds = [refund(scene, f"job-{number}") for number in (3, 1, 2)]
+    scene.charged("captured")
+    scene.settle(make_event("completed", "captured"))
+
+    first = relay_refunds(scene.worker, redis, QUEUE)
+    again = relay_refunds(scene.worker, redis, QUEUE)
+    refunds.append(refund(scene, "job-0"))
+    later = relay_refunds(scene.worker, redis, QUEUE)
+
+    assert (first, again, later) == (3, 0, 1)
+    assert ids(redis) == refunds
+
+
+def test_the_news_is_a_cloud_event_that_says_what_and_why(scene: Scene, redis: Redis) -> None:
+    """Each refund is one CloudEvent with its account, whole credits, reason, clause and policy version."""
+    start_relay(scene, redis)
+    event_id = refund(scene, "job-1")
+    ((settled_at,),) = scene.rows("SELECT settled_at FROM kino.settlement")
+
+    relay_refunds(scene.worker, redis, QUEUE)
+
+    assert told(redis) == [
+        {
+            "specversion": "1.0",
+            "id": event_id,
+            "source": "kino-refunds",
+            "type": "kino.credits-refunded.v1",
+            "time": settled_at.astimezone(UTC).isoformat(),
+            "subject": "job-1",
+            "data": {
+                "job_id": "job-1",
+                "account_id": "acct of job-1",
+                "credits": 10,
+                "reason": "generation_failure",
+                "clause": "2.failure",
+                "policy_version": "2025-12-14",
+            },
+        }
+    ]
+
+
+def test_a_correction_is_told_like_a_refund(scene: Scene, redis: Redis) -> None:
+    """A captured charge that was refunded later is news under the same id form, in its place in the order."""
+    start_relay(scene, redis)
+    charge = scene.charged("corrected")
+    scene.settle(make_event("completed", "corrected"))
+    first = refund(scene, "job-1")
+    scene.correct(charge)
+    last = refund(scene, "job-2")
+
+    count = relay_refunds(scene.worker, redis, QUEUE)
+
+    assert count == 3
+    assert ids(redis) == [first, f"refund:{charge.charge_id}", last]
+
+
+def test_one_transaction_s_refunds_are_told_across_rounds(scene: Scene, redis: Redis) -> None:
+    """A batch of refunds larger than a round is told to its end, none left out and none twice."""
+    start_relay(scene, redis)
+    charges = [scene.charged(f"job-{number}") for number in range(5)]
+    scene.settle(*[make_event("timeout", f"job-{number}") for number in range(5)])
+
+    counts = [relay_refunds(scene.worker, redis, QUEUE, limit=2) for _ in range(4)]
+
+    assert counts == [2, 2, 1, 0]
+    assert ids(redis) == [f"refund:{charge.charge_id}" for charge in charges]
+
+
+def test_nothing_above_the_horizon_is_told(scene: Scene, redis: Redis) -> None:
+    """While an older transaction is open its refund may still come, so nobody behind it is told of first."""
+    start_relay(scene, redis)
+    held = scene.charged("held")
+    with scene.worker.connect() as open_one:
+        open_one.execute(
+            sa.text(
+                "INSERT INTO kino.settlement (charge_id, kind, reason, clause, policy_version, event_source, event_id,"
+                " event_time) VALUES (:charge_id, 'refunded', 'timeout', '2.timeout', '2025-12-14', 's', 'e', :at)"
+            ),
+            {"charge_id": held.charge_id, "at": EVENT_AT},
+        )
+        behind = refund(scene, "behind")
+
+        while_open = relay_refunds(scene.worker, redis, QUEUE)
+        open_one.commit()
+    afterwards = relay_refunds(scene.worker, redis, QUEUE)
+
+    assert (while_open, afterwards) == (0, 2)
+    assert ids(redis) == [f"refund:{held.charge_id}", behind]
+
+
+def test_what_redis_refused_is_told_later(scene: Scene, redis: Redis) -> None:
+    """The cursor moves only behind what Redis took: a refusal costs time, never a refund's news."""
+    start_relay(scene, redis)
+    refunds = [refund(scene, "job-1"), refund(scene, "job-2")]
+    before = cursor(scene)
+    redis.set(QUEUE, "no list")
+
+    with pytest.raises(ResponseError):
+        relay_refunds(scene.worker, redis, QUEUE)
+    after = cursor(scene)
+    redis.delete(QUEUE)
+    count = relay_refunds(scene.worker, redis, QUEUE)
+
+    assert after == before
+    assert count == 2
+    assert ids(redis) == refunds
+
+
+def test_what_was_pushed_and_not_committed_is_told_again_under_the_same_id(scene: Scene, redis: Redis) -> None:
+    """At least once: after a COMMIT that failed the same refunds come again, and consumers know them by their ids."""
+    start_relay(scene, redis)
+    refunds = [refund(scene, "job-1"), refund(scene, "job-2")]
+    # FOR UPDATE needs the right to update one column; moving the cursor needs it for both.
+    scene.as_superuser(
+        "REVOKE UPDATE ON kino.relay_cursor FROM kino_worker", "GRANT UPDATE (xid) ON kino.relay_cursor TO kino_worker"
+    )
+
+    with pytest.raises(sa.exc.ProgrammingError):
+        relay_refunds(scene.worker, redis, QUEUE)
+    scene.as_superuser("GRANT UPDATE ON kino.relay_cursor TO kino_worker")
+    relay_refunds(scene.worker, redis, QUEUE)
+
+    assert ids(redis) == refunds * 2
+
+
+def test_two_relays_at_once_tell_once(scene: Scene, redis: Redis) -> None:
+    """While one round is under way a second does nothing and does not wait."""
+    start_relay(scene, redis)
+    news = refund(scene, "job-1")
+
+    with scene.worker.begin() as other:
+        other.execute(sa.text("SELECT 1 FROM kino.relay_cursor FOR UPDATE"))
+        second = relay_refunds(scene.worker, redis, QUEUE)
+    first = relay_refunds(scene.worker, redis, QUEUE)
+
+    assert (second, first) == (0, 1)
+    assert ids(redis) == [news]
+
+
+def test_whoever_switches_the_relay_on_hears_of_what_happens_from_then_on(scene: Scene, redis: Redis) -> None:
+    """Years of refunds are not poured into Redis on the first day."""
+    refund(scene, "long ago")
+
+    first = relay_refunds(scene.worker, redis, QUEUE)
+    news = refund(scene, "job-1")
+    second = relay_refunds(scene.worker, redis, QUEUE)
+
+    assert (first, second) == (0, 1)
+    assert ids(redis) == [news]
