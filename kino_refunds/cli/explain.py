@@ -55,6 +55,17 @@ _PARTS = {
 }
 
 
+_ONLY_IN_JSON = {
+    "lots": frozenset({"seq", "expires_at"}),
+    "transfers": frozenset({"from_book", "to_book", "actor", "reason"}),
+    "events": frozenset({"event_at"}),
+    "waiting": frozenset({"source", "first_seen_at"}),
+    "dead_letters": frozenset({"first_seen_at", "last_seen_at"}),
+    "breaks": frozenset({"first_seen_at", "last_seen_at"}),
+}
+"""What a person can do without in a table of 80 columns."""
+
+
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
     app.command("why")(why)
@@ -85,7 +96,8 @@ def why(job: Job, as_json: AsJson = False) -> int:
             print_facts((key.replace("_", " "), value) for key, value in rows[0].items())
         elif rows:
             console.print(f"\n{name.replace('_', ' ')}", style="bold")
-            print_table(rows)
+            hidden = _ONLY_IN_JSON.get(name, frozenset())
+            print_table([{key: value for key, value in row.items() if key not in hidden} for row in rows])
     return 0
 
 

@@ -11,7 +11,21 @@ import sqlalchemy as sa
 import structlog
 import typer
 
-from kino_refunds.cli import explain, ledger, overdue, publish, replay, servers
+from kino_refunds.cli import (
+    breaks,
+    dead_letters,
+    doctor,
+    explain,
+    intake,
+    ledger,
+    overdue,
+    publish,
+    replay,
+    retries,
+    schedule,
+    servers,
+    status,
+)
 from kino_refunds.cli.output import errors, print_error, shown
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import BadSettings, BadTrace, DependencyAway, KinoError, ServerFailed, SourceUnavailable
@@ -27,7 +41,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (servers, ledger, publish, explain, overdue, replay):
+for room in (
+    servers,
+    doctor,
+    status,
+    ledger,
+    publish,
+    explain,
+    intake,
+    retries,
+    dead_letters,
+    overdue,
+    breaks,
+    schedule,
+    replay,
+):
     room.register(app)
 
 
@@ -42,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in argument):
+            print_error(f"{argument!a} is not text: write it in UTF-8, without NUL")
+            return USAGE
     try:
         result: Any = app(args=arguments, standalone_mode=False)
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match

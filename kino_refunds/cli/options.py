@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ import typer
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.settings import Settings, load_settings
+from kino_refunds.settlement.gate import TRIPWIRE
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -45,3 +48,26 @@ def read_time(text: str | None) -> datetime | None:
         return value.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise typer.BadParameter(f"{text!r} is not a time; for example 2026-01-31T12:00:00Z") from error
+
+
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")]
+
+
+def _person(name: str) -> str:
+    if name == TRIPWIRE:
+        raise typer.BadParameter(f"{TRIPWIRE} is not a person: what it closes opens by itself")
+    return name
+
+
+By = Annotated[
+    str, typer.Option("--by", help="Who does this; kept with it.", default_factory=getpass.getuser, callback=_person)
+]
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something that others will feel; raises a usage error where nobody can answer."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
+    typer.confirm(question, abort=True, err=True)

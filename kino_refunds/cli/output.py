@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, is_dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -79,7 +79,9 @@ def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None)
     )
     for name, value in items[0].items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        table.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold")
+        # A broken number or time is harder to read than a broken word.
+        whole = number or any(isinstance(item[name], datetime) for item in items)
+        table.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for item in items:
         table.add_row(*(shown(value) for value in item.values()))
     console.print(table)
@@ -100,7 +102,7 @@ def shown(value: Any) -> Text:
     if value is None:
         return Text("-", style="dim")
     if isinstance(value, datetime):
-        return Text(value.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z")
+        return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ"))
     if isinstance(value, int) and not isinstance(value, bool):
         return Text(f"{value:,}")
     return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
-from kino_refunds.errors import BadSettings
 from kino_refunds.events.client import redis_client
 from kino_refunds.policy.document import published_policy
-from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules, sweep_overdue
-from kino_refunds.settings import Settings, load_settings
+from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue
+from kino_refunds.settings import load_settings
 from kino_refunds.settlement.settle import Terms
 
 
@@ -36,15 +36,15 @@ def run(
     Example: kino-refunds overdue run --dry-run --json
     """
     settings = load_settings()
-    if settings.job_source is None:
-        raise BadSettings(
-            "KINO_JOB_SOURCE is not set; `none` says that nobody knows of jobs, and settles overdue ones in one pass"
-        )
-    with ledger_engine(settings) as engine, redis_client(settings.require_redis_url()) as client:
+    with (
+        source_of(settings) as source,
+        ledger_engine(settings) as engine,
+        redis_client(settings.require_redis_url()) as client,
+    ):
         report = sweep_overdue(
             engine,
             client,
-            None,
+            source,
             Terms(published_policy(), settings.lot_grace, settings.build),
             rules_of(settings),
             now=datetime.now(UTC),
@@ -55,16 +55,6 @@ def run(
         print_json(report.as_dict())
     else:
         print_facts((name.replace("_", " "), _shown(value)) for name, value in report.as_dict().items())
-
-
-def rules_of(settings: Settings) -> OverdueRules:
-    """Read the sweep's rules from the settings."""
-    return OverdueRules(
-        grace=settings.overdue_grace,
-        asks=settings.overdue_asks,
-        ask_window=timedelta(seconds=settings.overdue_ask_window_s),
-        running_max=timedelta(hours=settings.overdue_running_max_h),
-    )
 
 
 def _show_progress(report: OverdueReport) -> None:

@@ -6,6 +6,8 @@ from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from kino_refunds.errors import BadSettings
+
 CONNECT_TIMEOUT_S = 5.0
 # A claim of 1,000 messages holds Redis for some 10 ms; a silence of this length is a dead connection.
 ANSWER_TIMEOUT_S = 10.0
@@ -17,6 +19,13 @@ def redis_client(url: str) -> Redis:
     It repeats a command once when the connection breaks. That is safe for our scripts, which are built so
     that running one twice changes nothing (tokens), and saves a batch from a passing hiccup.
     """
+    try:
+        return _client(url)
+    except ValueError as error:
+        raise BadSettings(f"KINO_REDIS_URL cannot be read: {error}") from error
+
+
+def _client(url: str) -> Redis:
     return Redis.from_url(
         url,
         socket_connect_timeout=CONNECT_TIMEOUT_S,

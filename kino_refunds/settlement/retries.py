@@ -133,7 +133,9 @@ def unpark(connection: sa.Connection, done: Mapping[Identity, str]) -> None:
     )
 
 
-def lease_due(connection: sa.Connection, *, now: datetime, limit: int = 500) -> list[Delivery]:
+def lease_due(
+    connection: sa.Connection, *, now: datetime, limit: int = 500, event_id: str | None = None
+) -> list[Delivery]:
     """Take events whose time has come, and those whose charge has come, for the length of `LEASE`.
 
     In the caller's transaction, which must be committed before they are settled: the lease, not a lock,
@@ -144,6 +146,7 @@ def lease_due(connection: sa.Connection, *, now: datetime, limit: int = 500) -> 
             WITH due AS (
                 SELECT p.source, p.event_id FROM kino.pending_event p
                 WHERE coalesce(p.leased_until, '-infinity') <= :now
+                  AND (CAST(:event_id AS text) IS NULL OR p.event_id = :event_id)
                   AND p.job_id IN (
                       SELECT d.job_id FROM kino.pending_event d
                       WHERE coalesce(d.leased_until, '-infinity') <= :now
@@ -157,7 +160,7 @@ def lease_due(connection: sa.Connection, *, now: datetime, limit: int = 500) -> 
             WHERE p.source = due.source AND p.event_id = due.event_id
             RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts
         """),
-        {"now": now, "until": now + LEASE, "limit": limit},
+        {"now": now, "until": now + LEASE, "limit": limit, "event_id": event_id},
     )
     return [
         delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
@@ -179,13 +182,14 @@ def sweep_retries(
     *,
     now: datetime,
     limit: int = 500,
+    event_id: str | None = None,
 ) -> Swept:
     """Try due events once more, by the same way as live ones; one round of at most `limit`.
 
     If Postgres goes away in between, the leases run out and no attempt is spent.
     """
     with engine.begin() as connection:
-        due = lease_due(connection, now=now, limit=limit)
+        due = lease_due(connection, now=now, limit=limit, event_id=event_id)
     outcomes: dict[str, int] = {}
     for outcome in settle_deliveries(due, now) if due else ():
         outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1

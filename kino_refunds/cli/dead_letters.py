@@ -1,0 +1,193 @@
+"""`dead-letters`: messages that a person has to look at."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine
+from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
+from kino_refunds.policy.document import published_policy
+from kino_refunds.settings import load_settings
+from kino_refunds.settlement.dead_letters import storable
+from kino_refunds.settlement.replays import note_letter, replay_letter, require_letter, set_letter_status
+from kino_refunds.settlement.settle import Terms
+
+RAW_SHOWN_MAX = 4_000
+
+Number = Annotated[int, typer.Argument(help="The letter's number.", metavar="NUMBER")]
+
+# What is at stake is joined and not stored: a job that was settled by another event has nothing at stake.
+_LIST = sa.text("""
+    SELECT d.dead_letter_id AS number, d.reason, d.job_id, d.event_id, d.queue,
+           CASE WHEN c.charge_id IS NULL OR s.charge_id IS NOT NULL THEN 0 ELSE c.credits END AS credits_at_stake,
+           d.seen, d.last_seen_at, d.status, d.group_fingerprint AS "group", d.detail
+    FROM kino.dead_letter d
+    LEFT JOIN kino.charge c ON c.job_id = d.job_id
+    LEFT JOIN kino.settlement s ON s.charge_id = c.charge_id
+    WHERE (:status = 'all' OR d.status = :status)
+      AND (CAST(:reason AS text) IS NULL OR d.reason = :reason)
+      AND (CAST(:job_id AS text) IS NULL OR d.job_id = :job_id)
+      AND (CAST(:group AS text) IS NULL OR d.group_fingerprint = :group)
+      AND d.dead_letter_id > :after
+    ORDER BY d.dead_letter_id LIMIT :limit
+""")
+_SHOW = sa.text("SELECT * FROM kino.dead_letter WHERE dead_letter_id = :number")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    letters = typer.Typer(help="Messages that a person has to look at.", no_args_is_help=True)
+    letters.command("list")(list_letters)
+    letters.command("show")(show)
+    letters.command("replay")(replay)
+    letters.command("discard")(discard)
+    letters.command("note")(note)
+    app.add_typer(letters, name="dead-letters")
+
+
+def list_letters(
+    status: Annotated[
+        Literal["open", "replayed", "discarded", "all"], typer.Option(help="open, replayed, discarded or all.")
+    ] = "open",
+    reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
+    job: Annotated[str | None, typer.Option(help="Only this job.")] = None,
+    group: Annotated[str | None, typer.Option(help="Only this group: the same reason from the same place.")] = None,
+    after: Annotated[int, typer.Option(help="Go on behind this number.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters, oldest first, with the credits at stake.
+
+    Example: kino-refunds dead-letters list --reason account_mismatch
+    """
+    wanted = {"status": status, "reason": reason, "job_id": job, "group": group, "after": after, "limit": limit}
+    with ledger_connection() as connection:
+        rows = [dict(row) for row in connection.execute(_LIST, wanted).mappings()]
+    if not as_json:
+        rows = [
+            {name: value for name, value in row.items() if name not in {"detail", "queue", "group"}} for row in rows
+        ]
+    print_items(
+        rows,
+        next_cursor=rows[-1]["number"] if len(rows) == limit else None,
+        as_json=as_json,
+        empty="no dead letters" if status == "all" else f"no {status} dead letters",
+    )
+
+
+def show(
+    number: Number,
+    save: Annotated[Path | None, typer.Option(help="Write the exact bytes of the message to this file.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show a dead letter whole: reason, history, notes and the message.
+
+    Bytes that would act on a terminal are shown escaped.
+
+    Example: kino-refunds dead-letters show 7 --save message.bin
+    """
+    with ledger_connection() as connection:
+        row = connection.execute(_SHOW, {"number": number}).mappings().one_or_none()
+    if row is None:
+        print_error(f"there is no dead letter {number}; see `kino-refunds dead-letters list --status all`")
+        return 1
+    letter: dict[str, Any] = dict(row)
+    raw = bytes(letter.pop("raw"))
+    letter["message_key"] = bytes(letter["message_key"]).hex()
+    letter["message_bytes"] = len(raw)
+    letter["message"] = storable(raw.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
+    if save is not None:
+        save.write_bytes(raw)
+    if as_json:
+        print_json(letter)
+        return 0
+    lists = {name: letter.pop(name) for name in ("history", "notes")}
+    exception = letter.pop("exception")
+    print_facts((name.replace("_", " "), value) for name, value in letter.items())
+    for name, entries in lists.items():
+        if entries:
+            console.print(f"\n{name}", style="bold")
+            names = list(dict.fromkeys(key for entry in entries for key in entry))
+            print_table([{key: entry.get(key) for key in names} for entry in entries])
+    if exception:
+        console.print("\nexception", style="bold")
+        console.print(exception, markup=False)
+    return 0
+
+
+def replay(
+    numbers: Annotated[list[int], typer.Argument(help="The letters' numbers.", metavar="NUMBER...")],
+    by: By,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come of it; write nothing.")] = False,
+    edited: Annotated[
+        Path | None, typer.Option(help="A corrected message for one letter; it settles as <id>+edit.N.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Put dead letters back through settlement.
+
+    The event keeps its identity: if its job was settled meanwhile it is a duplicate, and nothing moves twice.
+    Exit code 1 means that a letter is still open.
+
+    Example: kino-refunds dead-letters replay 7 8 --dry-run
+    """
+    if edited is not None and len(numbers) != 1:
+        raise typer.BadParameter("--edited corrects one letter: name one number")
+    settings = load_settings()
+    terms = Terms(published_policy(), settings.lot_grace, settings.build)
+    corrected = edited.read_bytes() if edited is not None else None
+    with ledger_engine(settings) as engine:
+        with engine.connect() as connection:
+            for number in numbers:
+                require_letter(connection, number)
+        replays = [
+            replay_letter(engine, number, terms, datetime.now(UTC), actor=by, edited=corrected, dry_run=dry_run)
+            for number in dict.fromkeys(numbers)
+        ]
+    rows = [
+        {
+            "number": each.dead_letter_id,
+            "event_id": each.event_id,
+            "job_id": each.job_id,
+            "outcome": each.outcome,
+            "closed": each.closed,
+        }
+        for each in replays
+    ]
+    print_items(rows, next_cursor=None, as_json=as_json, empty="")
+    if dry_run and not as_json:
+        console.print("dry run: nothing was written", style="dim")
+    return 0 if all(each.closed for each in replays) else 1
+
+
+def discard(
+    number: Number,
+    by: By,
+    note: Annotated[str, typer.Option(help="Why it needs nobody.")],
+    yes: Yes = False,
+) -> None:
+    """Close a dead letter without replaying it; it is kept.
+
+    Example: kino-refunds dead-letters discard 7 --note "test message of the pipeline"
+    """
+    confirm(f"Discard dead letter {number}?", yes=yes)
+    with ledger_connection() as connection:
+        set_letter_status(connection, number, "discarded", actor=by, now=datetime.now(UTC), entry={"note": note})
+    console.print(f"dead letter {number} is discarded; it is kept")
+
+
+def note(
+    number: Number, by: By, text: Annotated[str, typer.Argument(help="What the next one should know.", metavar="TEXT")]
+) -> None:
+    """Write a note on a dead letter.
+
+    Example: kino-refunds dead-letters note 7 "the pipeline team is on it"
+    """
+    with ledger_connection() as connection:
+        note_letter(connection, number, text, actor=by, now=datetime.now(UTC))
+    console.print(f"noted on dead letter {number}")

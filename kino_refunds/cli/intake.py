@@ -1,0 +1,94 @@
+"""`intake`: whether events are taken, by whom, and what waits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection
+from kino_refunds.cli.output import console, print_facts, print_json, print_table
+from kino_refunds.events.client import redis_client
+from kino_refunds.events.queues import depths
+from kino_refunds.settings import load_settings
+from kino_refunds.settlement.gate import pause_intake, read_gate, resume_intake
+
+# Three heartbeats: one may be late behind a slow batch.
+_WORKERS = sa.text("""
+    SELECT CAST(worker_id AS text) AS worker_id, host, pid, build, started_at, seen_at,
+           (stopped_at IS NULL AND seen_at > clock_timestamp() - interval '30 seconds') AS alive,
+           CAST(coalesce(counts ->> 'messages', '0') AS bigint) AS messages
+    FROM kino.intake_worker
+    WHERE seen_at > clock_timestamp() - interval '1 day'
+    ORDER BY alive DESC, seen_at DESC LIMIT 20
+""")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    intake = typer.Typer(help="Whether events are taken from the queues.", no_args_is_help=True)
+    intake.command("status")(status)
+    intake.command("pause")(pause)
+    intake.command("resume")(resume)
+    app.add_typer(intake, name="intake")
+
+
+def status(as_json: AsJson = False) -> int:
+    """Show the gate, the workers and the queues.
+
+    Exit code 1 means that nobody takes events: intake is paused, or no worker lives.
+
+    Example: kino-refunds intake status --json
+    """
+    settings = load_settings()
+    with ledger_connection() as connection, redis_client(settings.require_redis_url()) as client:
+        gate = read_gate(connection)
+        workers = [dict(row) for row in connection.execute(_WORKERS).mappings()]
+        waiting = depths(client)
+    alive = sum(worker["alive"] for worker in workers)
+    if as_json:
+        print_json({**asdict(gate), "workers": workers, "waiting": waiting})
+    else:
+        print_facts(
+            [
+                ("intake", "paused" if gate.paused else "open"),
+                ("since", gate.changed_at),
+                ("by", gate.actor),
+                ("reason", gate.reason),
+                ("workers alive", alive),
+                *waiting.items(),
+            ]
+        )
+        if workers:
+            console.print()
+            print_table(workers)
+    return 1 if gate.paused or not alive else 0
+
+
+def pause(
+    by: By,
+    reason: Annotated[str, typer.Option(help="Why; whoever looks next reads it.")],
+    yes: Yes = False,
+) -> None:
+    """Stop taking events, in every worker, until somebody resumes.
+
+    Nothing is lost: events wait on their queues, and overdue jobs get no verdict meanwhile.
+
+    Example: kino-refunds intake pause --reason "ledger maintenance until 14:00"
+    """
+    confirm("Stop taking events in every worker?", yes=yes)
+    with ledger_connection() as connection:
+        paused = pause_intake(connection, reason=reason, actor=by)
+    console.print("intake is paused" if paused else "intake was paused already; see `kino-refunds intake status`")
+
+
+def resume(by: By, reason: Annotated[str, typer.Option(help="Why.")] = "resumed by hand") -> None:
+    """Take events again.
+
+    Example: kino-refunds intake resume
+    """
+    with ledger_connection() as connection:
+        resumed = resume_intake(connection, reason=reason, actor=by)
+    console.print("intake takes events" if resumed else "intake was open already")

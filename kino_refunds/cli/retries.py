@@ -1,0 +1,122 @@
+"""`retries`: events that wait for another try."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds.cli.options import AsJson, ledger_connection, ledger_engine
+from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
+from kino_refunds.policy.document import published_policy
+from kino_refunds.settings import load_settings
+from kino_refunds.settlement.batch import outcomes_of, settle_batch
+from kino_refunds.settlement.retries import sweep_retries
+from kino_refunds.settlement.settle import Terms
+
+_LIST = sa.text("""
+    SELECT p.event_id, p.source, p.job_id, p.outcome, p.attempts, p.first_seen_at, p.next_attempt_at,
+           coalesce(c.credits, 0) AS credits
+    FROM kino.pending_event p LEFT JOIN kino.charge c USING (job_id)
+    WHERE CAST(:after AS text) IS NULL OR p.event_id || ' ' || p.source > :after
+    ORDER BY p.event_id || ' ' || p.source LIMIT :limit
+""")
+_SHOW = sa.text("""
+    SELECT event_id, source, job_id, outcome, attempts, queue, first_seen_at, next_attempt_at, leased_until,
+           fingerprint, CAST(event AS text) AS event, history
+    FROM kino.pending_event WHERE event_id = :event_id ORDER BY source
+""")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    retries = typer.Typer(help="Events that wait for another try.", no_args_is_help=True)
+    retries.command("list")(list_waiting)
+    retries.command("show")(show)
+    retries.command("run-now")(run_now)
+    app.add_typer(retries, name="retries")
+
+
+def list_waiting(
+    after: Annotated[str | None, typer.Option(help="Go on behind this event id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List waiting events, by event id.
+
+    Example: kino-refunds retries list --json
+    """
+    with ledger_connection() as connection:
+        rows = [dict(row) for row in connection.execute(_LIST, {"after": after, "limit": limit}).mappings()]
+    print_items(
+        rows,
+        next_cursor=" ".join((rows[-1]["event_id"], rows[-1]["source"])) if len(rows) == limit else None,
+        as_json=as_json,
+        empty="no event waits for another try",
+    )
+
+
+def show(
+    event_id: Annotated[str, typer.Argument(help="The event's id.", metavar="EVENT")], as_json: AsJson = False
+) -> int:
+    """Show a waiting event and what its attempts came to.
+
+    Example: kino-refunds retries show job-42-end
+    """
+    with ledger_connection() as connection:
+        rows = [dict(row) for row in connection.execute(_SHOW, {"event_id": event_id}).mappings()]
+    if not rows:
+        print_error(f"no event {event_id!r} waits; `kino-refunds why JOB` says what became of a job's events")
+        return 1
+    if as_json:
+        print_json({"items": rows, "next": None})
+        return 0
+    for row in rows:
+        history = row.pop("history")
+        print_facts((name.replace("_", " "), value) for name, value in row.items())
+        if history:
+            console.print("\nattempts", style="bold")
+            print_table(history)
+    return 0
+
+
+def run_now(
+    event_id: Annotated[str | None, typer.Argument(help="Only this event.", metavar="[EVENT]")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Try waiting events again now, all of them or one.
+
+    Example: kino-refunds retries run-now
+    """
+    settings = load_settings()
+    terms = Terms(published_policy(), settings.lot_grace, settings.build)
+    now = datetime.now(UTC)
+    tried, outcomes = 0, dict[str, int]()
+    with ledger_engine(settings) as engine:
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text(
+                    "UPDATE kino.pending_event SET next_attempt_at = :now"
+                    " WHERE next_attempt_at > :now AND (CAST(:event_id AS text) IS NULL OR event_id = :event_id)"
+                ),
+                {"now": now, "event_id": event_id},
+            )
+        while True:
+            swept = sweep_retries(
+                engine, lambda due, at: outcomes_of(settle_batch(engine, due, terms, at)), now=now, event_id=event_id
+            )
+            if not swept.tried:
+                break
+            tried += swept.tried
+            for outcome, count in swept.outcomes.items():
+                outcomes[outcome] = outcomes.get(outcome, 0) + count
+    if event_id is not None and not tried:
+        print_error(f"no event {event_id!r} waits, or a sweep has it in hand; see `kino-refunds retries list`")
+        return 1
+    if as_json:
+        print_json({"tried": tried, "outcomes": outcomes})
+    else:
+        print_facts([("tried", tried), *outcomes.items()])
+    return 0

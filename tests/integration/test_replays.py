@@ -1,0 +1,512 @@
+"""Replay: whatever a dead letter's reason, it goes back by the front door, as the event that it is."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import pytest
+
+from kino_refunds.errors import DeadLetterNotFound, MalformedMessage
+from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
+from kino_refunds.ledger import Balance
+from kino_refunds.settlement import batch
+from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter, record_dead_letters
+from kino_refunds.settlement.deliveries import delivery_of, read_delivery
+from kino_refunds.settlement.replays import Replay, note_letter, replay_letter, set_letter_status
+from kino_refunds.settlement.settle import settle as settle_events
+from tests.books import violations
+from tests.conftest import Database
+from tests.malformed import MALFORMED, bare, envelope
+from tests.malformed import event as document
+from tests.scenario import NOW, SOURCE, Scene, Settled, make_event, make_terms
+
+LATER = NOW + timedelta(minutes=10)
+FAILED = "generation.job-failed"
+
+
+@pytest.fixture
+def scene(database: Database) -> Iterator[Scene]:
+    with Scene.of(database) as scene:
+        yield scene
+        with scene.superuser.begin() as connection:
+            assert violations(connection) == []
+
+
+@pytest.fixture
+def bug(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let every settle raise while it is on."""
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a mistake of this build")
+
+    def switch(state: str) -> None:
+        monkeypatch.setattr(batch, "settle", failing if state == "on" else settle_events)
+
+    return switch
+
+
+def replay(scene: Scene, number: int = 1, **options: Any) -> Replay:
+    return replay_letter(scene.worker, number, make_terms(), LATER, actor="anna", **options)
+
+
+def record(scene: Scene, *letters: DeadLetter) -> None:
+    with scene.worker.begin() as connection:
+        record_dead_letters(connection, letters, now=NOW, build="test")
+
+
+def settle(scene: Scene, *events: Event) -> None:
+    """Settle as intake does, so that what fails becomes a dead letter."""
+    settle_batch(scene.worker, [delivery_of(event) for event in events], make_terms(), NOW)
+
+
+def malformed(raw: bytes) -> DeadLetter:
+    with pytest.raises(MalformedMessage) as caught:
+        read_delivery(raw, FAILED)
+    return malformed_letter(raw, FAILED, caught.value)
+
+
+class Letter(NamedTuple):
+    number: int
+    event_id: str | None
+    reason: str
+    seen: int
+    status: str
+    actor: str | None
+
+
+def letters(scene: Scene) -> list[Letter]:
+    rows = scene.rows(
+        "SELECT dead_letter_id, event_id, reason, seen, status, status_actor FROM kino.dead_letter"
+        " ORDER BY dead_letter_id"
+    )
+    return [Letter(*row) for row in rows]
+
+
+def history(scene: Scene, number: int = 1) -> list[dict[str, Any]]:
+    """The letter's history, without times and details."""
+    ((entries,),) = scene.rows("SELECT history FROM kino.dead_letter WHERE dead_letter_id = :n", n=number)
+    return [{key: value for key, value in entry.items() if key not in {"at", "detail"}} for entry in entries]
+
+
+# --- malformed
+
+
+@pytest.mark.parametrize(
+    "name", ["not json, bare", "unknown type, kombu", "compressed by zlib", "lone surrogate, bare"]
+)
+def test_what_did_not_parse_still_does_not(scene: Scene, name: str) -> None:
+    """A message that no build of ours understands stays open, and every try at it is counted."""
+    raw, reason = MALFORMED[name]
+    letter = malformed(raw)
+    record(scene, letter)
+
+    replays = [replay(scene), replay(scene)]
+
+    assert replays == [Replay(1, letter.event_id, letter.job_id, reason, closed=False)] * 2
+    assert letters(scene) == [Letter(1, letter.event_id, reason, 3, "open", None)]
+
+
+def test_what_a_newer_build_understands_settles(scene: Scene) -> None:
+    """A letter under another key, kept by a build that could not read it, settles as the event that it is."""
+    scene.charged()
+    raw = envelope(json.loads(to_json(make_event("failed platform"))))
+    record(scene, malformed_letter(raw, FAILED, MalformedMessage("unknown_type", "type is new")))
+
+    replayed = replay(scene)
+
+    assert replayed == Replay(1, "job-1 failed platform", "job-1", "refunded", closed=True)
+    assert scene.story().settlement == Settled("refunded", "generation_failure", "2.failure", "job-1 failed platform")
+    assert [(each.number, each.reason, each.status) for each in letters(scene)] == [(1, "unknown_type", "replayed")]
+
+
+def test_what_a_newer_build_understands_and_refuses_is_one_open_letter(scene: Scene) -> None:
+    """A letter under another key that fails again is replaced by the letter of its event, and that is open."""
+    scene.charged()
+    event = make_event("failed platform", account_id="somebody else")
+    record(scene, malformed_letter(to_json(event), FAILED, MalformedMessage("unknown_type", "type is new")))
+
+    replay(scene)
+
+    assert letters(scene) == [
+        Letter(1, "job-1 failed platform", "unknown_type", 1, "replayed", "anna"),
+        Letter(2, "job-1 failed platform", "account_mismatch", 1, "open", None),
+    ]
+
+
+def test_poison_settles_when_a_person_says_so(scene: Scene) -> None:
+    """What killed three workers is read again only by replay, and then settles like any other event."""
+    scene.charged()
+    record(scene, poison_letter(envelope(json.loads(to_json(make_event("failed platform")))), FAILED, 3))
+
+    replayed = replay(scene)
+
+    assert replayed == Replay(1, "job-1 failed platform", "job-1", "refunded", closed=True)
+    assert scene.balance("acct of job-1") == Balance(100, 0)
+
+
+def test_poison_that_does_not_parse_is_one_open_letter(scene: Scene) -> None:
+    """A replay of poison that cannot be read leaves one letter that somebody has to look at, not two."""
+    raw, _ = MALFORMED["unknown type, kombu"]
+    record(scene, poison_letter(raw, FAILED, 3))
+
+    replay(scene)
+    replay(scene)
+
+    assert [each.reason for each in letters(scene) if each.status == "open"] == ["unknown_type"]
+
+
+# --- apply_error
+
+
+def test_an_apply_error_settles_after_the_fix(scene: Scene, bug: Callable[[str], None]) -> None:
+    """While the bug remains a replay is counted and stays open; after the fix the customer is refunded once."""
+    scene.charged()
+    bug("on")
+    settle(scene, make_event("failed platform"))
+
+    before = replay(scene)
+    open_letters = letters(scene)
+    bug("off")
+    after = [replay(scene), replay(scene)]
+
+    assert before == Replay(1, "job-1 failed platform", "job-1", "apply_error", closed=False)
+    assert open_letters == [Letter(1, "job-1 failed platform", "apply_error", 2, "open", None)]
+    assert [(each.outcome, each.closed) for each in after] == [("refunded", True), ("duplicate", True)]
+    assert letters(scene) == [Letter(1, "job-1 failed platform", "apply_error", 2, "replayed", "anna")]
+    assert history(scene) == [
+        {"reason": "apply_error"},
+        {"status": "replayed", "actor": "anna", "outcome": "refunded"},
+        {"status": "replayed", "actor": "anna", "outcome": "duplicate"},
+    ]
+    assert scene.balance("acct of job-1") == Balance(100, 0)
+
+
+def test_a_letter_whose_event_settled_meanwhile_is_a_duplicate(scene: Scene, bug: Callable[[str], None]) -> None:
+    """What the pipeline sent again and settled is told its first outcome; the letter is closed, nothing moves."""
+    scene.charged()
+    bug("on")
+    settle(scene, make_event("failed platform"))
+    bug("off")
+    settle(scene, make_event("failed platform"))
+    story = scene.story()
+
+    replayed = replay(scene)
+
+    assert (replayed.outcome, replayed.closed) == ("duplicate", True)
+    assert scene.story() == story
+
+
+def test_a_letter_whose_job_another_event_settled_moves_nothing(scene: Scene, bug: Callable[[str], None]) -> None:
+    """The key is the charge: after a timeout was refunded, the failure that was a letter changes nothing."""
+    scene.charged()
+    bug("on")
+    settle(scene, make_event("failed platform"))
+    bug("off")
+    settle(scene, make_event("timeout"))
+
+    replayed = replay(scene)
+
+    assert (replayed.outcome, replayed.closed) == ("already_refunded", True)
+    assert scene.balance("acct of job-1") == Balance(100, 0)
+
+
+# --- the outcomes that are dead letters
+
+
+def test_a_mismatch_stays(scene: Scene) -> None:
+    """An event that names another account than its charge is open after any number of replays."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+
+    replays = [replay(scene), replay(scene)]
+
+    assert [(each.outcome, each.closed) for each in replays] == [("account_mismatch", False)] * 2
+    assert letters(scene) == [Letter(1, "job-1 failed platform", "account_mismatch", 3, "open", None)]
+    assert scene.story().settlement is None
+
+
+def test_a_conflict_stays(scene: Scene) -> None:
+    """Another content under an id that was decided is never applied, replayed or not."""
+    scene.charged()
+    settle(scene, make_event("completed", event_id="e-1"))
+    settle(scene, make_event("failed platform", event_id="e-1"))
+    before = scene.story()
+
+    replayed = replay(scene)
+
+    assert replayed == Replay(1, "e-1", "job-1", "conflicting_duplicate", closed=False)
+    assert letters(scene) == [Letter(1, "e-1", "conflicting_duplicate", 2, "open", None)]
+    assert scene.story() == before
+
+
+def exhaust(scene: Scene, event: Event) -> None:
+    """Let an event wait for its charge for a day, in vain."""
+    scene.settle(event, now=NOW - timedelta(hours=25))
+    scene.sweep(now=NOW)
+
+
+def test_an_exhausted_event_settles_once_its_charge_exists(scene: Scene) -> None:
+    """A charge that came more than a day late is refunded by the replay of its event."""
+    exhaust(scene, make_event("failed platform"))
+    kept = letters(scene), scene.pending()
+    scene.charged()
+
+    replayed = replay(scene)
+
+    assert kept == ([Letter(1, "job-1 failed platform", "charge_not_found", 1, "open", None)], {})
+    assert replayed == Replay(1, "job-1 failed platform", "job-1", "refunded", closed=True)
+    assert scene.balance("acct of job-1") == Balance(100, 0)
+
+
+def test_an_exhausted_event_without_a_charge_waits_again_and_comes_back(scene: Scene) -> None:
+    """A replay that came too early lets the event wait for another day; then its letter is open again."""
+    exhaust(scene, make_event("failed platform"))
+
+    replayed = replay(scene)
+    waits = scene.pending()["job-1 failed platform"].outcome
+    scene.sweep(now=LATER + timedelta(hours=25))
+
+    assert (replayed.outcome, replayed.closed, waits) == ("charge_not_found", True, "charge_not_found")
+    assert letters(scene) == [Letter(1, "job-1 failed platform", "charge_not_found", 2, "open", "anna")]
+    assert history(scene) == [
+        {"reason": "charge_not_found"},
+        {"status": "replayed", "actor": "anna", "outcome": "charge_not_found"},
+        {"reason": "charge_not_found"},
+    ]
+
+
+# --- edited
+
+
+def test_an_edited_copy_settles_under_an_id_of_its_own(scene: Scene) -> None:
+    """A corrected message is another event: `<id>+edit.N`; the bytes that came are kept as they came."""
+    scene.charged()
+    wrong = make_event("failed platform", account_id="somebody else")
+    settle(scene, wrong)
+
+    replayed = replay(scene, edited=to_json(make_event("failed platform")))
+
+    assert replayed == Replay(1, "job-1 failed platform+edit.1", "job-1", "refunded", closed=True)
+    assert scene.story().inbox == {"job-1 failed platform+edit.1": "refunded"}
+    assert letters(scene) == [Letter(1, "job-1 failed platform", "account_mismatch", 1, "replayed", "anna")]
+    assert history(scene)[1:] == [
+        {"status": "replayed", "actor": "anna", "outcome": "refunded", "as": "job-1 failed platform+edit.1"}
+    ]
+    assert scene.rows("SELECT raw FROM kino.dead_letter") == [(to_json(wrong),)]
+
+
+def test_edits_are_counted_up(scene: Scene) -> None:
+    """Each correction is an event of its own, so that a second one cannot be mistaken for the first."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+
+    replays = [
+        replay(scene, edited=to_json(make_event(kind, event_id="e"))) for kind in ("completed", "timeout", "completed")
+    ]
+
+    assert [(each.event_id, each.outcome) for each in replays] == [
+        ("e+edit.1", "captured"),
+        ("e+edit.2", "failed_after_capture"),
+        ("e+edit.3", "already_captured"),
+    ]
+    assert scene.breaks()[0].kind == "failed_after_capture"
+
+
+@pytest.mark.parametrize(
+    "edited", [b"nonsense", bare(document(id="e" * (ID_LENGTH_MAX - 6)))], ids=["malformed", "id too long"]
+)
+def test_a_correction_that_is_no_event_changes_nothing(scene: Scene, edited: bytes) -> None:
+    """Whoever corrects a message wrongly is told so, and the letter stays as it was."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+    before = scene.everything()
+
+    with pytest.raises(MalformedMessage):
+        replay(scene, edited=edited)
+
+    assert scene.everything() == before
+
+
+def test_a_correction_that_fails_is_not_closed(scene: Scene) -> None:
+    """A replay that fails leaves a letter open, and says so, also when it was edited."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+
+    replayed = replay(scene, edited=to_json(make_event("failed platform", account_id="a third one")))
+
+    assert (replayed.outcome, replayed.closed) == ("account_mismatch", False)
+    assert "open" in [each.status for each in letters(scene)]
+
+
+# --- dry run
+
+
+def a_mismatch(scene: Scene) -> None:
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+
+
+def a_conflict(scene: Scene) -> None:
+    settle(scene, make_event("completed", event_id="e"), make_event("timeout", event_id="e"))
+
+
+def an_exhausted_event(scene: Scene) -> None:
+    exhaust(scene, make_event("failed platform", "job-2"))
+    scene.charged("job-2")
+
+
+def an_exhausted_event_without_charge(scene: Scene) -> None:
+    exhaust(scene, make_event("failed platform", "job-2"))
+
+
+def a_malformed_message(scene: Scene) -> None:
+    record(scene, malformed(b"nonsense"))
+
+
+def an_unread_one(scene: Scene) -> None:
+    record(scene, poison_letter(to_json(make_event("safety during")), FAILED, 3))
+
+
+def one_settled_meanwhile(scene: Scene) -> None:
+    record(scene, poison_letter(to_json(make_event("timeout")), FAILED, 3))
+    settle(scene, make_event("timeout"))
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        a_mismatch,
+        a_conflict,
+        an_exhausted_event,
+        an_exhausted_event_without_charge,
+        a_malformed_message,
+        an_unread_one,
+        one_settled_meanwhile,
+    ],
+)
+def test_a_dry_run_writes_nothing_and_tells_what_will_be(scene: Scene, arrange: Callable[[Scene], None]) -> None:
+    """What a dry run says is what the replay then comes to; until then no table has changed."""
+    scene.charged()
+    arrange(scene)
+    before = scene.everything()
+
+    foretold = replay(scene, dry_run=True)
+    after = scene.everything()
+    real = replay(scene)
+
+    assert after == before
+    assert foretold == real
+
+
+def test_a_dry_run_of_a_correction_writes_nothing(scene: Scene) -> None:
+    """A correction can be tried first; its number is not used up."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+    before = scene.everything()
+    edited = to_json(make_event("failed platform"))
+
+    foretold = replay(scene, edited=edited, dry_run=True)
+    after = scene.everything()
+
+    assert after == before
+    assert foretold == replay(scene, edited=edited)
+
+
+# --- the letter itself
+
+
+def test_a_number_that_nobody_has_is_an_error(scene: Scene) -> None:
+    """An unknown number changes nothing and says where the numbers are."""
+    before = scene.everything()
+
+    with pytest.raises(DeadLetterNotFound, match="there is no dead letter 7; see `kino-refunds dead-letters list`"):
+        replay(scene, 7)
+    with scene.worker.begin() as connection, pytest.raises(DeadLetterNotFound):
+        set_letter_status(connection, 7, "discarded", actor="anna", now=NOW, entry={})
+    with scene.worker.begin() as connection, pytest.raises(DeadLetterNotFound):
+        note_letter(connection, 7, "text", actor="anna", now=NOW)
+
+    assert scene.everything() == before
+
+
+def test_what_people_did_is_kept(scene: Scene) -> None:
+    """Notes, who discarded and why, and who replayed after all: all of it stays with the letter, in order."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+
+    with scene.worker.begin() as connection:
+        note_letter(connection, 1, "the pipeline is asked \U0001f3ac", actor="anna", now=NOW)
+        set_letter_status(connection, 1, "discarded", actor="bob", now=NOW, entry={"note": "a test"})
+        note_letter(connection, 1, "no, it is real", actor="eve", now=NOW)
+    discarded = letters(scene)
+    replay(scene)
+
+    assert discarded == [Letter(1, None, "poison_crash", 1, "discarded", "bob")]
+    assert letters(scene) == [Letter(1, None, "poison_crash", 1, "replayed", "anna")]
+    assert history(scene) == [
+        {"reason": "poison_crash"},
+        {"status": "discarded", "actor": "bob", "note": "a test"},
+        {"status": "replayed", "actor": "anna", "outcome": "refunded"},
+    ]
+    assert scene.rows("SELECT notes FROM kino.dead_letter") == [
+        (
+            [
+                {"at": NOW.isoformat(), "actor": "anna", "text": "the pipeline is asked \U0001f3ac"},
+                {"at": NOW.isoformat(), "actor": "eve", "text": "no, it is real"},
+            ],
+        )
+    ]
+
+
+def test_a_letter_that_came_again_is_open_unless_somebody_judged_it(scene: Scene) -> None:
+    """After a replay the same message failing again opens its letter; a discarded one is only counted."""
+    record(scene, malformed(b"to be replayed"))
+    record(scene, malformed(b"to be discarded"))
+    with scene.worker.begin() as connection:
+        for number, status in ((1, "replayed"), (2, "discarded")):
+            set_letter_status(connection, number, status, actor="anna", now=NOW, entry={})
+
+    record(scene, malformed(b"to be replayed"), malformed(b"to be discarded"), malformed(b"to be discarded"))
+
+    assert letters(scene) == [
+        Letter(1, None, "bad_json", 2, "open", "anna"),
+        Letter(2, None, "bad_json", 3, "discarded", "anna"),
+    ]
+
+
+def test_two_replays_at_once_refund_once(scene: Scene) -> None:
+    """Two people who replay the same letter at the same instant refund it once; the second is told duplicate."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    together = threading.Barrier(2)
+
+    def at_once(_: int) -> str:
+        together.wait(30)
+        return replay(scene).outcome
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = sorted(pool.map(at_once, range(2)))
+
+    assert outcomes == ["duplicate", "refunded"]
+    assert scene.balance("acct of job-1") == Balance(100, 0)
+    assert [move.kind for move in scene.story().moved] == ["refund"]
+    assert [(each.status, each.actor) for each in letters(scene)] == [("replayed", "anna")]
+
+
+def test_a_replay_keeps_the_event_s_identity(scene: Scene) -> None:
+    """A replayed event is the one that came: its source and id are in the inbox, its time in the settlement."""
+    scene.charged()
+    event = make_event("failed platform")
+    record(scene, poison_letter(to_json(event), FAILED, 3))
+
+    replay(scene)
+
+    assert scene.rows("SELECT source, event_id, event_at FROM kino.inbox_event") == [(SOURCE, event.id, event.time)]
+    assert scene.rows("SELECT event_source, event_id, event_time FROM kino.settlement") == [
+        (SOURCE, event.id, event.time)
+    ]
