@@ -9,6 +9,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEV_ARGS ?=
 DEMO_ARGS ?=
+FAULTS_ARGS ?=
 
 UV := $(shell command -v uv 2>/dev/null)
 BIN := .venv/bin
@@ -57,6 +58,10 @@ lint: venv ## Style, format and types
 .PHONY: test
 test: lint ## Lint, types and every test: what CI runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+.PHONY: faults
+faults: venv ## Every fault, then every planted bug, against real servers; what was lost or paid twice
+	@$(BIN)/python -m tests.faults.run --planted $(FAULTS_ARGS)
 
 .PHONY: bench
 bench: venv ## Refunds per second on this machine; the last line is one JSON object

@@ -1,0 +1,37 @@
+"""The quick faults, one test each; `make faults` runs them all, and the planted bugs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.faults.harness import SCENARIOS, Arena, arena
+from tests.faults.planted import PLANTED
+from tests.faults.run import DEFAULT_SEED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Arena]:
+    """Servers of these tests alone: other tests must not be there when they are emptied or filled up."""
+    with arena() as running:
+        yield running
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.quick])
+def test_fault(place: Arena, name: str) -> None:
+    """Whatever breaks, no job is lost, none is paid twice, and every message is accounted for."""
+    result = place.run(SCENARIOS[name], DEFAULT_SEED)
+
+    assert result.passed, result.why()
+
+
+def test_planted_bugs_name_scenarios_that_exist() -> None:
+    """A planted bug that no scenario looks for would pass unnoticed."""
+    named = {scenario for planted in PLANTED for scenario in planted.scenarios}
+
+    assert named - SCENARIOS.keys() == set()
