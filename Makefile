@@ -61,7 +61,7 @@ test: lint ## Lint, types and every test: what CI runs
 
 .PHONY: faults
 faults: venv ## Every fault, then every planted bug, against real servers; what was lost or paid twice
-	@$(BIN)/python -m tests.faults.run --planted $(FAULTS_ARGS)
+	@$(BIN)/python -m tests.faults.run $(FAULTS_ARGS)
 
 .PHONY: bench
 bench: venv ## Refunds per second on this machine; the last line is one JSON object
