@@ -81,7 +81,7 @@ def accept(
 ) -> None:
     """Close a break as it stands; the ledger is not changed.
 
-    Example: kino-refunds breaks accept 3 --note "the customer kept the video and the credits"
+    Example: kino-refunds breaks accept 3 --note "agreed with support"
     """
     confirm(f"Accept break {number} as it stands?", yes=yes)
     with ledger_connection() as connection:

@@ -173,7 +173,7 @@ def discard(
 ) -> None:
     """Close a dead letter without replaying it; it is kept.
 
-    Example: kino-refunds dead-letters discard 7 --note "test message of the pipeline"
+    Example: kino-refunds dead-letters discard 7 --note "a test message"
     """
     confirm(f"Discard dead letter {number}?", yes=yes)
     with ledger_connection() as connection:

@@ -79,7 +79,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
         _show_usage_error(error)
         return USAGE
-    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError, UnicodeEncodeError) as error:
+    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError) as error:
         code, text = explained(error)
         print_error(text)
         return code
@@ -103,8 +103,6 @@ def explained(error: Exception) -> tuple[int, str]:
     match error:
         case BadSettings() | BadTrace():
             return USAGE, first_line
-        case UnicodeEncodeError():
-            return USAGE, f"{error.object!r} cannot be written as {error.encoding}"
         case DependencyAway() | ServerFailed() | SourceUnavailable():
             return AWAY, str(error)
         case KinoError():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
 TRANSACTION_TIMEOUT_SINCE = 17_00_00
+READ_ONLY = "25006"
 
 
 class SessionLimits(BaseModel, frozen=True):
@@ -92,6 +93,12 @@ def create_engine(
             for name, value in wanted.items():
                 cursor.execute("SELECT set_config(%s, %s, false)", (name, str(value)))
         raw.commit()
+
+    @sa.event.listens_for(engine, "handle_error")
+    def leave_read_only(context: sa.engine.ExceptionContext) -> None:
+        # A session that began while the server was read-only (a failover) stays so for as long as it lives.
+        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+            context.is_disconnect = True
 
     return engine
 

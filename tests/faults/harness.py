@@ -452,6 +452,18 @@ class World:
         with suppress(ProcessLookupError):
             os.kill(process.pid, number)
 
+    def caught_with_a_batch(self, process: CeleryProcess) -> bool:
+        """Stop a worker wherever it is; if that is with a batch in flight, leave it stopped and say so."""
+        ((worker_id,),) = self.sql("SELECT CAST(worker_id AS text) FROM kino.intake_worker WHERE pid = %s", process.pid)
+        for _ in range(200):
+            self.signal(process, signal.SIGSTOP)
+            if self.redis.keys(f"kino:inflight:{worker_id}:*"):
+                return True
+            self.signal(process, signal.SIGCONT)
+            if not self.waiting():
+                return False
+        return False
+
     # --- intake without a process ----------------------------------------------------------------------------
 
     def new_engine(self, port: int | None = None) -> sa.Engine:

@@ -109,19 +109,22 @@ def events_before_their_charge(world: World) -> None:
 @scenario("event before its charge")
 def beat_brings_everything_home(world: World) -> None:
     """With the real beat: early events find their charges, and jobs without an event are refunded as overdue (P9)."""
-    world.start_worker()
-    world.start_beat(
-        KINO_JOB_SOURCE="none",
-        KINO_OVERDUE_EVERY_S="1",
-        KINO_OVERDUE_GRACE_S="0",
-        KINO_RETRY_EVERY_S="1",
-    )
+    settings = {
+        "KINO_JOB_SOURCE": "none",
+        "KINO_OVERDUE_EVERY_S": "1",
+        "KINO_OVERDUE_GRACE_S": "0",
+        "KINO_RETRY_EVERY_S": "1",
+    }
+    world.start_worker(**settings)
+    world.start_beat(**settings)
     messages = world.workload.some(60)
     world.publish(messages)
     world.faults["event before its charge"] += len(messages)
     world.until(lambda: world.sql("SELECT count(*) FROM kino.pending_event")[0][0] == len(messages), "all of them wait")
-    world.open(messages)
+    unheard = [world.workload.job(TIMED_OUT, overdue_s=60) for _ in range(10)]
+    world.open(messages, unheard)
     world.settle_down()
+    world.until(lambda: world.settled() == len(messages) + len(unheard), "refunds of jobs without an event")
 
 
 @scenario("bad input", quick=True)
@@ -185,7 +188,7 @@ def paused_past_every_deadline(world: World) -> None:
 
 @scenario("overdue", quick=True)
 def backlog_past_every_deadline(world: World) -> None:
-    """A backlog, a batch in flight, and what waits for its retry: none of it is refunded as overdue (P9)."""
+    """A backlog on the queues and a batch in flight: while older events wait, nobody is refunded as overdue (P9)."""
     messages = world.workload.some(30, overdue_s=60)
     world.open(messages)
     aged = [world.workload.event(world.workload.job(CAPTURED, overdue_s=60), "completed", at_s=-120) for _ in range(5)]

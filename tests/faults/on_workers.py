@@ -121,9 +121,12 @@ def one_of_two_workers_killed(world: World) -> None:
     world.start_worker(KINO_INTAKE_BATCH="10")
     world.until_ready(2)
     fatal = world.chance.randrange(5, 15)
+    killed = False
     for step in world.stream(400):
-        if step == fatal:
+        if step >= fatal and not killed and world.caught_with_a_batch(victim):
             world.kill(victim)
+            killed = True
+    require(killed, "the victim was caught with a batch in flight")
     world.settle_down()
 
 

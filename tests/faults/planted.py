@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.faults.harness import Edit, copy_project
 
 DEADLINE_S = 600.0
+HALTED = "halted, "
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,10 @@ def catch(planted: Planted, seed: int) -> Caught:
             results = json.loads(ran.stdout.splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
             return Caught(planted, {}, f"{type(error).__name__}: its run ended without results")
-    # A finding of the oracle catches; a scenario that could not go on only counts as one beside it.
-    by = {result["name"]: result["findings"][0] for result in results if result["findings"]}
+    # A scenario that broke off leaves open jobs behind, which prove nothing: then what stopped it is what is said.
+    by = {
+        result["name"]: HALTED + result["error"].partition("\n")[0] if result["error"] else result["findings"][0]
+        for result in results
+        if result["error"] or result["findings"]
+    }
     return Caught(planted, by)

@@ -1,7 +1,8 @@
 """Run every fault, then every planted bug, and print what came of them: `python -m tests.faults.run`.
 
 Exit code 1 if anything was lost or paid twice, a scenario got stuck, or a planted bug was not caught. A
-seed gives workload, schedule and interleaving; the same seed again plays the same.
+seed gives the workload, the step at which a fault happens, and every interleaving inside this process;
+the timing of real processes is the machine's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import structlog
 
 from tests.faults import on_events, on_postgres, on_valkey, on_workers
 from tests.faults.harness import SCENARIOS, Result, Scenario, arena
-from tests.faults.planted import PLANTED, Caught, Planted, catch
+from tests.faults.planted import HALTED, PLANTED, Caught, Planted, catch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ MODULES = (on_workers, on_postgres, on_valkey, on_events)
 def main() -> int:
     """Read the command line, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="the same seed plays the same")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the workload and the schedule")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a scenario, or a planted bug")
     parser.add_argument("--quick", action="store_true", help="the scenarios of `make test`, and no planted bugs")
     parser.add_argument("--planted", action="store_true", help="only the planted bugs")
@@ -114,7 +115,7 @@ def _report(results: Iterable[Result]) -> None:
             **{kind: f"{number:,}" for kind, number in findings.items()},
         },
     )
-    _table("dead letters, all of them meant", {name: f"{number:,}" for name, number in letters.most_common()})
+    _table("dead letters", {name: f"{number:,}" for name, number in letters.most_common()})
     _table("worst lateness, event to settlement", {cause: f"{late[cause]:.1f} s" for cause in sorted(late)})
 
 
@@ -125,6 +126,8 @@ def _report_planted(caught: Sequence[Caught]) -> None:
         _say(f"  {each.planted.name}")
         for name in each.planted.scenarios:
             _say(f"    {'' if name in each.by else 'NOT '}{name}: {each.by.get(name, each.error)[:110]}")
+    halted = sum(by.startswith(HALTED) for each in caught for by in each.by.values())
+    _say(f"  {halted} of these catches are scenarios that could not go on; the others ran to their end and were judged")
 
 
 def _table(title: str, rows: dict[str, str]) -> None:

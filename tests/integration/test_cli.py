@@ -221,7 +221,7 @@ def test_argument_that_is_not_utf_8_is_refused(run: Run, command: str) -> None:
     result = run(command, "acme\udcff")
 
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-    assert result.err.startswith("error: 'acme\\udcff' cannot be written as utf-8")
+    assert result.err.startswith("error: 'acme\\udcff' is not text: write it in UTF-8")
 
 
 # --- settings and servers
@@ -584,7 +584,9 @@ def test_overdue_run_needs_to_be_told_that_nobody_knows(run: Run) -> None:
     result = run("overdue", "run", KINO_JOB_SOURCE=None)
 
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-    assert result.err.startswith("error: KINO_JOB_SOURCE is not set; `none` says that nobody knows of jobs")
+    assert result.err.startswith(
+        "error: KINO_JOB_SOURCE is not set: sql or http ask somebody; none says that nobody knows of jobs"
+    )
 
 
 def test_overdue_run_settles_what_the_dry_run_announced(run: Run, scene: Scene) -> None:
