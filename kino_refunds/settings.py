@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 import redis
 import sqlalchemy as sa
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kino_refunds.db.engine import SessionLimits, driver_url
 from kino_refunds.errors import BadSettings
-from kino_refunds.events.queues import CLAIM_LIMIT_MAX
+from kino_refunds.events.queues import CLAIM_LIMIT_MAX, QUEUE_KEYS
 
 PREFIX = "KINO_"
 NOT_OURS = frozenset({"KINO_TRACE"})
@@ -116,6 +116,13 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
     build: str = Field(default_factory=lambda: version("kino-refunds"), description="Names this build in dead letters.")
+
+    @field_validator("relay_queue")
+    @classmethod
+    def _queue_of_its_own(cls, value: str | None) -> str | None:
+        if value in QUEUE_KEYS:
+            raise ValueError("this queue is the pipeline's: every refund would come back as a dead letter")
+        return value
 
     @cached_property
     def session_limits(self) -> SessionLimits:

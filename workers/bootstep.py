@@ -79,6 +79,7 @@ class IntakeStep(bootsteps.StartStopStep):
         def run() -> None:
             intake.run(chores=chores)
             Chores({"last heartbeat": (0.0, heartbeat.stop)})()
+            engine.dispose()
 
         # A daemon: if it does not stop in time the process ends all the same, and the batch is recovered.
         self._intake = intake

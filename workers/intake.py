@@ -209,7 +209,7 @@ class Intake:
         )
 
     def _report(self, error: Exception, wait_s: float) -> None:
-        transient = isinstance(error, (redis.RedisError, DependencyAway)) or classify(error) is Fault.KEEP
+        transient = isinstance(error, (redis.RedisError, DependencyAway)) or classify(error) is not Fault.BISECT
         if transient:
             log.warning("batch kept", error=one_line(error), retry_in_s=wait_s)
         else:

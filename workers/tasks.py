@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from celery import shared_task
 
 from kino_refunds.db.engine import create_engine
+from kino_refunds.errors import BadSettings
 from kino_refunds.events.client import redis_client
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.log import get_logger
@@ -54,7 +55,9 @@ def _in_slot(name: str, run: Callable[[datetime], dict[str, Any]], *, settles: b
     with the events that wait for a retry.
     """
     now = datetime.now(UTC)
-    entry = next(entry for entry in entries(load_settings()) if entry.name == name)
+    entry = next((entry for entry in entries(load_settings()) if entry.name == name), None)
+    if entry is None:
+        raise BadSettings(f"beat started {name}, which is switched off in this worker's settings: give both the same")
     with _engine().begin() as connection:
         slot_at = claim_slot(connection, entry, now=now, claimed_by=f"{socket.gethostname()}:{os.getpid()}")
         paused = settles and read_gate(connection).paused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,15 +54,20 @@ def read_time(text: str | None) -> datetime | None:
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")]
 
 
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        return f"uid {os.getuid()}"
+
+
 def _person(name: str) -> str:
     if name == TRIPWIRE:
         raise typer.BadParameter(f"{TRIPWIRE} is not a person: what it closes opens by itself")
     return name
 
 
-By = Annotated[
-    str, typer.Option("--by", help="Who does this; kept with it.", default_factory=getpass.getuser, callback=_person)
-]
+By = Annotated[str, typer.Option("--by", help="Who does this; kept with it.", default_factory=_login, callback=_person)]
 
 
 def confirm(question: str, *, yes: bool) -> None:

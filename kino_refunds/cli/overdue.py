@@ -27,11 +27,13 @@ def register(app: typer.Typer) -> None:
 def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
-) -> None:
+) -> int:
     """Find overdue jobs, ask the job source, and settle what is known; one pass.
 
     Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
     while intake is paused or an older message still waits.
+
+    Exit code 3 means that Redis or the job source is away: there were no verdicts.
 
     Example: kino-refunds overdue run --dry-run --json
     """
@@ -55,6 +57,8 @@ def run(
         print_json(report.as_dict())
     else:
         print_facts((name.replace("_", " "), _shown(value)) for name, value in report.as_dict().items())
+    nobody_answered = report.source_errors and not report.answers
+    return 3 if report.withheld["redis_away"] or nobody_answered else 0
 
 
 def _show_progress(report: OverdueReport) -> None:

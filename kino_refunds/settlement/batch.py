@@ -44,7 +44,8 @@ def settle_batch(
     alone. `watch` is told of each part: it may keep a long search from being taken for a dead worker, and may
     raise to end it.
 
-    Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. Parts
+    Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. So is an
+    event that could not even be recorded (somebody holds its row), after its neighbours are settled. Parts
     that were settled by then are told `duplicate` the next time (P2).
     """
     decisions: list[Decision] = []

@@ -80,6 +80,7 @@ def test_defaults_are_those_of_the_design() -> None:
         ("JOB_SOURCE_TIMEOUT_S", "61"),
         ("OVERDUE_EVERY_S", "0.9"),
         ("RELAY_EVERY_S", "0.9"),
+        ("RELAY_QUEUE", "generation.timeout"),
         ("OVERDUE_GRACE_S", "-1"),
         ("OVERDUE_ASKS", "0"),
         ("OVERDUE_ASK_WINDOW_S", "-1"),
