@@ -2,7 +2,7 @@
 
 What a source knows for certain becomes an event and goes through `settle` like any other. Where nobody
 knows, we may say ourselves that the job timed out (clause 2.timeout), but never while the reason that we
-have not heard could be our own: see `Guard`.
+have not heard could be our own: see `reconciliation/guard.py`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ import redis
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.envelope import parse
-from kino_refunds.events.queues import waiting
-from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, Queue
+from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.breaks import Break, raise_breaks
+from kino_refunds.reconciliation.guard import read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from kino_refunds.events.schema import Event
     from kino_refunds.reconciliation.sources import JobSource
@@ -45,7 +43,6 @@ ASK_BATCH = 100
 MARK_BEHIND = timedelta(hours=1)
 """Twice as long as a product transaction may live (db/roles.sql): a charge that is committed late is still
 in front of the mark."""
-NAMELESS_COUNTS_FOR = timedelta(hours=1)
 RUNNING_PAST_CAP = "running_past_cap"
 
 
@@ -362,90 +359,6 @@ def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> li
         return []
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
-    """What forbids a timed-out verdict of our own, read at one point: P9, never because *we* were behind.
-
-    Redis is read first, Postgres after it: an event that leaves Redis in between has been committed, so
-    Postgres shows what it did. The other way round it could be missed by both.
-    """
-
-    refused: str | None
-    """A reason that holds for every charge."""
-    oldest_waiting: datetime | None
-    named_jobs: Collection[str]
-    """Jobs that an event waiting for a retry, or an open dead letter, speaks of."""
-    nameless: Sequence[datetime]
-    """When open dead letters of the completed queue came that name no job: any charge's end could be there."""
-
-    def reason(self, charge: OverdueCharge) -> str | None:
-        """Say why there must be no verdict on this charge; None if there may be one."""
-        if self.refused is not None:
-            return self.refused
-        if self.oldest_waiting is not None and self.oldest_waiting <= charge.due_at:
-            return "older_message_waiting"
-        if charge.job_id in self.named_jobs:
-            return "named_by_waiting_event"
-        if any(seen_at > charge.opened_at for seen_at in self.nameless):
-            return "unreadable_completion"
-        return None
-
-
-def _read_guard(
-    engine: sa.Engine,
-    redis_client: redis.Redis,
-    charges: Sequence[OverdueCharge],
-    *,
-    now: datetime,
-    source_configured: bool,
-) -> Guard:
-    refused, oldest = _read_waiting(redis_client)
-    with engine.connect() as connection:
-        if connection.execute(sa.text("SELECT paused FROM kino.intake_state")).scalar_one():
-            refused = "intake_paused"
-        job_ids = {"job_ids": [charge.job_id for charge in charges]}
-        named = set(connection.execute(_NAMED_JOBS, job_ids).scalars())
-        nameless: Sequence[datetime] = ()
-        if not source_configured:
-            nameless = (
-                connection.execute(_NAMELESS, {"queue": Queue.JOB_COMPLETED.value, "since": now - NAMELESS_COUNTS_FOR})
-                .scalars()
-                .all()
-            )
-    return Guard(refused, oldest, named, nameless)
-
-
-_NAMED_JOBS = sa.text("""
-    SELECT job_id FROM kino.pending_event WHERE job_id = ANY(CAST(:job_ids AS text[]))
-    UNION
-    SELECT job_id FROM kino.dead_letter WHERE status = 'open' AND job_id = ANY(CAST(:job_ids AS text[]))
-""")
-
-_NAMELESS = sa.text("""
-    SELECT last_seen_at FROM kino.dead_letter
-    WHERE status = 'open' AND job_id IS NULL AND queue = :queue AND last_seen_at > :since
-""")
-
-
-def _read_waiting(redis_client: redis.Redis) -> tuple[str | None, datetime | None]:
-    """Find the oldest event time that waits anywhere in Redis; or why nothing can be said."""
-    try:
-        found = waiting(redis_client)
-    except redis.RedisError as error:
-        log.warning("no verdict: Redis cannot be read", error=f"{type(error).__name__}: {error}")
-        return "redis_away", None
-    if not found.complete:
-        return "backlog_too_large" if not found.unreadable else "unreadable_queue", None
-    oldest = None
-    for message in found.messages:
-        try:
-            time = parse(message.raw).time
-        except MalformedMessage:
-            return "unreadable_message_waiting", None
-        oldest = time if oldest is None else min(oldest, time)
-    return None, oldest
-
-
 def _own_verdicts(
     engine: sa.Engine,
     redis_client: redis.Redis,
@@ -457,7 +370,7 @@ def _own_verdicts(
 ) -> list[Delivery]:
     if not charges:
         return []
-    guard = _read_guard(engine, redis_client, charges, now=now, source_configured=source_configured)
+    guard = read_guard(engine, redis_client, charges, now=now, source_configured=source_configured)
     verdicts = []
     for charge in charges:
         reason = guard.reason(charge)

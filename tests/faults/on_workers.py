@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from kino_refunds.settlement.replays import replay_letter
 from tests.faults.harness import Edit, World, copy_project, require, scenario
@@ -239,8 +241,10 @@ def bad_deploy(world: World) -> None:
     world.workload.dead_letters_max["apply_error"] = 60
     messages = world.workload.some(150)
     world.open(messages)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(copy_project(Path(folder), [bug])):
-        bad = world.start_worker()
+    with tempfile.TemporaryDirectory() as folder:
+        build = copy_project(Path(folder), [bug])
+        with patch.dict(os.environ, PYTHONPATH=str(build)):
+            bad = world.start_worker()
         world.until_ready()
     world.publish(messages)
     world.until(lambda: world.sql("SELECT 1 FROM kino.intake_state WHERE paused"), "the tripwire")

@@ -49,6 +49,7 @@ CHARGES = "kino_refunds/ledger/charges.py"
 QUEUES = "kino_refunds/events/queues.py"
 INTAKE = "workers/intake.py"
 OVERDUE = "kino_refunds/reconciliation/overdue.py"
+GUARD = "kino_refunds/reconciliation/guard.py"
 
 PLANTED = [
     Planted(
@@ -222,7 +223,7 @@ PLANTED = [
     ),
     Planted(
         "sweep does not look at the gate",
-        Edit(OVERDUE, 'refused = "intake_paused"', "refused = None"),
+        Edit(GUARD, 'refused = "intake_paused"', "refused = None"),
         ("paused_past_every_deadline",),
     ),
     Planted(

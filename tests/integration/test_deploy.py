@@ -39,7 +39,7 @@ from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiti
 from kino_refunds.events.schema import Queue
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
-from kino_refunds.reconciliation import overdue
+from kino_refunds.reconciliation import guard, overdue
 from kino_refunds.server_guard import Orders
 from kino_refunds.settings import PREFIX, Settings
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, POISON_CRASH
@@ -114,14 +114,12 @@ def test_runbook_knows_every_reason() -> None:
     """Each reason of a dead letter, each kind of break and each withheld verdict has a line in the runbook."""
     dead = {outcome.value for outcome in Outcome if disposition(outcome) is not Disposition.FINAL}
     breaks = {outcome.value for outcome in BREAKS} | {overdue.RUNNING_PAST_CAP}
-    source = inspect.getsource(overdue.Guard.reason) + "".join(
-        inspect.getsource(function) for function in (overdue._read_guard, overdue._read_waiting)
-    )
-    withheld = set(re.findall(r'(?:return|refused =|else) "([a-z_]+)"', source))
+    source = inspect.getsource(guard) + inspect.getsource(overdue)
+    withheld = set(re.findall(r'(?:return|refused =|else|withheld\[)\s?"([a-z_]+)"', source))
 
     rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
 
-    assert len(withheld) == 8
+    assert len(withheld) == 9
     assert set(MalformedReason) | dead | {APPLY_ERROR, POISON_CRASH} | breaks | withheld <= rows
 
 
