@@ -9,8 +9,9 @@ from redis.retry import Retry
 from kino_refunds.errors import BadSettings
 
 CONNECT_TIMEOUT_S = 5.0
-# A claim of 1,000 messages holds Redis for some 10 ms; a silence of this length is a dead connection.
-ANSWER_TIMEOUT_S = 10.0
+# A claim of 1,000 messages holds Redis for some 10 ms; a silence of this length is a dead connection. A command is
+# repeated once, so a half-open connection costs twice this.
+ANSWER_TIMEOUT_S = 5.0
 
 
 def redis_client(url: str) -> Redis:
