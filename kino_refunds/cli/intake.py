@@ -63,7 +63,8 @@ def status(as_json: AsJson = False) -> int:
         )
         if workers:
             console.print()
-            print_table(workers)
+            shown = ("host", "pid", "build", "alive", "seen_at", "messages")
+            print_table([{"worker": row["worker_id"][:8], **{name: row[name] for name in shown}} for row in workers])
     return 1 if gate.paused or not alive else 0
 
 
