@@ -112,7 +112,7 @@ class Settings(BaseSettings):
         10_000, description="A connection whose packets nobody answers is dead after this."
     )
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="`auto`: for people on a terminal, JSON otherwise."
+        "auto", description="`auto`: for people on a terminal, JSON otherwise. `json`: also one line for each command."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
     build: str = Field(default_factory=lambda: version("kino-refunds"), description="Names this build in dead letters.")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
@@ -66,7 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, nearest in unknown_names():
         hint = f"; did you mean {nearest}?" if nearest else ""
         errors.print(shown(f"warning: {name} is not a setting and is ignored{hint}"), soft_wrap=True)
-    sys.exit(_run(arguments))
+    started = time.monotonic()
+    code = _run(arguments)
+    _say(sys.argv[1:] if arguments is None else arguments, code, time.monotonic() - started)
+    sys.exit(code)
+
+
+def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
+    """One canonical line a command, where logs are collected; a person at a terminal has seen the answer."""
+    if os.environ.get("KINO_LOG_FORMAT") != "json":
+        return
+    # The command's own words only: ids and texts behind them may be anything.
+    known = _words(typer.main.get_command(app))
+    words = [word for word in arguments[:2] if word in known]
+    line = {"event": "command", "command": " ".join(words), "exit_code": code, "took_ms": round(took_s * 1000)}
+    sys.stderr.write(json.dumps({"timestamp": datetime.now(UTC).isoformat(), **line}) + "\n")
+
+
+def _words(command: Any) -> set[str]:
+    commands = getattr(command, "commands", {})
+    return set(commands).union(*map(_words, commands.values()))
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from redis import Redis
 
-from kino_refunds.cli.main import _run
+from kino_refunds.cli.main import _run, main
 from kino_refunds.events.envelope import message_key
 from kino_refunds.events.schema import to_json
 from kino_refunds.schedule import Entry, claim_slot
@@ -651,3 +651,18 @@ def test_overdue_run_without_a_source_says_how_to_choose(cli: Cli) -> None:
 
     assert said.code == 2
     assert re.fullmatch(r"error: KINO_JOB_SOURCE is not set[^\n]+\n", said.err)
+
+
+def test_where_logs_are_collected_each_command_leaves_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database: Database
+) -> None:
+    """The line names the command, how it ended and how long it took, and nothing that was typed behind it."""
+    monkeypatch.setenv("KINO_LOG_FORMAT", "json")
+    monkeypatch.setenv("KINO_DATABASE_URL", database.url())
+
+    with pytest.raises(SystemExit) as ended:
+        main(["retries", "show", "somebody's secret"])
+
+    line = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert (ended.value.code, line["event"], line["command"], line["exit_code"]) == (1, "command", "retries show", 1)
+    assert "secret" not in json.dumps(line)
