@@ -61,6 +61,8 @@ def create_engine(
     engine = sa.create_engine(
         driver_url(url),
         isolation_level="READ COMMITTED",
+        # Errors are logged: what was sent with a statement is nobody's there.
+        hide_parameters=True,
         connect_args={
             "application_name": application_name,
             "connect_timeout": 5,
