@@ -657,6 +657,8 @@ def test_where_logs_are_collected_each_command_leaves_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database: Database
 ) -> None:
     """The line names the command, how it ended and how long it took, and nothing that was typed behind it."""
+    # The standard error of this test ends with it; loggers that were set up on it would outlive it.
+    monkeypatch.setattr("structlog.configure", lambda **_: None)
     monkeypatch.setenv("KINO_LOG_FORMAT", "json")
     monkeypatch.setenv("KINO_DATABASE_URL", database.url())
 
