@@ -9,6 +9,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEV_ARGS ?=
 DEMO_ARGS ?=
+KEEP ?=
 FAULTS_ARGS ?=
 
 UV := $(shell command -v uv 2>/dev/null)
@@ -41,8 +42,8 @@ endif
 	@touch $@
 
 .PHONY: demo
-demo: venv ## The main job on a workload made here: real servers, a real worker, what happened
-	@$(BIN)/kino-refunds demo $(DEMO_ARGS)
+demo: venv ## The main job with everything that can go wrong, then every promise checked; KEEP=1 leaves it running
+	@$(BIN)/kino-refunds demo $(if $(KEEP),--keep) $(DEMO_ARGS)
 
 .PHONY: dev
 dev: venv ## Postgres, Valkey, worker and beat until Ctrl-C; the data is kept

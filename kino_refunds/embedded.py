@@ -275,6 +275,8 @@ class EmbeddedPostgres(_Server):
             # The promises rest on these two; never faster at their cost, not even in tests.
             "fsync": "on",
             "synchronous_commit": "on",
+            # For the demo and the bench, which say how long after its event something was committed.
+            "track_commit_timestamp": "on",
             "shared_buffers": "256MB",
             "max_connections": 200,
             "timezone": "UTC",

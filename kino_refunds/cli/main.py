@@ -18,6 +18,7 @@ import typer
 from kino_refunds.cli import (
     breaks,
     dead_letters,
+    demo,
     doctor,
     explain,
     intake,
@@ -59,6 +60,7 @@ for room in (
     breaks,
     schedule,
     replay,
+    demo,
 ):
     room.register(app)
 

@@ -1,4 +1,4 @@
-"""`replay-trace` and `demo`: the main job, on real input and on a workload made here."""
+"""`replay-trace`: the main job on real input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
 from kino_refunds.replay import Replayed
 from kino_refunds.settings import Settings
-from kino_refunds.workloads import Workload, make_workload, read_trace
+from kino_refunds.trace import Workload, read_trace
 
 DISAGREEMENTS_SHOWN = 10
 Report = Callable[[str, int, int], None]
@@ -26,7 +26,6 @@ Report = Callable[[str, int, int], None]
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
     app.command("replay-trace")(replay_trace)
-    app.command("demo")(demo)
 
 
 def replay_trace(
@@ -42,21 +41,6 @@ def replay_trace(
     """
     grace = Settings.model_construct().overdue_grace
     return _run(read_trace(file, now=datetime.now(UTC), grace=grace), as_json=as_json)
-
-
-def demo(
-    jobs: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many jobs.")] = 2_000,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same jobs.")] = 1,
-    as_json: AsJson = False,
-) -> int:
-    """Run jobs of every kind and show what happened.
-
-    Scratch servers and a real worker, whatever KINO_* URLs are set.
-
-    Example: kino-refunds demo --jobs 500
-    """
-    grace = Settings.model_construct().overdue_grace
-    return _run(make_workload(jobs, seed=seed, now=datetime.now(UTC), grace=grace), as_json=as_json)
 
 
 def _run(workload: Workload, *, as_json: bool) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -28,6 +30,22 @@ def register(app: typer.Typer) -> None:
     """Add this room's commands."""
     app.command("migrate")(migrate)
     app.command("dev")(dev)
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C and SIGTERM set while the block runs, instead of ending the process."""
+    told = threading.Event()
+
+    def tell(_signal: int, _frame: FrameType | None) -> None:
+        told.set()
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def migrate(as_json: AsJson = False) -> None:
@@ -70,14 +88,7 @@ def dev(
 
     Example: kino-refunds dev --data-dir /tmp/kino
     """
-    stopping = threading.Event()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        stopping.set()
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    with servers(data_dir, log=console.print) as running:
+    with stopping() as stop, servers(data_dir, log=console.print) as running:
         migrate_database(running.database_url(role="kino_owner"))
         # Nobody but the events tells a development ledger how jobs ended.
         settings = settings_for(running, KINO_JOB_SOURCE="none")
@@ -89,7 +100,7 @@ def dev(
             for name, value in settings.items():
                 console.print(f"{name}={value}", soft_wrap=True)
             console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True, markup=False)
-            while not stopping.wait(LOOK_EVERY_S):
+            while not stop.wait(LOOK_EVERY_S):
                 worker.require_alive()
                 beat.require_alive()
         finally:

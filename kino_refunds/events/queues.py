@@ -178,6 +178,16 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
     return Waiting(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
+def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
+    """Read the messages that one worker has claimed and not dropped, in no particular order."""
+    return [
+        raw
+        for queue in SERVED
+        for raw in client.lrange(f"kino:inflight:{worker_id}:{queue}", 0, -1)
+        if isinstance(raw, bytes)
+    ]
+
+
 def depths(client: redis.Redis) -> dict[str, int]:
     """Count the messages on each base queue, and under `in-flight` and `recovered`, at one instant."""
     counts = client.register_script(_DEPTHS)(keys=QUEUE_KEYS)

@@ -1,24 +1,15 @@
-"""Jobs with a known ending: read from a trace, or made here. Each says what the ledger must come to."""
+"""Jobs with a known ending, read from a trace. Each says what the ledger must come to."""
 
 from __future__ import annotations
 
 import csv
-import random
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from kino_refunds.errors import BadTrace
-from kino_refunds.events.schema import (
-    ErrorOrigin,
-    Event,
-    JobCompleted,
-    JobFailed,
-    JobSafetyRejected,
-    JobTimedOut,
-    SafetyStage,
-)
+from kino_refunds.events.schema import ErrorOrigin, Event, JobCompleted, JobFailed
 from kino_refunds.ledger import Grant, LotClass
 from kino_refunds.ledger.lots import require_credits, require_id
 
@@ -128,63 +119,3 @@ def _one_lot_each(jobs: Iterable[Job]) -> Iterator[Grant]:
     for account_id, credits in sorted(needed.items()):
         # A group whose requests all ask for nothing still needs its account.
         yield Grant(f"lot-{account_id}", account_id, max(credits, 1), LotClass.SUBSCRIPTION)
-
-
-Ending = tuple[str, bool]
-_DEMO_ENDINGS: dict[Ending, int] = {
-    ("completed", False): 70,
-    ("failed platform", True): 6,
-    ("failed provider", True): 6,
-    ("failed unknown", True): 2,
-    ("failed user", False): 4,
-    ("timeout", True): 4,
-    ("timeout with result", False): 2,
-    ("rejected before_generation", True): 2,
-    ("rejected during_generation", True): 2,
-    ("rejected after_generation", False): 1,
-    ("nothing", True): 1,
-}
-"""How jobs of the demo end, whether that refunds (policy-reading, clause 2), and how many in a hundred."""
-
-
-def make_workload(jobs: int, *, seed: int, now: datetime, grace: timedelta, accounts: int = 50) -> Workload:
-    """Make jobs of every kind for accounts with several lots; the same seed makes the same workload."""
-    chance = random.Random(seed)  # noqa: S311 - a workload, not a secret
-    endings = chance.choices(list(_DEMO_ENDINGS), weights=list(_DEMO_ENDINGS.values()), k=jobs)
-    made = []
-    for number, (ending, refunded) in enumerate(endings, start=1):
-        job_id = f"demo-{number:06d}"
-        deadline = now - MARGIN - grace - timedelta(seconds=chance.randrange(600))
-        ended = deadline - timedelta(seconds=chance.randrange(1, 300))
-        account_id = f"customer-{chance.randrange(accounts):03d}"
-        event = _demo_event(job_id, ending, ended)
-        made.append(Job(job_id, account_id, chance.choice((1, 2, 4, 8)), deadline, event, refunded))
-    return Workload("demo", list(_demo_lots(made, chance, now)), made)
-
-
-def _demo_event(job_id: str, ending: str, ended: datetime) -> Event | None:
-    kind, _, detail = ending.partition(" ")
-    common: dict[str, Any] = {"id": f"{job_id}-{kind}", "source": EVENT_SOURCE, "time": ended, "job_id": job_id}
-    match kind:
-        case "completed":
-            return JobCompleted.of(**common)
-        case "failed":
-            return JobFailed.of(error={"code": f"{detail}_error", "origin": ErrorOrigin(detail)}, **common)
-        case "timeout":
-            return JobTimedOut.of(result_produced=bool(detail), **common)
-        case "rejected":
-            return JobSafetyRejected.of(stage=SafetyStage(detail), category="violence", **common)
-        case _:
-            return None
-
-
-def _demo_lots(jobs: Iterable[Job], chance: random.Random, now: datetime) -> Iterator[Grant]:
-    """Three lots an account: the first is small, expires soon and burns first, so charges span lots."""
-    needed: dict[str, int] = defaultdict(int)
-    for job in jobs:
-        needed[job.account_id] += job.credits
-    for account_id, credits in sorted(needed.items()):
-        soon = now + timedelta(days=chance.randrange(1, 30))
-        yield Grant(f"{account_id}-welcome", account_id, 10, LotClass.PROMOTIONAL, soon, priority=50)
-        yield Grant(f"{account_id}-month", account_id, 30, LotClass.SUBSCRIPTION, now + timedelta(days=30))
-        yield Grant(f"{account_id}-pack", account_id, credits, LotClass.PURCHASED, purchase_id=f"{account_id}-order-1")
