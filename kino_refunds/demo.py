@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import sqlalchemy as sa
 
-from kino_refunds import promises
+from kino_refunds import figures, promises
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.errors import MalformedMessage, ServerFailed
@@ -32,6 +32,7 @@ from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths, in_flight
 from kino_refunds.events.schema import QUEUES, Queue
+from kino_refunds.figures import Snapshot, Told
 from kino_refunds.ledger import (
     VIOLATION,
     AccountStatus,
@@ -88,7 +89,6 @@ SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_
 SETTINGS = {
     # A worker's batch is taken over once its alive key has run out: 9.5 s with these, 65 s with the defaults.
     **{f"KINO_{name.upper()}_TIMEOUT_MS": str(value) for name, value in LIMITS_MS.items()},
-    "KINO_LOG_FORMAT": "json",
     "KINO_JOB_SOURCE": "sql",
     "KINO_JOB_SOURCE_QUERY": SOURCE_QUERY,
     "KINO_OVERDUE_EVERY_S": "1",
@@ -97,24 +97,6 @@ SETTINGS = {
     "KINO_RETRY_EVERY_S": "1",
 }
 """What the demo sets otherwise than by default: everything that would take minutes takes seconds."""
-
-
-class Snapshot(NamedTuple):
-    """How things stand at this moment."""
-
-    at_s: float
-    stage: str
-    jobs: int
-    submitted: int
-    settled: dict[str, int]
-    """Settled charges: `captured`, or the reason of the refund."""
-    per_second: float
-    p50_ms: float | None
-    p99_ms: float | None
-    queues: dict[str, int]
-    waiting: int
-    dead_letters: int
-    breaks: int
 
 
 class View(Protocol):
@@ -127,37 +109,12 @@ class View(Protocol):
         """Show how things stand."""
 
 
-@dataclass(frozen=True)
-class Told:
-    """How the story ended; credits are whole, latencies in milliseconds from event (or its charge) to COMMIT."""
-
-    jobs: int
-    messages: int
-    outcomes: list[dict[str, Any]]
-    """Every decided event: outcome, events, and the credits that it settled."""
-    reasons: list[dict[str, Any]]
-    dead_letters: list[dict[str, Any]]
-    duplicates_absorbed: int
-    retried: int
-    overdue_found: int
-    breaks: int
-    latency: dict[str, Any]
-    latency_of_killed: dict[str, Any]
-    seconds: float
-    promises: list[dict[str, Any]]
-
-    @property
-    def kept(self) -> bool:
-        """Whether every promise held."""
-        return not any(each["findings"] for each in self.promises)
-
-
 @dataclass
 class _Wound:
     """Something that was broken on purpose, and the question whether it has healed."""
 
     healed: str
-    query: sa.TextClause
+    query: str
     values: dict[str, Any]
     wanted: int
 
@@ -195,7 +152,7 @@ class Demo:
         self._jobs = make_jobs(jobs - len(self._closed), self._chance)
         self._everybody = [*self._closed, *self._jobs]
         self._stack = ExitStack()
-        self._workers: list[CeleryProcess] = []
+        self._workers: dict[int, CeleryProcess] = {}
         self._wounds: list[_Wound] = []
         self._killed: _Killed | None = None
         self._record: dict[str, Any] = {"jobs": [], "answers": {}, "silent": []}
@@ -241,7 +198,7 @@ class Demo:
 
     def require_alive(self) -> None:
         """Raise ServerFailed if a process has ended by itself."""
-        for process in (*self._workers, self._beat):
+        for process in (*self._workers.values(), self._beat):
             process.require_alive()
 
     # --- the beginning ---------------------------------------------------------------------------------------
@@ -260,13 +217,14 @@ class Demo:
         self._operator = self._engine("kino_worker")
         self._redis = self._stack.enter_context(redis_client(running.redis_url()))
         self._publisher = self._stack.enter_context(EventPublisher(running.redis_url()))
-        self._workers = [self._start_worker(number) for number in (1, 2)]
+        self._workers = {number: self._start_worker(number) for number in (1, 2)}
         beat = start_beat(self.settings, running.data_dir / "beat-schedule", running.data_dir / "beat.log")
         self._stack.callback(beat.stop)
         self._beat = beat
         self._grant()
         self._close_accounts()
         self._wait(lambda: self._one("SELECT count(*) FROM kino.intake_worker") == len(self._workers))
+        self._worker_ids = self._one("SELECT jsonb_object_agg(pid, worker_id) FROM kino.intake_worker")
         self._say("", f"2 workers and beat run; {self._accounts} customers have 3 lots each")
 
     def _engine(self, role: str) -> sa.Engine:
@@ -275,7 +233,9 @@ class Demo:
         return engine
 
     def _start_worker(self, number: int) -> CeleryProcess:
-        worker = start_worker(self.settings, self._servers.data_dir / f"worker-{number}.log")
+        worker = start_worker(
+            self.settings | {"KINO_LOG_FORMAT": "json"}, self._servers.data_dir / f"worker-{number}.log"
+        )
         self._stack.callback(worker.stop)
         return worker
 
@@ -332,7 +292,7 @@ class Demo:
             self._publish(messages)
             self._submitted += len(chunk)
             if number >= kill_from and self._killed is None:
-                self._kill(at_once=number == len(chunks) - 1)
+                self._kill(last=number == len(chunks) - 1)
             due = max(due + PAUSE_S, time.monotonic() - PAUSE_S)
             while time.monotonic() < due:
                 self._look()
@@ -387,12 +347,14 @@ class Demo:
         self._messages += [
             {
                 "burst": burst,
+                "form": form,
                 "queue": message.queue,
                 "event": message.event,
                 "raw": b64encode(message.bytes).decode() if message.reason else None,
                 "reason": message.reason,
             }
-            for message in (*bare, *kombu)
+            for form, sent in (("lpush", bare), ("kombu", kombu))
+            for message in sent
         ]
 
     def _say_what_is_wrong(self) -> None:
@@ -473,35 +435,38 @@ class Demo:
 
     # --- what is broken on purpose ---------------------------------------------------------------------------
 
-    def _kill(self, *, at_once: bool) -> None:
-        """Kill the first worker as soon as it is caught with messages in its hands (or, at last, without)."""
-        victim = self._workers[0]
-        worker_id = self._one("SELECT CAST(worker_id AS text) FROM kino.intake_worker WHERE pid = :pid", pid=victim.pid)
-        for _ in range(CATCHES_MAX):
-            os.kill(victim.pid, signal.SIGSTOP)
-            held = in_flight(self._redis, worker_id)
-            if held or at_once:
-                break
-            os.kill(victim.pid, signal.SIGCONT)
-            if not sum(depths(self._redis).values()):
-                return  # everything is settled: with the next chunk, then
-        else:
+    def _kill(self, *, last: bool) -> None:
+        """Kill a worker that is caught with messages in its hands; at the `last` chance one that holds nothing."""
+        caught = self._catch()
+        if caught is None and not last:
             return
-        self._note_transfers()
-        victim.kill()
-        self._workers.remove(victim)
+        number, held = caught or (1, [])
+        self._workers.pop(number).kill()
         events = [event for raw in held if (event := _id_in(raw)) is not None]
         self._killed = _Killed(datetime.now(UTC), events)
+        self._note_transfers()
         self._break(
-            f"worker 1 is killed by SIGKILL with {len(held)} messages in its hands",
-            f"worker 2 recovered those {len(held)}, and settled them one at a time",
+            f"worker {number} is killed by SIGKILL with {len(held)} messages in its hands",
+            f"the other worker recovered those {len(held)}, and settled them one at a time",
             "SELECT count(*) FROM kino.inbox_event WHERE event_id = ANY(:events)",
-            # Those that wait for their charge, or name another account, are decided elsewhere.
             self._decidable(events),
             events=events,
         )
 
+    def _catch(self) -> tuple[int, list[bytes]] | None:
+        """Stop one worker after the other for an instant; the first that holds messages is left stopped."""
+        for _ in range(CATCHES_MAX):
+            for number, worker in self._workers.items():
+                os.kill(worker.pid, signal.SIGSTOP)
+                if held := in_flight(self._redis, self._worker_ids[str(worker.pid)]):
+                    return number, held
+                os.kill(worker.pid, signal.SIGCONT)
+            if not sum(depths(self._redis).values()):
+                return None
+        return None
+
     def _decidable(self, events: Sequence[str]) -> int:
+        """Count the events that end in the inbox: those that name another account become dead letters."""
         doomed = {each["event"]["id"] for each in self._messages if each["event"] and each["reason"]}
         return len(set(events) - doomed)
 
@@ -513,7 +478,7 @@ class Demo:
 
     def _break(self, broken: str, healed: str, query: str, wanted: int, **values: Any) -> None:
         self._say("broken", broken)
-        self._wounds.append(_Wound(healed, sa.text(query), values, wanted))
+        self._wounds.append(_Wound(healed, query, values, wanted))
 
     def _say(self, what: str, text: str) -> None:
         self._view.say(time.monotonic() - self._started, what, text)
@@ -525,7 +490,9 @@ class Demo:
         self._stage = "the last ones settle"
         moved, stood = time.monotonic(), -1
         while True:
-            open_or_waiting = self._one(_UNSETTLED) + sum(depths(self._redis).values()) + len(self._wounds)
+            with self._operator.connect() as connection:
+                unsettled = figures.unsettled(connection)
+            open_or_waiting = unsettled + sum(depths(self._redis).values()) + len(self._wounds)
             if not open_or_waiting or time.monotonic() - moved > STANDSTILL_S:
                 return
             if open_or_waiting != stood:
@@ -549,7 +516,8 @@ class Demo:
             if self._one(wound.query, **wound.values) >= wound.wanted:
                 self._wounds.remove(wound)
                 self._say("healed", wound.healed)
-        standing = self._one(_STANDING)
+        with self._operator.connect() as connection:
+            standing = figures.standing(connection)
         settled = sum(standing["settled"].values())
         self._lately.append((self._looked, settled))
         while len(self._lately) > 2 and self._lately[1][0] < self._looked - RATE_OVER_S:  # noqa: PLR2004 - two points
@@ -567,36 +535,24 @@ class Demo:
             )
         )
 
-    def _rows(self, query: sa.TextClause, **values: Any) -> list[dict[str, Any]]:
-        with self._operator.connect() as connection:
-            return [dict(row) for row in connection.execute(query, values).mappings()]
-
-    def _one(self, query: str | sa.TextClause, **values: Any) -> Any:
+    def _one(self, query: str, **values: Any) -> Any:
         """Read the one value that a query gives."""
         with self._operator.connect() as connection:
-            return connection.execute(sa.text(query) if isinstance(query, str) else query, values).scalar_one()
+            return connection.execute(sa.text(query), values).scalar_one()
 
     # --- the end ---------------------------------------------------------------------------------------------
 
     def _told(self, seconds: float) -> Told:
         killed = self._killed or _Killed(datetime.now(UTC), [])
-        of_killed = {"events": killed.events, "killed_at": killed.at, "reconciler": RECONCILER}
-        slow = self._rows(_LATENCY, batch=True, **of_killed)[0]
-        calm = self._rows(_LATENCY, batch=False, **of_killed)[0]
+        with self._operator.connect() as connection:
+            found = figures.ending(connection, events=killed.events, killed_at=killed.at)
         return Told(
             jobs=len(self._everybody),
             messages=len(self._messages),
-            outcomes=self._rows(_OUTCOMES),
-            reasons=self._rows(_REASONS),
-            dead_letters=self._rows(_DEAD_LETTERS),
             duplicates_absorbed=self._duplicates(),
-            retried=self._one(_RETRIED),
-            overdue_found=self._one("SELECT count(*) FROM kino.settlement WHERE event_source = :s", s=RECONCILER),
-            breaks=self._one("SELECT count(*) FROM kino.break"),
-            latency=calm,
-            latency_of_killed=slow,
             seconds=round(seconds, 1),
             promises=self._judge(killed),
+            **found,
         )
 
     def _duplicates(self) -> int:
@@ -672,63 +628,3 @@ def _id_in(raw: bytes) -> str | None:
 
 def _plain(url: str) -> str:
     return url.replace("postgresql+psycopg://", "postgresql://")
-
-
-_UNSETTLED = sa.text("""
-    SELECT (SELECT count(*) FROM kino.pending_event)
-         + (SELECT count(*) FROM kino.charge c
-            WHERE NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id))
-""")
-
-_LATENCIES = """
-    SELECT s.event_id, s.settled_at, s.event_source,
-           1000 * extract(epoch FROM pg_xact_commit_timestamp(CAST(s.xid AS xid)) - greatest(s.event_time, c.opened_at))
-               AS ms
-    FROM kino.settlement s JOIN kino.charge c USING (charge_id)
-"""
-
-_STANDING = sa.text(f"""
-    WITH latency AS ({_LATENCIES})
-    SELECT jsonb_build_object(
-        'settled', (SELECT coalesce(jsonb_object_agg(what, jobs), '{{}}') FROM (
-                        SELECT CASE kind WHEN 'refunded' THEN reason ELSE kind END AS what,
-                               count(*) AS jobs
-                        FROM kino.settlement GROUP BY 1 ORDER BY 1) s),
-        'p50_ms', (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY ms) FROM latency),
-        'p99_ms', (SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY ms) FROM latency),
-        'waiting', (SELECT count(*) FROM kino.pending_event),
-        'dead_letters', (SELECT count(*) FROM kino.dead_letter),
-        'breaks', (SELECT count(*) FROM kino.break))
-""")  # noqa: S608 - a constant
-
-_LATENCY = sa.text(f"""
-    SELECT count(*) AS jobs,
-           CAST(percentile_cont(0.5) WITHIN GROUP (ORDER BY ms) AS integer) AS p50_ms,
-           CAST(percentile_cont(0.99) WITHIN GROUP (ORDER BY ms) AS integer) AS p99_ms,
-           CAST(max(ms) AS integer) AS max_ms
-    FROM ({_LATENCIES}) l
-    WHERE event_source <> :reconciler
-      AND (event_id = ANY(CAST(:events AS text[])) AND settled_at > :killed_at) = :batch
-""")  # noqa: S608 - a constant
-
-_OUTCOMES = sa.text("""
-    SELECT i.outcome, count(*) AS events, CAST(coalesce(sum(c.credits), 0) AS bigint) AS credits
-    FROM kino.inbox_event i
-    LEFT JOIN kino.settlement s ON (s.event_source, s.event_id) = (i.source, i.event_id)
-    LEFT JOIN kino.charge c ON c.charge_id = s.charge_id
-    GROUP BY i.outcome ORDER BY credits DESC, events DESC
-""")
-
-_REASONS = sa.text("""
-    SELECT reason, clause, count(*) AS jobs, CAST(sum(refunded) AS bigint) AS credits
-    FROM kino.charge_status WHERE status = 'refunded' GROUP BY reason, clause ORDER BY credits DESC
-""")
-
-_DEAD_LETTERS = sa.text("""
-    SELECT reason, count(*) AS letters FROM kino.dead_letter GROUP BY reason ORDER BY letters DESC, reason
-""")
-
-_RETRIED = sa.text("""
-    SELECT coalesce(sum(CAST(result ->> 'tried' AS integer)), 0)
-    FROM kino.schedule_slot WHERE name = 'kino.sweep_retries'
-""")

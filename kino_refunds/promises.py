@@ -202,6 +202,7 @@ class Referee:
 
     def _same_event_again(self) -> None:
         p2 = self._verdicts["P2"]
+        p2.looked_at["events that came again"] = p2.looked_at["conflicts"] = 0
         letters = {bytes(letter["raw"]) for letter in self._books.letters}
         for job_id, events in self._events.items():
             for identity, event in events.items():
@@ -222,6 +223,7 @@ class Referee:
 
     def _one_refund_a_job(self) -> None:
         p3 = self._verdicts["P3"]
+        p3.looked_at["jobs with several events"] = 0
         told = Counter((each["kind"], each["job_id"]) for each in self._books.breaks)
         for job_id, events in self._events.items():
             if len(events) < 2:  # noqa: PLR2004 - one event cannot contradict itself
@@ -292,6 +294,7 @@ class Referee:
 
     def _neighbours(self) -> None:
         p8 = self._verdicts["P8"]
+        p8.looked_at["events pushed together with a bad one"] = 0
         bad = {bytes(raw) for _, raw in self._raws}
         for letter in self._books.letters:
             fine = bytes(letter["raw"]) in bad
@@ -466,7 +469,7 @@ def main() -> int:
     try:
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
         verdicts = Referee(record, read_books(record)).judge()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{arguments.record} is no record: {type(error).__name__}: {error}")
     except (psycopg.Error, redis.RedisError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # noqa: T201 - a program's output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,9 +19,10 @@ from rich.text import Text
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, shown
-from kino_refunds.cli.servers import stopping
-from kino_refunds.demo import Demo, Snapshot, Told
+from kino_refunds.cli.servers import exports, stopping
+from kino_refunds.demo import Demo
 from kino_refunds.embedded import servers
+from kino_refunds.figures import Snapshot, Told
 
 KEPT_IN = Path(".kino-demo")
 """Where --keep leaves the settings and two events to try, in the working folder."""
@@ -182,10 +182,7 @@ def _latency(found: dict[str, Any]) -> str:
 def _keep(story: Demo) -> None:
     """Leave servers, one worker and beat running; say how to reach them and what to try."""
     KEPT_IN.mkdir(exist_ok=True)
-    files = {
-        "env": "".join(f"export {name}={shlex.quote(value)}\n" for name, value in story.settings.items()),
-        **story.open_one_more(),
-    }
+    files = {"env": exports(story.settings), **story.open_one_more()}
     try:
         for name, text in files.items():
             (KEPT_IN / name).write_text(text, encoding="utf-8")

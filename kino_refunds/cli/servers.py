@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,12 @@ def register(app: typer.Typer) -> None:
     """Add this room's commands."""
     app.command("migrate")(migrate)
     app.command("dev")(dev)
+
+
+def exports(settings: Mapping[str, str]) -> str:
+    """Write what a shell must read (`. FILE`) so that `kino-refunds` there is this one, with these settings."""
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
+    return "".join([*lines, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n'])
 
 
 @contextmanager
@@ -93,7 +100,7 @@ def dev(
         # Nobody but the events tells a development ledger how jobs ended.
         settings = settings_for(running, KINO_JOB_SOURCE="none")
         environment_file = running.data_dir / "env"
-        environment_file.write_text("".join(f"export {name}='{value}'\n" for name, value in settings.items()))
+        environment_file.write_text(exports(settings), encoding="utf-8")
         worker = start_worker(settings)
         beat = start_beat(settings, running.data_dir / "beat-schedule")
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from kino_refunds.cli.servers import exports
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
@@ -162,7 +163,7 @@ def test_dev_settles_keeps_its_data_and_leaves_nothing_behind(data_dir: Path) ->
         "KINO_REDIS_URL",
         "KINO_JOB_SOURCE",
     ]
-    assert environment_file == "".join(f"export {name}='{value}'\n" for name, value in first.settings.items())
+    assert environment_file == exports(first.settings)
     assert (in_use.returncode, in_use.stderr.count("\n")) == (3, 1)
     assert f"{data_dir}/postgres is in use by the servers of process {first.process.pid}" in in_use.stderr
     assert (code, left) == (0, set())

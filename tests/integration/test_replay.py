@@ -1,4 +1,4 @@
-"""Whole runs: a trace or the demo through scratch servers and a real worker, and what must come out."""
+"""Whole runs: a trace through scratch servers and a real worker, and what must come out."""
 
 from __future__ import annotations
 
@@ -134,17 +134,6 @@ def test_ledger_that_disagrees_with_its_trace_is_a_finding(
     assert "every job and every wallet is as the workload says" not in result.out
     assert said[0].startswith("error: job gentd26-000001 must be refunded")
     assert said[1:] == ["error: account G0000 has 1 available and 0 held of 4"]
-
-
-def test_demo_runs_jobs_of_every_kind(run: Run) -> None:
-    """The demo's jobs all end, and every one as its ending says."""
-    result = run("demo", "--jobs", "60", "--json")
-
-    found = figures(result)
-    assert result.code == 0
-    assert list(found) == list(FIGURES)
-    assert found["jobs"] == found["captured"] + found["refunded"] + found["overdue_refunded"] == 60
-    assert (found["open"], found["dead_letters"], found["breaks"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,481 @@
+"""The demo tells its story and keeps every promise; and the referee finds each promise that is broken on purpose."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from io import StringIO
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from psycopg import sql
+from redis import Redis
+from rich.console import Console
+
+from kino_refunds import promises
+from kino_refunds.cli import demo as command
+from kino_refunds.cli.output import plain
+from kino_refunds.demo import Demo, judge
+from kino_refunds.embedded import Servers, servers
+from kino_refunds.events.envelope import MalformedReason
+from kino_refunds.figures import Snapshot, Told
+
+pytestmark = pytest.mark.slow
+
+JOBS = 300
+
+
+class Seen:
+    """Whoever looks on: what was said, and the last picture."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+        self.last: Snapshot | None = None
+
+    def say(self, at_s: float, what: str, text: str) -> None:
+        assert at_s >= 0
+        self.said.append((what, text))
+
+    def show(self, now: Snapshot) -> None:
+        self.last = now
+
+
+class Run(NamedTuple):
+    servers: Servers
+    told: Told
+    seen: Seen
+    record: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """One demo; its ledger stays for the tests, which copy it."""
+    seen = Seen()
+    with servers() as running:
+        with Demo(running, seen, jobs=JOBS, seed=3, started=time.monotonic()) as story:
+            told = story.run()
+        record = json.loads((running.data_dir / "record.json").read_text())
+        yield Run(running, told, seen, record)
+
+
+_copies = count(1)
+
+
+@pytest.fixture
+def copy(run: Run, tmp_path: Path) -> Iterator[Copy]:
+    """A copy of the demo's ledger and an empty Redis db, to break."""
+    number = next(_copies)
+    name = f"copy_{number}"
+    with run.servers.postgres.connect() as superuser:
+        superuser.execute(sql.SQL("CREATE DATABASE {} TEMPLATE kino").format(sql.Identifier(name)))
+    copied = Copy(run, name, number, tmp_path / "record.json")
+    yield copied
+    with run.servers.postgres.connect() as superuser:
+        superuser.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+class Copy:
+    """A ledger to break, and the referee's word on it."""
+
+    def __init__(self, run: Run, database: str, redis_db: int, path: Path) -> None:
+        self._run = run
+        self._database = database
+        self.path = path
+        self.record = json.loads(json.dumps(run.record))
+        for name in ("database_url", "worker_url"):
+            self.record[name] = self.record[name].removesuffix("/kino") + f"/{database}"
+        self.record["redis_url"] = run.servers.redis_url(redis_db)
+
+    def execute(self, statements: str) -> None:
+        """Do what no role may do: without triggers, as superuser."""
+        with self._run.servers.postgres.connect(self._database) as superuser:
+            superuser.execute(f"SET session_replication_role = replica; {statements}".encode())
+
+    def push(self, key: str, message: bytes) -> None:
+        with Redis.from_url(self.record["redis_url"]) as client:
+            client.lpush(key, message)
+
+    def save(self) -> Path:
+        self.path.write_text(json.dumps(self.record))
+        return self.path
+
+    def findings(self) -> dict[str, list[str]]:
+        """What the referee, in a process of its own, finds; lateness is the machine's and not asserted."""
+        return {each["promise"]: each["findings"] for each in judge(self.save()) if not each["late"]}
+
+
+# --- the story ------------------------------------------------------------------------------------------------
+
+
+def test_every_promise_holds_and_was_looked_at(run: Run) -> None:
+    """Every promise is judged by something, and nothing but slowness of the machine may be found."""
+    judged = {each["promise"]: each for each in run.told.promises}
+
+    assert list(judged) == [f"P{number}" for number in range(1, 11)]
+    assert all(each["late"] or not each["findings"] for each in judged.values()), judged
+    assert all(each["looked_at"] and all(each["looked_at"].values()) for each in judged.values())
+
+
+def test_figures_are_those_of_the_story(run: Run) -> None:
+    """Every job is settled, every bad message a dead letter, and every silent job found."""
+    told = run.told
+    outcomes = {row["outcome"]: row["events"] for row in told.outcomes}
+    settling = ("captured", "captured_not_covered", "captured_terminated", "refunded")
+    letters = {row["reason"]: row["letters"] for row in told.dead_letters}
+    silent = run.record["silent"]
+
+    assert told.jobs == JOBS
+    # A silent job's event is the reconciler's, and is decided like any other.
+    assert sum(outcomes.get(each, 0) for each in settling) == JOBS
+    assert letters == {
+        **{reason.value: 1 for reason in MalformedReason},
+        "conflicting_duplicate": 2,
+        "account_mismatch": 2,
+    }
+    assert told.overdue_found == len(silent) == 2
+    assert told.breaks == 2
+    events = Counter((m["event"]["id"], m["reason"]) for m in run.record["messages"] if m["event"] is not None)
+    assert told.duplicates_absorbed >= events.total() - len(events) > 0
+    assert told.retried > 0
+    assert told.latency["jobs"] + told.latency_of_killed["jobs"] + told.overdue_found == JOBS
+
+
+def test_both_wire_forms_carry_half_of_the_events(run: Run) -> None:
+    """The record says what went by bare LPUSH and what through kombu; neither is a sideshow."""
+    plain_events = [m for m in run.record["messages"] if m["event"] is not None and m["reason"] is None]
+    kombu = sum(message["form"] == "kombu" for message in plain_events)
+
+    assert 0.4 < kombu / len(plain_events) < 0.6
+
+
+def test_whatever_was_broken_is_said_to_have_healed(run: Run) -> None:
+    """On-call reads both lines, for the killed worker too."""
+    broken = [text for what, text in run.seen.said if what == "broken"]
+    healed = [text for what, text in run.seen.said if what == "healed"]
+
+    assert len(broken) == len(healed) == 8
+    assert any("is killed by SIGKILL" in text for text in broken)
+    assert any(text.startswith("the other worker recovered") for text in healed)
+
+
+def test_end_table_names_everything(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person sees outcomes, refunds, dead letters, latency, the killed worker's batch apart, and each promise."""
+    command.show(run.told)
+
+    said = capsys.readouterr().out
+    for word in ("refunded", "captured_terminated", "generation_failure", "too_large", "duplicates absorbed"):
+        assert word in said
+    assert "the killed worker's batch" in said
+    assert said.count("held") + said.count("late ") >= 10
+    assert max(map(len, said.splitlines())) <= 80
+    json.dumps(plain(run.told))
+
+
+def test_picture_fits_a_small_terminal(run: Run) -> None:
+    """The live picture names throughput, outcomes, latency and queues within 80 columns."""
+    assert run.seen.last is not None
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(command.picture(run.seen.last))
+    said = console.export_text()
+
+    assert f"settled  {JOBS} of {JOBS} jobs" in said
+    assert "event to commit: p50" in said
+    assert "job-failed 0" in said
+
+
+# --- the referee ----------------------------------------------------------------------------------------------
+
+
+def test_referee_imports_nothing_of_the_project() -> None:
+    """It is judged by its imports, not by its word."""
+    tree = ast.parse(Path(promises.__file__).read_text(encoding="utf-8"))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [each.name for each in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or "."]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+
+    assert imported <= {*sys.stdlib_module_names, "psycopg", "redis"}
+
+
+def test_referee_finds_nothing_in_a_copy_that_nobody_touched(copy: Copy) -> None:
+    """Otherwise what it finds in the others would prove nothing."""
+    assert not any(copy.findings().values())
+
+
+PAIR = "(SELECT charge_id FROM kino.charge WHERE job_id IN (SELECT job_id FROM kino.inbox_event"
+PAIR += " WHERE outcome = 'already_refunded') ORDER BY charge_id LIMIT 1)"
+REFUNDED = "(SELECT charge_id FROM kino.settlement WHERE kind = 'refunded' ORDER BY charge_id LIMIT 1)"
+CAPTURED = "(SELECT charge_id FROM kino.settlement WHERE reason = 'completed' ORDER BY charge_id LIMIT 1)"
+TWIN = (
+    "(SELECT charge_id FROM kino.charge WHERE job_id IN"
+    " (SELECT job_id FROM kino.dead_letter WHERE reason = 'conflicting_duplicate') ORDER BY charge_id LIMIT 1)"
+)
+
+PLANTED = {
+    # P1
+    "a charge that is settled twice": (
+        "P1",
+        (
+            "ALTER TABLE kino.settlement DROP CONSTRAINT settlement_pkey;"
+            f"INSERT INTO kino.settlement SELECT * FROM kino.settlement WHERE charge_id = {REFUNDED}"
+        ),
+    ),
+    "a charge that is not settled": ("P1", f"DELETE FROM kino.settlement WHERE charge_id = {CAPTURED}"),
+    "a charge that nobody asked for": (
+        "P1",
+        "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at) VALUES ('ghost', 'customer-01', 0, now())",
+    ),
+    "a charge of more than was asked for": (
+        "P1",
+        f"UPDATE kino.charge SET credits = credits + 1 WHERE charge_id = {REFUNDED}",
+    ),
+    "a refund and a capture": (
+        "P1",
+        (
+            "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, charge_id, credits,"
+            " reason, actor)"
+            " SELECT 'capture', 'held', 'consumed', account_id, lot_id, charge_id, credits, 'x', 'x'"
+            f" FROM kino.transfer WHERE kind = 'refund' AND charge_id = {REFUNDED}"
+        ),
+    ),
+    # P2
+    "an event that is decided twice": (
+        "P2",
+        (
+            "ALTER TABLE kino.inbox_event DROP CONSTRAINT inbox_event_pkey;"
+            "INSERT INTO kino.inbox_event SELECT * FROM kino.inbox_event LIMIT 1"
+        ),
+    ),
+    "an event that decided another job": (
+        "P2",
+        "UPDATE kino.inbox_event SET job_id = 'demo-00007' WHERE event_id = 'demo-00009-end'",
+    ),
+    "a conflict that nobody kept": ("P2", "DELETE FROM kino.dead_letter WHERE reason = 'conflicting_duplicate'"),
+    "a conflict that was applied": (
+        "P2",
+        (
+            "UPDATE kino.settlement SET kind = CASE kind WHEN 'captured' THEN 'refunded' ELSE 'captured' END"
+            f" WHERE charge_id = {TWIN}"
+        ),
+    ),
+    "the second content of an event": (
+        "P2",
+        "UPDATE kino.inbox_event SET event_at = event_at + interval '1 second' WHERE event_id = 'demo-00009-end'",
+    ),
+    # P3
+    "a second refund of one job": (
+        "P3",
+        (
+            "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, charge_id, credits,"
+            " reason, actor)"
+            " SELECT kind, from_book, to_book, account_id, lot_id, charge_id, credits, reason, actor"
+            f" FROM kino.transfer WHERE kind = 'refund' AND charge_id = {PAIR}"
+        ),
+    ),
+    "a contradiction that nobody was told of": ("P3", "DELETE FROM kino.break"),
+    # P4
+    "a refund to another lot": (
+        "P4",
+        (
+            "UPDATE kino.transfer SET lot_id = (SELECT max(lot_id) FROM kino.credit_lot l"
+            " WHERE l.account_id = transfer.account_id AND l.lot_id <> transfer.lot_id AND l.successor_of IS NULL)"
+            f" WHERE kind = 'refund' AND charge_id = {REFUNDED}"
+        ),
+    ),
+    "a refund of more than was taken": (
+        "P4",
+        (
+            "UPDATE kino.credit_lot SET remaining = remaining + 1, granted = granted + 1"
+            f" WHERE lot_id IN (SELECT lot_id FROM kino.transfer WHERE kind = 'refund' AND charge_id = {REFUNDED});"
+            f"UPDATE kino.transfer SET credits = credits + 1 WHERE kind = 'refund' AND charge_id = {REFUNDED}"
+        ),
+    ),
+    "a successor of another class": (
+        "P4",
+        "UPDATE kino.credit_lot SET class = 'lifetime' WHERE successor_of IS NOT NULL",
+    ),
+    "a lot that was granted less": (
+        "P4",
+        "UPDATE kino.credit_lot SET granted = granted + 1 WHERE reference = 'customer-01-pack'",
+    ),
+    # P5
+    "a transfer that a superuser may change": ("P5", "DROP TRIGGER append_only ON kino.transfer"),
+    "a transfer that a worker may change": (
+        "P5",
+        "DROP TRIGGER append_only ON kino.transfer; GRANT UPDATE, DELETE, TRUNCATE ON kino.transfer TO kino_worker",
+    ),
+    "a transfer that was changed": (
+        "P5",
+        (
+            "UPDATE kino.transfer SET reason = 'another' WHERE kind = 'hold' AND transfer_id = (SELECT min(transfer_id)"
+            " FROM kino.transfer WHERE kind = 'hold')"
+        ),
+    ),
+    "a transfer that is gone": (
+        "P5",
+        "DELETE FROM kino.transfer WHERE transfer_id = (SELECT min(transfer_id) FROM kino.transfer)",
+    ),
+    "a wallet with more than its transfers say": (
+        "P5",
+        "UPDATE kino.credit_lot SET remaining = remaining - 1 WHERE reference = 'customer-01-pack'",
+    ),
+    # P6
+    "an event that is gone": (
+        "P6",
+        (
+            "DELETE FROM kino.inbox_event WHERE event_id = (SELECT min(event_id) FROM kino.inbox_event"
+            " WHERE outcome = 'already_refunded')"
+        ),
+    ),
+    # P7
+    "a dead letter with one byte less": (
+        "P7",
+        "UPDATE kino.dead_letter SET raw = substring(raw FROM 2) WHERE reason = 'bad_json'",
+    ),
+    "a dead letter that was dropped": ("P7", "DELETE FROM kino.dead_letter WHERE reason = 'too_large'"),
+    "a dead letter for another reason": (
+        "P7",
+        "UPDATE kino.dead_letter SET reason = 'bad_json' WHERE reason = 'bad_base64'",
+    ),
+    "a dead letter without a word": ("P7", "UPDATE kino.dead_letter SET detail = '' WHERE reason = 'bad_base64'"),
+    "a dead letter that was not counted": ("P7", "UPDATE kino.dead_letter SET seen = 0 WHERE reason = 'bad_base64'"),
+    # P8
+    "a good event that became a dead letter": (
+        "P8",
+        (
+            "INSERT INTO kino.dead_letter (message_key, raw, queue, reason, detail, group_fingerprint, build)"
+            " VALUES ('x', 'x', 'generation.timeout', 'apply_error', 'x', 'x', 'x')"
+        ),
+    ),
+    "an event that still waits": (
+        "P8",
+        (
+            "INSERT INTO kino.pending_event (source, event_id, job_id, fingerprint, event, queue, outcome,"
+            " next_attempt_at)"
+            " VALUES ('s', 'e', 'j', 'f', '{}', 'generation.timeout', 'busy', now())"
+        ),
+    ),
+    "a neighbour that is not decided": (
+        "P8",
+        "DELETE FROM kino.inbox_event WHERE event_id IN (SELECT event_id FROM kino.settlement)",
+    ),
+    # P9
+    "a customer who is not refunded": (
+        "P9",
+        f"UPDATE kino.settlement SET kind = 'captured', reason = 'not_covered' WHERE charge_id = {REFUNDED}",
+    ),
+    "a refund that nobody is due": (
+        "P9",
+        (
+            "UPDATE kino.settlement SET kind = 'refunded', reason = 'generation_failure', clause = '2.failure'"
+            f" WHERE charge_id = {CAPTURED}"
+        ),
+    ),
+    "a terminated account that is refunded": (
+        "P9",
+        (
+            "UPDATE kino.settlement SET kind = 'refunded', reason = 'generation_failure', clause = '2.failure'"
+            " WHERE clause = '6.terminated'"
+        ),
+    ),
+    # P10
+    "a settlement by an event that nobody knows": (
+        "P10",
+        f"UPDATE kino.settlement SET event_id = 'unknown' WHERE charge_id = {REFUNDED}",
+    ),
+    "a settlement by another clause": (
+        "P10",
+        f"UPDATE kino.settlement SET clause = '2.safety' WHERE charge_id = {CAPTURED}",
+    ),
+    "a settlement by a policy that never was": (
+        "P10",
+        f"UPDATE kino.settlement SET policy_version = '2024-01-01' WHERE charge_id = {CAPTURED}",
+    ),
+    "a settlement at another time": (
+        "P10",
+        f"UPDATE kino.settlement SET event_time = event_time - interval '1 day' WHERE charge_id = {CAPTURED}",
+    ),
+    "a transfer by nobody": ("P10", "UPDATE kino.transfer SET actor = '' WHERE kind = 'refund'"),
+    "a transfer without a reason": ("P10", "UPDATE kino.transfer SET reason = NULL WHERE kind = 'capture'"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_broken_promise_is_found(copy: Copy, name: str) -> None:
+    """Each way of breaking a promise makes the referee name that promise."""
+    promise, statements = PLANTED[name]
+    copy.execute(statements)
+
+    assert copy.findings().get(promise)
+
+
+@pytest.mark.parametrize(
+    "key", ["generation.timeout", "generation.job-failed\x06\x163", "kino:recovered:generation.timeout"]
+)
+def test_message_that_is_left_somewhere_is_found(copy: Copy, key: str) -> None:
+    """P6: an event that still lies in Redis is not decided, whatever key it lies under."""
+    copy.push(key, b"{}")
+
+    assert copy.findings()["P6"]
+
+
+def test_lateness_is_found_and_told_apart(copy: Copy) -> None:
+    """P9 has a figure: when most events were settled a minute late the referee says by how much, as lateness only."""
+    for message in copy.record["messages"]:
+        if message["event"] is not None:
+            message["event"]["time"] = message["event"]["time"].replace("+00:00", "+00:01")
+    copy.execute(
+        "UPDATE kino.settlement SET event_time = event_time - interval '1 minute'"
+        " WHERE event_source <> 'kino-reconciler';"
+        "UPDATE kino.inbox_event SET event_at = event_at - interval '1 minute'"
+        " WHERE source <> 'kino-reconciler';"
+        "UPDATE kino.charge SET opened_at = opened_at - interval '1 hour'"
+    )
+
+    p9 = next(each for each in judge(copy.save()) if each["promise"] == "P9")
+
+    assert p9["late"]
+    assert any("promised are 5.0 s" in text for text in p9["findings"])
+
+
+def test_promise_with_nothing_to_look_at_is_not_held(copy: Copy) -> None:
+    """A check that looked at nothing must not say that all is well."""
+    copy.record["messages"] = [message for message in copy.record["messages"] if message["reason"] is None]
+
+    found = copy.findings()
+
+    assert any("not checked" in text for text in found["P7"])
+    assert any("not checked" in text for text in found["P2"])
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        pytest.param({}, 0, "P1  held", id="held"),
+        pytest.param({"policy_versions": ["1999-01-01"]}, 1, "P10 BROKEN", id="broken"),
+        pytest.param({"jobs": None}, 2, "is no record", id="record"),
+        pytest.param({"database_url": "postgresql://postgres@127.0.0.1:1/kino"}, 3, "error: ", id="away"),
+    ],
+)
+def test_referee_speaks_to_people_too(copy: Copy, change: dict[str, Any], code: int, says: str) -> None:
+    """Without --json one line a promise; exit codes as everywhere: finding, usage, dependency away."""
+    copy.record |= change
+    ran = subprocess.run(
+        [sys.executable, "-I", promises.__file__, copy.save()], capture_output=True, text=True, check=False
+    )
+
+    assert (ran.returncode, says in ran.stdout + ran.stderr) == (code, True), ran.stdout + ran.stderr
