@@ -125,6 +125,7 @@ def block(name: str) -> str:
 def rewrite(name: str, text: str) -> None:
     """Put `text` into the README's code block behind a marker."""
     readme = README.read_text(encoding="utf-8")
+    text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
     README.write_text(readme.replace(f"<!-- {name} -->\n```\n{block(name)}```", f"<!-- {name} -->\n```\n{text}```"))
 
 
