@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, shown
-from kino_refunds.reconciliation.breaks import accept_break
+from kino_refunds.settlement.breaks import accept_break
 
 Number = Annotated[int, typer.Argument(help="The break's number.", metavar="NUMBER")]
 

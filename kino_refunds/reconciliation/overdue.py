@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
 from kino_refunds.log import get_logger
-from kino_refunds.reconciliation.breaks import Break, raise_breaks
 from kino_refunds.reconciliation.guard import read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.settlement.breaks import Break, raise_breaks
 from kino_refunds.settlement.deliveries import delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 

@@ -24,7 +24,7 @@ from kino_refunds.ledger.accounts import VIOLATION, AccountStatus
 from kino_refunds.ledger.charges import Ending, end_charges
 from kino_refunds.ledger.lots import lots_held_elsewhere
 from kino_refunds.policy.automatic import Verdict, judge
-from kino_refunds.reconciliation.breaks import Break, raise_breaks
+from kino_refunds.settlement.breaks import Break, raise_breaks
 from kino_refunds.settlement.dead_letters import event_letter, record_dead_letters
 from kino_refunds.settlement.inbox import Record, insert_inbox, read_record
 from kino_refunds.settlement.outcomes import (
