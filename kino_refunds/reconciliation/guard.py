@@ -19,12 +19,24 @@ from kino_refunds.settlement.gate import read_gate
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from kino_refunds.reconciliation.overdue import OverdueCharge
-
 log = get_logger(__name__)
 
 NAMELESS_COUNTS_FOR = timedelta(hours=1)
 """An unreadable completion is somebody's: for an hour it could be that of any charge older than it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverdueCharge:
+    """A charge past its deadline and grace that nothing has settled."""
+
+    charge_id: int
+    job_id: str
+    account_id: str
+    credits: int
+    opened_at: datetime
+    due_at: datetime
+    """Deadline plus grace: the time of the event that we may have to write."""
+    asks: int
 
 
 @dataclass(frozen=True, slots=True)

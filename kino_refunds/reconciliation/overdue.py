@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
 from kino_refunds.log import get_logger
-from kino_refunds.reconciliation.guard import read_guard
+from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import Break, raise_breaks
@@ -73,20 +73,6 @@ def rules_of(settings: Settings) -> OverdueRules:
         ask_window=timedelta(seconds=settings.overdue_ask_window_s),
         running_max=timedelta(hours=settings.overdue_running_max_h),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class OverdueCharge:
-    """A charge past its deadline and grace that nothing has settled."""
-
-    charge_id: int
-    job_id: str
-    account_id: str
-    credits: int
-    opened_at: datetime
-    due_at: datetime
-    """Deadline plus grace: the time of the event that we may have to write."""
-    asks: int
 
 
 @dataclass
