@@ -75,7 +75,7 @@ KILLED_AT = 0.4
 CATCHES_MAX = 400
 LOOK_EVERY_S = 0.25
 WAIT_S = 0.05
-STANDSTILL_S = 90.0
+STANDSTILL_S = 45.0
 """When nothing has moved for so long, the waiting ends, and the promises are judged as things are."""
 RATE_OVER_S = 2.0
 
