@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 KEPT_FOR = timedelta(days=1)
 LOOK_BACK = timedelta(hours=1)
+LATE_SLOTS = 3
+LATE_MIN = timedelta(seconds=30)
+"""A sweep every two seconds is not dead after six: a restart of beat takes longer."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -47,6 +50,15 @@ class Run:
     next: datetime
     missed: int
     what: str
+
+    @property
+    def late_after(self) -> timedelta:
+        """How long after a run the lack of another one means that nothing runs."""
+        return max(LATE_SLOTS * timedelta(seconds=self.every_s), LATE_MIN)
+
+    def is_late(self, now: datetime) -> bool:
+        """Tell whether it ran and does not any more; `missed` looks back one hour and says 0 after it."""
+        return self.last is not None and now - self.last > self.late_after
 
 
 def entries(settings: Settings) -> list[Entry]:

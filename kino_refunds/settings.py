@@ -201,12 +201,14 @@ def load_settings() -> Settings:
 
 def unknown_names() -> list[tuple[str, str | None]]:
     """List `KINO_*` variables that are no setting, each with the nearest name that is one."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {name.upper() for name in Settings.model_fields}
     found = []
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known | NOT_OURS:
-            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
-            found.append((name, nearest[0] if nearest else None))
+        rest = name.removeprefix(PREFIX)
+        if rest != name and rest not in known and name not in NOT_OURS:
+            # Without the prefix, by which everything would be near to everything.
+            nearest = difflib.get_close_matches(rest, sorted(known), n=1)
+            found.append((name, PREFIX + nearest[0] if nearest else None))
     return found
 
 

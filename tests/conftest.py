@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, cycle
@@ -11,9 +14,14 @@ import sqlalchemy as sa
 from psycopg import sql
 from redis import Redis
 
+from kino_refunds.cli import main as cli
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import Servers, servers
+from kino_refunds.settings import PREFIX
+from tests.books import violations
+from tests.command_line import Result, Run
+from tests.scenario import Scene
 
 TEMPLATE = "kino_template"
 
@@ -81,6 +89,31 @@ def connection(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 
 @pytest.fixture
+def scene(database: Database) -> Iterator[Scene]:
+    """Give the test the three parties to its database; the worker has the time-outs of production."""
+    with Scene.of(database) as scene:
+        yield scene
+
+
+@pytest.fixture
+def product(database: Database) -> Iterator[sa.Connection]:
+    """Give the test a connection as kino_product, which grants and charges."""
+    engine = create_engine(database.url("kino_product"))
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+@pytest.fixture
+def sound_books(database: Database) -> Iterator[None]:
+    """Whatever the test did, the books it leaves are sound."""
+    yield
+    engine = create_engine(database.url("kino_read"), pooled=False)
+    with engine.connect() as connection:
+        assert violations(connection) == []
+
+
+@pytest.fixture
 def redis_url(embedded: Servers) -> Iterator[str]:
     """Give the test an empty Redis db of its own."""
     url = embedded.redis_url(next(_redis_dbs))
@@ -96,3 +129,40 @@ def redis(redis_url: str) -> Iterator[Redis]:
     """Give the test a client of its Redis db."""
     with Redis.from_url(redis_url) as client:
         yield client
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process, with no KINO_* variable but those that are given."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["kino-refunds"])
+
+    def run(*arguments: str, stdin: bytes = b"", **environment: str | None) -> Result:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            for name, value in environment.items():
+                if value is not None:
+                    patch.setenv(name, value)
+            capsys.readouterr()
+            try:
+                code = cli._run(list(arguments))
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        said = capsys.readouterr()
+        return Result(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def run(bare: Run, database: Database, redis_url: str) -> Run:
+    """Run a command against this test's own database and Redis; None leaves a variable out."""
+    urls: dict[str, str | None] = {
+        "KINO_DATABASE_URL": database.url("kino_worker"),
+        "KINO_MIGRATION_DATABASE_URL": database.url("kino_owner"),
+        "KINO_REDIS_URL": redis_url,
+        "KINO_JOB_SOURCE": "none",
+    }
+    return lambda *arguments, stdin=b"", **environment: bare(*arguments, stdin=stdin, **(urls | environment))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -11,9 +13,11 @@ import sqlalchemy as sa
 import typer
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from kino_refunds.cli.exit_codes import explained
 from kino_refunds.cli.options import AsJson, ledger_engine
-from kino_refunds.cli.output import console, print_json, shown
+from kino_refunds.cli.output import console, print_json, print_whole, shown
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.schedule import entries, read_schedule
@@ -56,18 +60,16 @@ def status(
 
     Example: kino-refunds status --watch
     """
+    if watch and as_json:
+        raise typer.BadParameter("--watch is for a person's eyes; for a program, run --json again and again")
     settings = load_settings()
     with ledger_engine(settings) as engine, redis_client(settings.require_redis_url()) as client:
         if as_json:
             print_json(read_status(engine, client, settings))
-            return
-        if not watch:
-            console.print(_screen(read_status(engine, client, settings)))
-            return
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                live.update(_screen(read_status(engine, client, settings)), refresh=True)
-                time.sleep(WATCH_EVERY_S)
+        elif watch:
+            _watch(lambda: _screen(read_status(engine, client, settings)))
+        else:
+            print_whole(_screen(read_status(engine, client, settings)))
 
 
 def read_status(engine: sa.Engine, client: redis.Redis, settings: Settings) -> dict[str, Any]:
@@ -77,33 +79,54 @@ def read_status(engine: sa.Engine, client: redis.Redis, settings: Settings) -> d
         gate = read_gate(connection)
         counts = connection.execute(_NOW, {"grace_s": settings.overdue_grace_s}).mappings().one()
         letters = {row.reason: row.letters for row in connection.execute(_LETTERS)}
-        missed = {run.what: run.missed for run in read_schedule(connection, entries(settings), now=now)}
+        runs = read_schedule(connection, entries(settings), now=now)
     return {
         "at": now,
         "intake": "paused" if gate.paused else "open",
         "intake_reason": gate.reason if gate.paused else None,
+        "intake_paused_by": gate.actor if gate.paused else None,
         **counts,
         "queues": depths(client),
         "dead_letters_open": letters,
-        "missed_runs": {what: count for what, count in missed.items() if count},
+        "missed_runs": {run.what: run.missed for run in runs if run.missed},
+        "late_runs": {run.what: run.last for run in runs if run.is_late(now)},
     }
+
+
+def _watch(screen: Callable[[], Table]) -> None:
+    """Look again and again; a server that is away is what on-call wants to see coming back, so it ends nothing."""
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        while True:
+            try:
+                seen: Table | Text = screen()
+            except (sa.exc.SQLAlchemyError, redis.RedisError) as error:
+                seen = Text.assemble(shown(datetime.now(UTC)), "  ", shown(explained(error)[1]), style="bold red")
+            if live is not None:
+                live.update(seen, refresh=True)
+            elif isinstance(seen, Table):
+                print_whole(seen)
+            else:
+                console.print(seen, soft_wrap=True)
+            time.sleep(WATCH_EVERY_S)
+
+
+_NAMES = {"intake_reason": "reason", "intake_paused_by": "paused by"}
+_ONLY_WHERE_SO = frozenset({"intake_reason", "intake_paused_by"})
+_BAD_ABOVE_ZERO = frozenset({"breaks_open", "charges_overdue", "dead_letters_open", "missed_runs", "late_runs"})
 
 
 def _screen(found: dict[str, Any]) -> Table:
-    bad = {
-        "intake": found["intake"] == "paused",
-        "workers_alive": not found["workers_alive"],
-        "breaks_open": bool(found["breaks_open"]),
-        "charges_overdue": bool(found["charges_overdue"]),
-        "dead_letters_open": bool(found["dead_letters_open"]),
-        "missed_runs": bool(found["missed_runs"]),
-    }
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in found.items():
-        text = ", ".join(f"{key} {count:,}" for key, count in value.items()) if isinstance(value, dict) else value
-        table.add_row(name.replace("_", " "), shown(text or None if isinstance(value, dict) else text))
-        if bad.get(name):
-            table.rows[-1].style = "bold red"
+        if name in _ONLY_WHERE_SO and value is None:
+            continue
+        if isinstance(value, dict):
+            text = Text(", ").join(Text.assemble(key, " ", shown(each)) for key, each in value.items())
+        else:
+            text = shown(value)
+        bad = value == "paused" or (name == "workers_alive" and not value) or (name in _BAD_ABOVE_ZERO and bool(value))
+        label = _NAMES.get(name, name.replace("_", " "))
+        table.add_row(label, text if value != {} else shown(None), style="bold red" if bad else None)
     return table

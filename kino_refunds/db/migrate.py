@@ -29,6 +29,11 @@ def head_revision() -> str:
     return head
 
 
+def is_known_revision(revision: str) -> bool:
+    """Tell whether this build has that migration; what a newer build has made, it has not."""
+    return any(script.revision == revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
+
+
 def current_revision(connection: sa.Connection) -> str | None:
     """Name the revision that the database is at; None before the first migration."""
     return MigrationContext.configure(connection, opts={"version_table_schema": "kino"}).get_current_revision()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +16,6 @@ from redis.exceptions import ResponseError
 from kino_refunds.schedule import KEPT_FOR, Entry, Run, claim_slot, entries, finish_slot, read_schedule
 from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.relay import relay_refunds
-from tests.conftest import Database
 from tests.scenario import EVENT_AT, Scene, make_event
 from workers.schedule import beat_schedule
 
@@ -25,12 +23,6 @@ SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hou
 SLOT = datetime(2026, 11, 2, 10, 0, tzinfo=UTC)
 ENTRY = Entry("kino.expire_lots", MINUTE, "expire lots")
 QUEUE = "kino.credits-refunded"
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 # --- slots

@@ -1,0 +1,251 @@
+"""Postgres: could a worker settle here, durably, and only what a worker may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from kino_refunds.db.engine import TRANSACTION_TIMEOUT_SINCE, SessionLimits, create_engine
+from kino_refunds.db.migrate import current_revision, head_revision, is_known_revision
+from kino_refunds.doctor.findings import Finding, judge
+from kino_refunds.doctor.on_workers import check_workers
+from kino_refunds.settings import Settings, redacted
+
+POSTGRES_MIN: Final = 15_00_00
+SKEW_MAX: Final = timedelta(seconds=2)
+"""A worker's clock decides lot grace and retry times; seconds do not matter, minutes do."""
+PRODUCT_TRANSACTION_S_MAX: Final = 3_600
+"""The verified-through mark stays this far behind: a charge that is committed later than that lands where no sweep
+looks."""
+LIMITS: Final = SessionLimits(
+    statement_timeout_ms=5_000, transaction_timeout_ms=15_000, tcp_user_timeout_ms=5_000, lock_timeout_ms=500
+)
+"""Nothing here takes more than milliseconds; who asks wants an answer, also that there is none."""
+
+ROLES: Final = frozenset({"kino_owner", "kino_worker", "kino_product", "kino_read"})
+APPEND_ONLY: Final = frozenset(
+    {"account_status_change", "charge", "charge_line", "settlement", "correction", "transfer", "inbox_event"}
+)
+_KEPT = frozenset({"pending_event", "overdue_ask", "intake_worker", "schedule_slot"})
+_UPSERTED = frozenset({"dead_letter", "break", "relay_cursor"})
+_ONE_ROW = frozenset({"intake_state", "verified_through"})
+_LOTS = frozenset({"account", "credit_lot"})
+_VIEWS = frozenset({"charge_status", "account_balance", "alembic_version"})
+WORKER_RIGHTS: Final = {
+    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _ONE_ROW | _LOTS | _VIEWS,
+    # A worker settles charges and opens none.
+    "INSERT": (APPEND_ONLY - {"charge", "charge_line"}) | _KEPT | _UPSERTED | _LOTS,
+    "UPDATE": _KEPT | _UPSERTED | _ONE_ROW | _LOTS,
+    "UPDATE every column": _KEPT | _UPSERTED | _ONE_ROW,
+    "DELETE": _KEPT,
+    "TRUNCATE": frozenset[str](),
+    "TRIGGER": frozenset[str](),
+}
+"""What the migrations grant to kino_worker, by right; what this build does not know of is not judged."""
+
+
+def check_postgres(url: str, settings: Settings) -> Iterator[Finding]:
+    """Connect as a worker does and look at the server, the role, the schema, and who works on it."""
+    engine = create_engine(url, limits=LIMITS, application_name="kino-doctor", pooled=False)
+    try:
+        # Each statement on its own: one that is refused must not take the others with it.
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            server = connection.execute(_SERVER).one()
+            yield from _server(server, url)
+            yield from _roles(connection, server)
+            if not server.may_look:
+                return
+            yield from _schema(connection)
+            if server.has_ledger:
+                yield from check_workers(connection, settings)
+    finally:
+        engine.dispose()
+
+
+_SERVER = sa.text("""
+    SELECT current_setting('server_version') AS version,
+           CAST(current_setting('server_version_num') AS integer) AS version_num,
+           clock_timestamp() AS now,
+           pg_is_in_recovery() AS standby,
+           current_setting('transaction_read_only') = 'on' AS read_only,
+           current_setting('fsync') AS fsync, current_setting('synchronous_commit') AS synchronous_commit,
+           current_setting('full_page_writes') AS full_page_writes,
+           r.rolname AS role,
+           CASE WHEN r.rolsuper THEN 'is a superuser'
+                WHEN pg_has_role(r.oid, n.nspowner, 'MEMBER') THEN 'owns the ledger'
+                WHEN has_schema_privilege(n.oid, 'CREATE') THEN 'may create tables in the ledger'
+                WHEN r.rolcreaterole THEN 'may create roles'
+                WHEN r.rolreplication THEN 'may replicate the server'
+                WHEN r.rolcreatedb THEN 'may create databases' END AS role_is_too_strong,
+           v.oid IS NOT NULL AS has_ledger,
+           v.oid IS NULL OR has_schema_privilege(n.oid, 'USAGE') AS may_look
+    FROM pg_roles r
+    LEFT JOIN pg_namespace n ON n.nspname = 'kino'
+    LEFT JOIN pg_class v ON v.relnamespace = n.oid AND v.relname = 'alembic_version'
+    WHERE r.rolname = current_user
+""")
+
+
+def _server(server: Any, url: str) -> Iterator[Finding]:
+    yield judge(
+        "postgres version",
+        server.version_num >= POSTGRES_MIN,
+        f"{server.version} at {redacted(url)}",
+        "Postgres 15 or newer is needed",
+    )
+    yield judge(
+        "postgres writable",
+        not server.read_only,
+        "a standby" if server.standby else "read-only" if server.read_only else "yes",
+        "workers keep their batches and wait; let the URL lead to the primary (target_session_attrs=read-write)",
+    )
+    yield judge(
+        "durability",
+        server.fsync == "on" and server.synchronous_commit != "off" and server.full_page_writes == "on",
+        f"fsync {server.fsync}, synchronous_commit {server.synchronous_commit},"
+        f" full_page_writes {server.full_page_writes}",
+        "set fsync and full_page_writes on, synchronous_commit not off: a COMMIT that is lost is a lost refund",
+    )
+    skew = abs(server.now - datetime.now(UTC))
+    yield judge(
+        "postgres clock",
+        skew < SKEW_MAX,
+        f"{skew.total_seconds():,.3f} s from ours",
+        "set both by NTP: retries, grace and overdue jobs are judged by this machine's clock",
+        level="warn",
+    )
+
+
+def _roles(connection: sa.Connection, server: Any) -> Iterator[Finding]:
+    missing = ROLES - set(connection.execute(_ROLES, {"roles": list(ROLES)}).scalars())
+    yield judge(
+        "roles",
+        not missing,
+        f"missing: {', '.join(sorted(missing))}" if missing else "all four exist",
+        "a superuser runs kino_refunds/db/roles.sql in this database",
+    )
+    yield _product_limit(connection, server)
+    if server.role_is_too_strong is not None:
+        yield Finding(
+            "rights",
+            "fail",
+            f"connected as {server.role}, which {server.role_is_too_strong}",
+            "connect workers as kino_worker: what runs must not be able to change what is only added to",
+        )
+    elif server.has_ledger:
+        yield _rights(connection, server)
+
+
+_ROLES = sa.text("SELECT CAST(rolname AS text) FROM pg_roles WHERE rolname = ANY(:roles)")
+# As Postgres reads durations, a bare number is milliseconds; and what is said of the role is above the database's.
+_PRODUCT_LIMIT = sa.text("""
+    SELECT EXTRACT(EPOCH FROM CAST(CASE WHEN value ~ '^[0-9]+$' THEN value || 'ms' ELSE value END AS interval))
+    FROM (SELECT split_part(option, '=', 2) AS value, s.setrole, s.setdatabase
+          FROM pg_db_role_setting s, unnest(s.setconfig) AS option
+          WHERE option LIKE 'transaction\\_timeout=%'
+            AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = 'kino_product'))
+            AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))) AS limits
+    ORDER BY setrole = 0, setdatabase = 0 LIMIT 1
+""")
+
+
+def _product_limit(connection: sa.Connection, server: Any) -> Finding:
+    if server.version_num < TRANSACTION_TIMEOUT_SINCE:
+        return Finding(
+            "product limit",
+            "warn",
+            "this Postgres cannot bound a whole transaction",
+            "keep the product's transactions under half an hour yourselves, or upgrade to Postgres 17",
+        )
+    limit_s = connection.execute(_PRODUCT_LIMIT).scalar_one_or_none() or 0
+    return judge(
+        "product limit",
+        0 < limit_s < PRODUCT_TRANSACTION_S_MAX,
+        f"a transaction of kino_product ends after {limit_s:,.0f} s" if limit_s else "kino_product has none",
+        "a superuser runs kino_refunds/db/roles.sql: a charge committed an hour after it was opened is never swept",
+        level="warn",
+    )
+
+
+def _rights(connection: sa.Connection, server: Any) -> Finding:
+    advice = "connect as kino_worker (KINO_DATABASE_URL); its rights are granted by `kino-refunds migrate`"
+    if not server.may_look:
+        return Finding("rights", "fail", f"{server.role} may not look into the ledger", advice)
+    held = {
+        (right, row.table)
+        for row in connection.execute(_RIGHTS).mappings()
+        for right in WORKER_RIGHTS
+        if row[right] and row.table in WORKER_RIGHTS["SELECT"]
+    }
+    needed = {(right, table) for right, tables in WORKER_RIGHTS.items() for table in tables}
+    if missing := needed - held:
+        return Finding("rights", "fail", f"{server.role} may not {_listed(missing)}", advice)
+    return judge(
+        "rights",
+        held == needed,
+        f"{server.role} may do what a worker does, and no more"
+        if held == needed
+        else f"{server.role} may also {_listed(held - needed)}",
+        "revoke that, as kino_owner: what runs must not be able to change what is only added to",
+    )
+
+
+_SHOWN = 3
+
+
+def _listed(rights: set[tuple[str, str]]) -> str:
+    # Every column is named only where some columns are fine.
+    named = [
+        f"{right} on {table}"
+        for right, table in sorted(rights)
+        if right != "UPDATE every column" or ("UPDATE", table) not in rights
+    ]
+    rest = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return ", ".join(named[:_SHOWN]) + rest
+
+
+_RIGHTS = sa.text("""
+    SELECT CAST(relname AS text) AS table,
+           has_table_privilege(oid, 'SELECT') AS "SELECT",
+           has_table_privilege(oid, 'INSERT') AS "INSERT",
+           has_any_column_privilege(oid, 'UPDATE') AS "UPDATE",
+           has_table_privilege(oid, 'UPDATE') AS "UPDATE every column",
+           has_table_privilege(oid, 'DELETE') AS "DELETE",
+           has_table_privilege(oid, 'TRUNCATE') AS "TRUNCATE",
+           has_table_privilege(oid, 'TRIGGER') AS "TRIGGER"
+    FROM pg_class
+    WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'kino') AND relkind IN ('r', 'p', 'v')
+""")
+
+
+def _schema(connection: sa.Connection) -> Iterator[Finding]:
+    found, head = current_revision(connection), head_revision()
+    if found is None:
+        yield Finding(
+            "migrations", "fail", "the database has no ledger yet", "run `kino-refunds migrate` as kino_owner"
+        )
+        return
+    if is_known_revision(found):
+        advice = "run `kino-refunds migrate` as kino_owner; until then workers keep what needs the new schema"
+        yield judge("migrations", found == head, f"the schema is at {found}, this build is at {head}", advice)
+    else:
+        # Migrations add and do not take away: two builds side by side are an upgrade under way.
+        advice = "fine while an upgrade is under way; then replace this build, which is older than the schema"
+        yield Finding("migrations", "warn", f"the schema is at {found}, of which this build does not know", advice)
+    open_to_change = APPEND_ONLY - set(connection.execute(_TRIGGERS).scalars())
+    yield judge(
+        "append-only",
+        not open_to_change,
+        f"the trigger is off or gone: {', '.join(sorted(open_to_change))}" if open_to_change else "triggers are on",
+        "as kino_owner: ALTER TABLE … ENABLE TRIGGER append_only; then find out who switched it off, and why",
+    )
+
+
+_TRIGGERS = sa.text("""
+    SELECT CAST(c.relname AS text)
+    FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'kino' AND t.tgname = 'append_only' AND t.tgenabled IN ('O', 'A')
+""")

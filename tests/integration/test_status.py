@@ -1,0 +1,227 @@
+"""`status`: one screen that says how things stand, and goes on saying it while a server is away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from kino_refunds.embedded import LOOPBACK
+from kino_refunds.errors import MalformedMessage
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED
+from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.settings import PREFIX
+from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
+from kino_refunds.settlement.gate import pause_intake
+from tests.command_line import Result, Run
+from tests.conftest import Database
+from tests.scenario import NOW, Scene, make_event
+
+SCRIPT = Path(sys.executable).with_name("kino-refunds")
+AWAY_PORT = 1
+EMPTY = dict.fromkeys((*SERVED, "in-flight", "recovered"), 0)
+QUIET = {
+    "intake": "open",
+    "intake_reason": None,
+    "intake_paused_by": None,
+    "workers_alive": 0,
+    "waiting_for_retry": 0,
+    "waiting_since": None,
+    "breaks_open": 0,
+    "charges_open": 0,
+    "charges_overdue": 0,
+    "queues": EMPTY,
+    "dead_letters_open": {},
+    "missed_runs": {},
+    "late_runs": {},
+}
+
+
+def fill(scene: Scene, redis: Redis) -> None:
+    """Something of everything that on-call wants to see."""
+    scene.grant("acct-1")
+    with scene.product.begin() as connection:
+        deadlines = {"job-1": NOW + timedelta(hours=1), "job-late": NOW - timedelta(hours=2), "job-graced": NOW}
+        open_charges(connection, [ChargeRequest(job_id, "acct-1", 5, at) for job_id, at in deadlines.items()])
+    scene.charged("job-2")
+    scene.settle(make_event("failed platform", "job-2"))
+    scene.settle(make_event("completed", "job-2"), make_event("completed", "job-early"))
+    letters = [
+        malformed_letter(raw, SERVED[0], MalformedMessage(reason, "x"))
+        for raw, reason in ((b"{", "bad_json"), (b"[", "bad_json"), (b"}", "unknown_type"))
+    ]
+    with scene.worker.begin() as connection:
+        record_dead_letters(connection, letters, now=NOW, build="test")
+        pause_intake(connection, reason="[red]maintenance[/red]", actor="anna")
+    scene.as_superuser(
+        "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, stopped_at) VALUES"
+        " (gen_random_uuid(), 'lives', 1, 'b', now(), clock_timestamp(), NULL),"
+        " (gen_random_uuid(), 'silent', 1, 'b', now(), clock_timestamp() - interval '31 seconds', NULL),"
+        " (gen_random_uuid(), 'ended', 1, 'b', now(), clock_timestamp(), now())",
+        "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by) VALUES"
+        " ('kino.sweep_retries', clock_timestamp(), 'beat'),"
+        " ('kino.expire_lots', date_trunc('minute', clock_timestamp()) - interval '2 days', 'beat')",
+    )
+    redis.lpush(QUEUE_KEYS[0], "one", "two")
+    redis.lpush(QUEUE_KEYS[1], "three")
+    redis.lpush(f"kino:recovered:{SERVED[1]}", "four")
+
+
+def test_quiet_ledger_has_every_name(run: Run) -> None:
+    """A program reads the same names whatever there is; an instant says when it was so."""
+    result = run("status", "--json")
+
+    document = result.json
+    at = datetime.fromisoformat(document.pop("at"))
+    assert (result.code, result.err, document) == (0, "", QUIET)
+    assert at.utcoffset() == timedelta(0)
+
+
+def test_everything_is_counted(run: Run, scene: Scene, redis: Redis) -> None:
+    """Each number is of what is open: settled charges, ended workers and closed letters are not in it."""
+    fill(scene, redis)
+
+    # An hour, because NOW is when the tests began.
+    document = run("status", "--json", KINO_OVERDUE_GRACE_S="3600").json
+
+    (last,) = scene.rows("SELECT slot_at FROM kino.schedule_slot WHERE name = 'kino.expire_lots'")[0]
+    assert datetime.fromisoformat(document.pop("at")) <= datetime.now(UTC)
+    assert document.pop("waiting_since").startswith(f"{NOW:%Y}")
+    assert document.pop("missed_runs")["expire lots"] >= 60
+    assert document == {
+        "intake": "paused",
+        "intake_reason": "[red]maintenance[/red]",
+        "intake_paused_by": "anna",
+        "workers_alive": 1,
+        "waiting_for_retry": 1,
+        "breaks_open": 1,
+        "charges_open": 3,
+        "charges_overdue": 1,
+        "queues": EMPTY | {SERVED[0]: 3, "recovered": 1},
+        "dead_letters_open": {"bad_json": 2, "unknown_type": 1},
+        "late_runs": {"expire lots": last.isoformat()},
+    }
+
+
+def test_person_reads_one_screen(run: Run, scene: Scene, redis: Redis) -> None:
+    """Names and values within 80 columns and 24 lines; what has no value is a dash, and reasons are no markup."""
+    fill(scene, redis)
+
+    result = run("status")
+
+    lines = result.out.splitlines()
+    told = [" ".join(line.split()) for line in lines]
+    assert (result.code, result.err) == (0, "")
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 24
+    assert told[1:5] == ["intake paused", "reason [red]maintenance[/red]", "paused by anna", "workers alive 1"]
+    assert "dead letters open bad_json 2, unknown_type 1" in told
+    assert any(line.startswith("late runs expire lots 20") for line in told)
+
+
+def test_what_does_not_apply_is_not_on_the_screen(run: Run) -> None:
+    """An open intake has no reason; an empty list is a dash."""
+    lines = [line.split() for line in run("status").out.splitlines()]
+
+    assert ["intake", "open"] in lines
+    assert [line for line in lines if line[0] in {"reason", "paused"}] == []
+    assert ["dead", "letters", "open", "-"] in lines
+
+
+def test_schedule_that_stands_still_is_a_finding(run: Run, scene: Scene) -> None:
+    """After an hour without a run `missed` is 0; that nothing runs is exit code 1 all the same."""
+    scene.as_superuser(
+        "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by)"
+        " VALUES ('kino.expire_lots', clock_timestamp() - interval '20 minutes', 'beat')",
+    )
+
+    assert run("schedule", KINO_EXPIRY_EVERY_S="3600").code == 0
+    assert run("schedule", KINO_EXPIRY_EVERY_S="300").code == 1
+
+
+@pytest.mark.parametrize("away", ["KINO_DATABASE_URL", "KINO_REDIS_URL"])
+def test_server_that_is_away_is_exit_3(run: Run, away: str) -> None:
+    """A status that cannot be read is no status: one line that names the server."""
+    scheme = {"KINO_DATABASE_URL": "postgresql://kino_worker@", "KINO_REDIS_URL": "redis://"}[away]
+
+    result = run("status", "--json", **{away: f"{scheme}{LOOPBACK}:{AWAY_PORT}/0"}, stdin=b"")
+
+    assert (result.code, result.out, result.err.count("\n")) == (3, "", 1)
+    assert away in result.err
+
+
+def test_watching_is_for_people(bare: Run) -> None:
+    """A screen that is drawn again and again is no JSON document."""
+    result = bare("status", "--watch", "--json")
+
+    assert result.code == 2
+    assert result.err.startswith("error: Invalid value: --watch is for a person's eyes; ")
+
+
+def watched(run: Run, monkeypatch: pytest.MonkeyPatch, *between: Callable[[], object]) -> Result:
+    """Watch, do one thing after each look, and interrupt after the last."""
+    todo = list(between)
+
+    def sleep(_seconds: float) -> None:
+        if not todo:
+            raise KeyboardInterrupt
+        todo.pop(0)()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    return run("status", "--watch")
+
+
+def test_watch_looks_again_and_ends_with_130(run: Run, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look is read anew, and Ctrl-C ends it with one word."""
+
+    def pause() -> None:
+        with scene.worker.begin() as connection:
+            pause_intake(connection, reason="maintenance", actor="anna")
+
+    result = watched(run, monkeypatch, pause)
+
+    states = [line.split()[1] for line in result.out.splitlines() if line.startswith("intake ")]
+    assert (result.code, result.err, states) == (130, "interrupted\n", ["open", "paused"])
+
+
+def test_watch_outlives_a_server_that_is_away(run: Run, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What on-call waits for is that it comes back: the error stands on the screen, and the next look is taken."""
+    result = watched(
+        run,
+        monkeypatch,
+        lambda: scene.as_superuser("ALTER TABLE kino.intake_state RENAME TO away"),
+        lambda: scene.as_superuser("ALTER TABLE kino.away RENAME TO intake_state"),
+    )
+
+    looks = [line for line in result.out.splitlines() if line.startswith("intake ") or "no ledger" in line]
+    assert result.code == 130
+    assert [line.split("  ")[0] for line in (looks[0], looks[2])] == ["intake"] * 2
+    assert looks[1].endswith("  the database has no ledger yet; run `kino-refunds migrate` as kino_owner")
+
+
+def test_installed_script_stops_watching_on_ctrl_c(database: Database, redis_url: str) -> None:
+    """SIGINT in the middle: exit code 130, one word, no traceback."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    program = subprocess.Popen(
+        [SCRIPT, "status", "--watch"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=outside | {"KINO_DATABASE_URL": database.url(), "KINO_REDIS_URL": redis_url, "PYTHONUNBUFFERED": "1"},
+    )
+    assert program.stdout is not None
+    while not program.stdout.readline().startswith(b"late runs"):
+        assert program.poll() is None
+    program.send_signal(signal.SIGINT)
+
+    _, err = program.communicate(timeout=60)
+
+    assert (program.returncode, err) == (130, b"interrupted\n")
