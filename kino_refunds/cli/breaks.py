@@ -23,7 +23,9 @@ _LIST = sa.text("""
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
-    breaks = typer.Typer(help="Where somebody disagrees with the ledger.", no_args_is_help=True)
+    breaks = typer.Typer(
+        help="Where somebody disagrees with the ledger.\n\nExample: kino-refunds breaks list", no_args_is_help=True
+    )
     breaks.command("list")(list_breaks)
     breaks.command("show")(show)
     breaks.command("accept")(accept)
@@ -32,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def list_breaks(
     status: Annotated[
-        Literal["open", "repaired", "accepted", "all"], typer.Option(help="open, repaired, accepted or all.")
+        Literal["open", "repaired", "accepted", "all"], typer.Option(help="Only breaks in this state.")
     ] = "open",
     after: Annotated[int, typer.Option(help="Go on behind this number.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,

@@ -36,12 +36,16 @@ _LIST = sa.text("""
       AND d.dead_letter_id > :after
     ORDER BY d.dead_letter_id LIMIT :limit
 """)
+_ONLY_IN_JSON = frozenset({"detail", "queue", "group"})
+_IN_A_TABLE = {"credits_at_stake": "at_stake"}
 _SHOW = sa.text("SELECT * FROM kino.dead_letter WHERE dead_letter_id = :number")
 
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
-    letters = typer.Typer(help="Messages that a person has to look at.", no_args_is_help=True)
+    letters = typer.Typer(
+        help="Messages that a person has to look at.\n\nExample: kino-refunds dead-letters list", no_args_is_help=True
+    )
     letters.command("list")(list_letters)
     letters.command("show")(show)
     letters.command("replay")(replay)
@@ -52,7 +56,7 @@ def register(app: typer.Typer) -> None:
 
 def list_letters(
     status: Annotated[
-        Literal["open", "replayed", "discarded", "all"], typer.Option(help="open, replayed, discarded or all.")
+        Literal["open", "replayed", "discarded", "all"], typer.Option(help="Only letters in this state.")
     ] = "open",
     reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
     job: Annotated[str | None, typer.Option(help="Only this job.")] = None,
@@ -70,7 +74,8 @@ def list_letters(
         rows = [dict(row) for row in connection.execute(_LIST, wanted).mappings()]
     if not as_json:
         rows = [
-            {name: value for name, value in row.items() if name not in {"detail", "queue", "group"}} for row in rows
+            {_IN_A_TABLE.get(name, name): value for name, value in row.items() if name not in _ONLY_IN_JSON}
+            for row in rows
         ]
     print_items(
         rows,
@@ -121,7 +126,7 @@ def show(
 
 
 def replay(
-    numbers: Annotated[list[int], typer.Argument(help="The letters' numbers.", metavar="NUMBER...")],
+    numbers: Annotated[list[int], typer.Argument(help="The letters' numbers.", metavar="NUMBER")],
     by: By,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come of it; write nothing.")] = False,
     edited: Annotated[

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kino_refunds.cli.options import AsJson
-from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, shown
+from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, print_whole, shown
 from kino_refunds.cli.servers import exports, stopping
 from kino_refunds.demo import Demo
 from kino_refunds.embedded import servers
@@ -170,7 +170,7 @@ def show(told: Told) -> None:
         table.add_row(Text(*mark), each["promise"], Text.assemble(each["says"], (f" {looked}", "dim")))
         for text in each["findings"][:FINDINGS_SHOWN]:
             table.add_row("", "", Text(text, style="red"))
-    console.print(table)
+    print_whole(table)
 
 
 def _latency(found: dict[str, Any]) -> str:

@@ -28,7 +28,9 @@ _WORKERS = sa.text("""
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
-    intake = typer.Typer(help="Whether events are taken from the queues.", no_args_is_help=True)
+    intake = typer.Typer(
+        help="Whether events are taken from the queues.\n\nExample: kino-refunds intake status", no_args_is_help=True
+    )
     intake.command("status")(status)
     intake.command("pause")(pause)
     intake.command("resume")(resume)

@@ -31,16 +31,15 @@ from kino_refunds.cli import (
     servers,
     status,
 )
+from kino_refunds.cli.exit_codes import INTERRUPTED, USAGE, explained
 from kino_refunds.cli.output import errors, print_error, shown
-from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import BadSettings, BadTrace, DependencyAway, KinoError, ServerFailed, SourceUnavailable
+from kino_refunds.errors import KinoError
 from kino_refunds.settings import unknown_names
-
-FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     name="kino-refunds",
-    help="Credits come back by themselves when a generation fails. Settings are KINO_* variables; see the README.",
+    help="Credits come back by themselves when a generation fails. Settings are KINO_* variables; see the README."
+    "\n\nExample: kino-refunds doctor",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -65,11 +64,16 @@ for room in (
     room.register(app)
 
 
+COMPLETING = "_KINO_REFUNDS_COMPLETE"
+"""Typer's name for it: set by the shell's completion when it asks what could come next."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 fine, 1 a finding, 2 usage, 3 a dependency is away, 130 interrupted."""
     # By default structlog writes to standard output, which is the answer's alone: `--json | jq` must work.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    for name, nearest in unknown_names():
+    # Between two presses of TAB whatever is said lands in the middle of the line that is being typed.
+    for name, nearest in unknown_names() if COMPLETING not in os.environ else ():
         hint = f"; did you mean {nearest}?" if nearest else ""
         errors.print(shown(f"warning: {name} is not a setting and is ignored{hint}"), soft_wrap=True)
     started = time.monotonic()
@@ -120,27 +124,3 @@ def _show_usage_error(error: Any) -> None:
     else:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "kino-refunds"
         print_error(f"{message.rstrip('.')}; see {command} --help")
-
-
-def explained(error: Exception) -> tuple[int, str]:
-    """Say in one line what went wrong and what to do next, with the exit code that belongs to it."""
-    first_line = str(getattr(error, "orig", None) or error).partition("\n")[0]
-    match error:
-        case BadSettings() | BadTrace():
-            return USAGE, first_line
-        case DependencyAway() | ServerFailed() | SourceUnavailable():
-            return AWAY, str(error)
-        case KinoError():
-            return FINDING, str(error)
-        case redis.RedisError():
-            return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; check that it runs and can be reached"
-        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:
-            return AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
-        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) == "42501":
-            return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
-        case sa.exc.SQLAlchemyError() if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
-            return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; check that it runs and can be reached"
-        case sa.exc.ArgumentError():
-            return USAGE, f"a database URL cannot be read: {first_line}"
-        case _:
-            return FINDING, f"{type(error).__name__}: {first_line}"

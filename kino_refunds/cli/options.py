@@ -67,7 +67,12 @@ def _person(name: str) -> str:
     return name
 
 
-By = Annotated[str, typer.Option("--by", help="Who does this; kept with it.", default_factory=_login, callback=_person)]
+By = Annotated[
+    str,
+    typer.Option(
+        "--by", help="Who does this; kept with it.", default_factory=_login, show_default="your login", callback=_person
+    ),
+]
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -9,12 +10,13 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 def _reader_left() -> NoReturn:
@@ -23,7 +25,16 @@ def _reader_left() -> NoReturn:
     raise SystemExit(0)
 
 
+WIDTH_IN_A_PIPE = 100_000
+_GAP = Text("  ")
+NOTHING = "-"
+
+
 class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Wrap for a terminal only: in a pipe a line stays whole, for grep."""
+        super().print(*objects, **{"soft_wrap": not self.is_terminal, **options})
+
     def on_broken_pipe(self) -> None:
         """Instead of rich's exit with 1, which here means a finding."""
         _reader_left()
@@ -69,22 +80,64 @@ def print_items(items: Sequence[Mapping[str, Any]], *, next_cursor: Any, as_json
 
 
 def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
-    """Print rows under the keys of the first; numbers to the right."""
-    table = Table(
-        title=None if title is None else shown(title),
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
-    for name, value in items[0].items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # A broken number or time is harder to read than a broken word.
-        whole = number or any(isinstance(item[name], datetime) for item in items)
-        table.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=whole)
-    for item in items:
-        table.add_row(*(shown(value) for value in item.values()))
-    console.print(table)
+    """Print rows under the keys of the first; numbers to the right.
+
+    Where the terminal is too narrow the longest texts stand below their row, whole: ids are there to be
+    copied, and a column three characters wide is read by nobody.
+    """
+    cells = [{name: _cell(name, value) for name, value in item.items()} for item in items]
+    widths = {name: max(len(name), *(row[name].cell_len for row in cells)) for name in items[0]}
+    numbers = {name for name in widths if any(_is_number(item[name]) for item in items)}
+    texts = {name for name in widths if any(isinstance(item[name], str) for item in items)}
+    below = _too_wide(widths, texts, _room())
+
+    def line(row: Mapping[str, Text]) -> Text:
+        for name in row:
+            row[name].align("right" if name in numbers else "left", widths[name])
+        return _GAP.join(row.values())
+
+    head = line({name: Text(name.replace("_", " ")) for name in widths if name not in below})
+    head.stylize("bold")
+    parts: list[RenderableType] = [head] if title is None else [shown(title), head]
+    for row in cells:
+        parts.append(line({name: cell for name, cell in row.items() if name not in below}))
+        parts += _packed(
+            Text.assemble((f"{name.replace('_', ' ')} ", "dim"), row[name])
+            for name in widths
+            if name in below and row[name].plain not in {"", NOTHING}
+        )
+    print_whole(Group(*parts))
+
+
+def _too_wide(widths: Mapping[str, int], texts: set[str], room: int) -> set[str]:
+    """Choose the texts that must go for the others to fit: the widest first, and what names the row last."""
+
+    def fits(without: set[str]) -> bool:
+        kept = [width for name, width in widths.items() if name not in without]
+        return sum(kept) + len(_GAP) * (len(kept) - 1) <= room
+
+    first, *others = widths
+    gone = set[str]()
+    for name in [*sorted(others, key=widths.__getitem__, reverse=True), first]:
+        if name in texts and not fits(gone):
+            gone.add(name)
+    for name in sorted(gone, key=widths.__getitem__):
+        if fits(gone - {name}):
+            gone.remove(name)
+    return gone
+
+
+def _packed(pieces: Iterable[Text]) -> Iterator[Padding]:
+    """As many to a line as there is room for; only what is longer than a line is folded."""
+    room = _room() - 2 * len(_GAP)
+    line = Text()
+    for piece in pieces:
+        if line and line.cell_len + len(_GAP) + piece.cell_len > room:
+            yield Padding(line, (0, 0, 0, 2 * len(_GAP)), expand=False)
+            line = Text()
+        line = _GAP.join([line, piece]) if line else piece
+    if line:
+        yield Padding(line, (0, 0, 0, 2 * len(_GAP)), expand=False)
 
 
 def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
@@ -93,17 +146,42 @@ def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, shown(value))
-    console.print(table)
+        table.add_row(name, _cell(name, value))
+    print_whole(table)
+
+
+def print_whole(table: RenderableType) -> None:
+    """Print a table; in a pipe each row is one line, whole, without the blanks that fill its last column."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    page = io.StringIO()
+    Console(file=page, highlight=False, width=_room()).print(table)
+    console.print(Text("\n".join(line.rstrip() for line in page.getvalue().splitlines())))
+
+
+def _room() -> int:
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else WIDTH_IN_A_PIPE
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cell(name: str, value: Any) -> Text:
+    # A number that names something is typed again as it stands here: without thousands separators.
+    return shown(str(value) if name.endswith(("id", "number")) and _is_number(value) else value)
 
 
 def shown(value: Any) -> Text:
     """Show a value to a person; never as markup, whatever is in it, and without control characters."""
     if value is None:
-        return Text("-", style="dim")
+        return Text(NOTHING, style="dim")
+    if isinstance(value, bool):
+        return Text("yes" if value else "no")
     if isinstance(value, datetime):
         return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ"))
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return Text(f"{value:,}")
     return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)))
 

@@ -19,7 +19,10 @@ from kino_refunds.settlement.settle import Terms
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
-    overdue = typer.Typer(help="Jobs past their deadline that nothing has settled.", no_args_is_help=True)
+    overdue = typer.Typer(
+        help="Jobs past their deadline that nothing has settled.\n\nExample: kino-refunds overdue run --dry-run",
+        no_args_is_help=True,
+    )
     overdue.command("run")(run)
     app.add_typer(overdue, name="overdue")
 
@@ -28,7 +31,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Find overdue jobs, ask the job source, and settle what is known; one pass.
+    """Ask about overdue jobs once, and settle what is known.
 
     Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
     while intake is paused or an older message still waits.

@@ -49,7 +49,10 @@ def publish(
         for text in wrong[:ERRORS_SHOWN]:
             print_error(text)
         rest = f" (and {len(wrong) - ERRORS_SHOWN} more)" if len(wrong) > ERRORS_SHOWN else ""
-        print_error(f"nothing was published: {len(wrong)} lines are wrong{rest}; correct them and run this again")
+        which = (
+            "1 line is wrong; correct it" if len(wrong) == 1 else f"{len(wrong)} lines are wrong{rest}; correct them"
+        )
+        print_error(f"nothing was published: {which} and run this again")
         return 2
     try:
         with EventPublisher(load_settings().require_redis_url()) as publisher:
@@ -59,7 +62,7 @@ def publish(
     if as_json:
         print_json({"published": count})
     else:
-        console.print(f"published {count:,} events")
+        console.print(f"published {count:,} event{'' if count == 1 else 's'}")
     return 0
 
 

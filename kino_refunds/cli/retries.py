@@ -32,7 +32,9 @@ _SHOW = sa.text("""
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands."""
-    retries = typer.Typer(help="Events that wait for another try.", no_args_is_help=True)
+    retries = typer.Typer(
+        help="Events that wait for another try.\n\nExample: kino-refunds retries list", no_args_is_help=True
+    )
     retries.command("list")(list_waiting)
     retries.command("show")(show)
     retries.command("run-now")(run_now)
@@ -83,7 +85,7 @@ def show(
 
 
 def run_now(
-    event_id: Annotated[str | None, typer.Argument(help="Only this event.", metavar="[EVENT]")] = None,
+    event_id: Annotated[str | None, typer.Argument(help="Only this event.", metavar="EVENT")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Try waiting events again now, all of them or one.

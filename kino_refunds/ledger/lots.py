@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -231,7 +231,11 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
             row.purchase_id,
         )
         if terms != grants[lot.reference]:
-            message = f"grant {lot.reference!r} was given on other terms: {terms}"
+            asked = asdict(grants[lot.reference])
+            other = (
+                f"{name} {value}, not {asked[name]}" for name, value in asdict(terms).items() if value != asked[name]
+            )
+            message = f"grant {lot.reference!r} was given on other terms: {'; '.join(other)}"
             raise GrantConflict(message)
         lots[lot.reference] = lot
     return lots
