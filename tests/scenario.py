@@ -358,7 +358,7 @@ class Scene:
         )
 
 
-def until(condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
+def until(condition: Callable[[], object], *, deadline_s: float = 30.0) -> None:
     """Look until it is so; fail when it does not come to be."""
     end = time.monotonic() + deadline_s
     while not condition():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -25,11 +25,9 @@ from kino_refunds.ledger import (
     Balance,
     Charge,
     ChargeRequest,
-    Ending,
     Grant,
     LotClass,
     balance,
-    end_charges,
     expire_lots,
     freeze_purchase,
     grant_lots,
@@ -39,34 +37,12 @@ from kino_refunds.ledger import (
     unfreeze_purchase,
     void_purchase,
 )
-from tests.books import violations
 from tests.conftest import Database
+from tests.ledger_acts import DAY, GRACE, LATER, NOW, SOLD, charge, end_and_commit, give, lot_states
 
-NOW = datetime.now(UTC)
-DAY = timedelta(days=1)
 TICK = timedelta(microseconds=1)
-GRACE = 7 * DAY
-LATER = NOW + 30 * DAY
 
-SOLD = Grant("order-1", "ada", 100, LotClass.PURCHASED, LATER, 50, "p-1")
-
-
-@pytest.fixture(autouse=True)
-def sound_books(database: Database) -> Iterator[None]:
-    """Whatever a test of this file did, the books it leaves are sound."""
-    yield
-    engine = create_engine(database.url("kino_read"), pooled=False)
-    with engine.connect() as connection:
-        assert violations(connection) == []
-
-
-@pytest.fixture
-def product(database: Database) -> Iterator[sa.Connection]:
-    """A connection as kino_product, which grants and charges."""
-    engine = create_engine(database.url("kino_product"))
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
+pytestmark = pytest.mark.usefixtures("sound_books")
 
 
 @pytest.fixture
@@ -76,58 +52,6 @@ def superuser(database: Database) -> Iterator[sa.Connection]:
     with engine.connect() as connection:
         yield connection
     engine.dispose()
-
-
-def give(product: sa.Connection, *grants: Grant) -> None:
-    """Grant lots one after the other, numbered from 1 in a new database, and commit."""
-    for grant in grants:
-        grant_lots(product, [grant])
-    product.commit()
-
-
-def charge(product: sa.Connection, job_id: str = "job", credits: int = 10, account_id: str = "ada") -> Charge:
-    """Open a charge and commit."""
-    opened = open_charge(product, job_id=job_id, account_id=account_id, credits=credits, deadline_at=NOW)
-    product.commit()
-    return opened
-
-
-def end(
-    connection: sa.Connection,
-    *charges: Charge,
-    kind: str = "refunded",
-    now: datetime = NOW,
-    lot_grace: timedelta = GRACE,
-) -> None:
-    """Settle charges in one batch, as the settlement does, and commit."""
-    reason, clause = {"refunded": ("timeout", "2.timeout"), "captured": ("completed", "1")}[kind]
-    for opened in charges:
-        connection.execute(
-            sa.text(
-                "INSERT INTO kino.settlement"
-                " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
-                " VALUES (:charge_id, :kind, :reason, :clause, 'v', 's', :job_id, :now)"
-            ),
-            {
-                "charge_id": opened.charge_id,
-                "kind": kind,
-                "reason": reason,
-                "clause": clause,
-                "job_id": opened.job_id,
-                "now": now,
-            },
-        )
-    endings = [
-        Ending(c.charge_id, c.account_id, c.credits, c.lines, kind == "refunded", reason, now - DAY) for c in charges
-    ]
-    end_charges(connection, endings, now=now, lot_grace=lot_grace, actor="test")
-    connection.commit()
-
-
-def lots(connection: sa.Connection) -> list[tuple[int, str, int]]:
-    """Every lot: id, state, remaining."""
-    rows = connection.exec_driver_sql("SELECT lot_id, state, remaining FROM kino.credit_lot ORDER BY lot_id")
-    return [(row.lot_id, row.state, row.remaining) for row in rows]
 
 
 def successors(connection: sa.Connection) -> list[dict[str, Any]]:
@@ -335,7 +259,7 @@ class TestBurnOrder:
         opened = charge(product, "second", 8)
 
         assert opened.lines == [(2, 2), (3, 4), (1, 2)]
-        assert lots(product) == [(1, "active", 3), (2, "active", 0), (3, "active", 0)]
+        assert lot_states(product) == [(1, "active", 3), (2, "active", 0), (3, "active", 0)]
 
     def test_lines_are_numbered_in_burn_order(self, product: sa.Connection) -> None:
         """What is stored says in which order the lots burned, so that a refund can be explained."""
@@ -369,7 +293,7 @@ class TestBurnOrder:
         opened = charge(product, credits=10)
 
         assert opened.lines == [(4, 10)]
-        assert lots(product) == [
+        assert lot_states(product) == [
             (1, "active", 100),
             (2, "frozen", 100),
             (3, "voided", 0),
@@ -389,7 +313,7 @@ class TestBurnOrder:
             replace(SOLD, reference="b", credits=5, priority=1),
         )
         taken = charge(product, "first", 10)
-        end(connection, taken)
+        end_and_commit(connection, taken)
         freeze_purchase(connection, "p-1")
         unfreeze_purchase(connection, "p-1", now=NOW, lot_grace=GRACE)
         connection.commit()
@@ -412,7 +336,7 @@ class TestAllOrNothing:
 
         product.commit()
         assert written(product) == before
-        assert lots(product) == [(1, "active", 100), (2, "active", 5)]
+        assert lot_states(product) == [(1, "active", 100), (2, "active", 5)]
 
     def test_jobs_of_a_batch_pay_from_what_the_others_left(self, product: sa.Connection) -> None:
         """Jobs that could each be paid alone, but not together, are not opened at all."""
@@ -450,7 +374,7 @@ class TestAllOrNothing:
                 open_charge(product, job_id="a", account_id="ada", credits=7, deadline_at=NOW)
             open_charge(product, job_id="b", account_id="ada", credits=8, deadline_at=NOW)
 
-        assert lots(product) == [(1, "active", 92)]
+        assert lot_states(product) == [(1, "active", 92)]
         assert written(product) == {"charge": 1, "charge_line": 1, "transfer": 2}
 
     def test_a_refused_charge_holds_no_lot(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -570,7 +494,7 @@ class TestIdempotency:
     ) -> None:
         """A job that has ended cannot be charged, so a caller that comes late learns that it has."""
         give(product, SOLD)
-        end(connection, charge(product), kind=kind)
+        end_and_commit(connection, charge(product), kind=kind)
         before = written(product)
 
         with pytest.raises(ChargeAlreadySettled, match=kind):
@@ -621,7 +545,7 @@ class TestErrors:
         """Of several errors the same one is raised, whatever the order of the batch, and nothing is left."""
         give(product, SOLD, replace(SOLD, reference="order-2", account_id="bob"))
         charge(product, "open", 10)
-        end(connection, charge(product, "settled", 10))
+        end_and_commit(connection, charge(product, "settled", 10))
         set_account_status(connection, "bob", AccountStatus.SUSPENDED, reason="chargeback", actor="ops")
         connection.commit()
         before = written(product)
@@ -678,9 +602,9 @@ class TestRefund:
         """Credits go back to the lot they came from while the customer still has the grace to spend them."""
         give(product, replace(SOLD, expires_at=expires_at))
 
-        end(connection, charge(product, credits=30))
+        end_and_commit(connection, charge(product, credits=30))
 
-        assert lots(connection) == [(1, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 100)]
         assert transfers(connection, "refund", "void") == [("refund", 1, 1, None, 30)]
         assert balance(connection, "ada") == Balance(100, 0)
 
@@ -691,9 +615,9 @@ class TestRefund:
         """Credits whose lot expires too soon to be spent come back in a lot that lives for the grace."""
         give(product, replace(SOLD, expires_at=NOW + left))
 
-        end(connection, charge(product, credits=30))
+        end_and_commit(connection, charge(product, credits=30))
 
-        assert lots(connection) == [(1, "active", 70), (2, "active", 30)]
+        assert lot_states(connection) == [(1, "active", 70), (2, "active", 30)]
         assert successors(connection) == [successor(2, 1, 30)]
         assert transfers(connection, "grant", "refund") == [("grant", None, 1, None, 100), ("refund", 1, 1, 2, 30)]
         assert balance(connection, "ada") == Balance(100, 0)
@@ -710,9 +634,9 @@ class TestRefund:
             expire_lots(connection, now=now)
             connection.commit()
 
-        end(connection, opened, now=now)
+        end_and_commit(connection, opened, now=now)
 
-        assert lots(connection) == [(1, "expired", 0) if swept else (1, "active", 70), (2, "active", 30)]
+        assert lot_states(connection) == [(1, "expired", 0) if swept else (1, "active", 70), (2, "active", 30)]
         assert successors(connection) == [successor(2, 1, 30, expires_at=now + GRACE)]
 
     def test_a_lot_that_was_swept_is_expired_whatever_the_time(
@@ -724,9 +648,9 @@ class TestRefund:
         expire_lots(connection, now=LATER)
         connection.commit()
 
-        end(connection, opened, now=NOW)
+        end_and_commit(connection, opened, now=NOW)
 
-        assert lots(connection) == [(1, "expired", 0), (2, "active", 30)]
+        assert lot_states(connection) == [(1, "expired", 0), (2, "active", 30)]
 
     @pytest.mark.parametrize(
         "terms",
@@ -744,7 +668,7 @@ class TestRefund:
         grant = replace(SOLD, expires_at=NOW + DAY, **terms)
         give(product, grant)
 
-        end(connection, charge(product, credits=30))
+        end_and_commit(connection, charge(product, credits=30))
 
         assert successors(connection) == [
             successor(
@@ -762,7 +686,7 @@ class TestRefund:
         give(product, replace(SOLD, expires_at=NOW + DAY))
         charges = [charge(product, job_id, credits) for job_id, credits in (("a", 1), ("b", 2), ("c", 4))]
 
-        end(connection, *charges)
+        end_and_commit(connection, *charges)
 
         assert successors(connection) == [successor(2, 1, 7)]
         assert transfers(connection, "refund") == [
@@ -779,17 +703,17 @@ class TestRefund:
         charges = [charge(product, job_id, 2) for job_id in ("a", "b")]
 
         for opened in charges:
-            end(connection, opened)
+            end_and_commit(connection, opened)
 
         assert successors(connection) == [successor(2, 1, 2), successor(3, 1, 2)]
 
     def test_a_successor_has_successors(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A job that fails again after the grace does not lose what the first failure brought back."""
         give(product, replace(SOLD, credits=10, expires_at=NOW + DAY))
-        end(connection, charge(product, "first", 10))
+        end_and_commit(connection, charge(product, "first", 10))
         opened = charge(product, "second", 4)
 
-        end(connection, opened, now=NOW + DAY)
+        end_and_commit(connection, opened, now=NOW + DAY)
 
         assert opened.lines == [(2, 4)]
         assert successors(connection) == [
@@ -803,11 +727,11 @@ class TestRefund:
     ) -> None:
         """A successor is a lot like any other: within its own time credits go back into it."""
         give(product, replace(SOLD, credits=10, expires_at=NOW + DAY))
-        end(connection, charge(product, "first", 10), lot_grace=2 * GRACE)
+        end_and_commit(connection, charge(product, "first", 10), lot_grace=2 * GRACE)
 
-        end(connection, charge(product, "second", 4))
+        end_and_commit(connection, charge(product, "second", 4))
 
-        assert lots(connection) == [(1, "active", 0), (2, "active", 10)]
+        assert lot_states(connection) == [(1, "active", 0), (2, "active", 10)]
 
     def test_without_grace_only_expired_lots_have_successors(
         self, product: sa.Connection, connection: sa.Connection
@@ -815,9 +739,9 @@ class TestRefund:
         """A house that grants no grace returns credits to every lot whose time has not come."""
         give(product, replace(SOLD, expires_at=NOW + DAY))
 
-        end(connection, charge(product), lot_grace=timedelta(0))
+        end_and_commit(connection, charge(product), lot_grace=timedelta(0))
 
-        assert lots(connection) == [(1, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 100)]
 
     @pytest.mark.parametrize("now", [NOW, LATER + DAY])
     @pytest.mark.parametrize("swept", [False, True])
@@ -832,9 +756,9 @@ class TestRefund:
         freeze_purchase(connection, "p-1")
         connection.commit()
 
-        end(connection, opened, now=now)
+        end_and_commit(connection, opened, now=now)
 
-        assert lots(connection) == [(1, "frozen", 30 if swept else 100)]
+        assert lot_states(connection) == [(1, "frozen", 30 if swept else 100)]
         assert transfers(connection, "refund") == [("refund", 1, 1, None, 30)]
         assert balance(connection, "ada") == Balance(0, 0)
 
@@ -853,9 +777,9 @@ class TestRefund:
         void_purchase(connection, "p-1", reason="payout", actor="ops")
         connection.commit()
 
-        end(connection, opened, now=now)
+        end_and_commit(connection, opened, now=now)
 
-        assert lots(connection) == [(1, "voided", 0)]
+        assert lot_states(connection) == [(1, "voided", 0)]
         assert transfers(connection, "refund", "void")[-2:] == [("refund", 1, 1, None, 30), ("void", 1, 1, None, 30)]
         assert balance(connection, "ada") == Balance(0, 0)
 
@@ -874,9 +798,9 @@ class TestRefund:
         void_purchase(connection, "p-voided", reason="payout", actor="ops")
         connection.commit()
 
-        end(connection, opened)
+        end_and_commit(connection, opened)
 
-        assert lots(connection) == [
+        assert lot_states(connection) == [
             (1, "active", 1),
             (2, "active", 0),
             (3, "frozen", 4),
@@ -898,26 +822,26 @@ class TestRefund:
         opened = charge(product, credits=30)
         set_account_status(connection, "ada", AccountStatus.SUSPENDED, reason="chargeback", actor="ops")
 
-        end(connection, opened)
+        end_and_commit(connection, opened)
 
-        assert lots(connection) == [(1, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 100)]
 
     def test_a_refund_can_be_spent_again(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Credits that came back pay for the next job, and the books stay true through both."""
         give(product, SOLD)
-        end(connection, charge(product, "first", 100))
+        end_and_commit(connection, charge(product, "first", 100))
 
-        end(connection, charge(product, "second", 100))
+        end_and_commit(connection, charge(product, "second", 100))
 
-        assert lots(connection) == [(1, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 100)]
 
     def test_a_free_job_ends_without_transfers(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Nothing moves for a job that took nothing, however it ends."""
         give(product, SOLD)
         charges = [charge(product, job_id, 0) for job_id in ("a", "b")]
 
-        end(connection, charges[0])
-        end(connection, charges[1], kind="captured")
+        end_and_commit(connection, charges[0])
+        end_and_commit(connection, charges[1], kind="captured")
 
         assert transfers(connection, "hold", "refund", "capture") == []
 
@@ -925,7 +849,7 @@ class TestRefund:
         """Every movement of a settlement can be explained from its own row."""
         give(product, SOLD)
 
-        end(connection, charge(product, credits=30))
+        end_and_commit(connection, charge(product, credits=30))
 
         row = connection.exec_driver_sql(
             "SELECT kind, from_book, to_book, account_id, reason, actor, event_at FROM kino.transfer"
@@ -941,11 +865,11 @@ class TestCapture:
         """A job that made its video keeps what it took: held goes to consumed and no lot changes."""
         give(product, replace(SOLD, credits=20), replace(SOLD, reference="b", priority=90))
         opened = charge(product, credits=30)
-        before = lots(connection)
+        before = lot_states(connection)
 
-        end(connection, opened, kind="captured")
+        end_and_commit(connection, opened, kind="captured")
 
-        assert lots(connection) == before
+        assert lot_states(connection) == before
         assert transfers(connection, "capture", "refund") == [("capture", 1, 1, None, 20), ("capture", 1, 2, None, 10)]
         assert balance(connection, "ada") == Balance(90, 0)
 
@@ -955,7 +879,7 @@ class TestCapture:
         opened = charge(product)
         product.exec_driver_sql("SELECT FROM kino.credit_lot FOR NO KEY UPDATE")
 
-        end(connection, opened, kind="captured")
+        end_and_commit(connection, opened, kind="captured")
 
         assert transfers(connection, "capture") == [("capture", 1, 1, None, 10)]
 
@@ -973,11 +897,11 @@ class TestCapture:
         else:
             void_purchase(connection, "p-1", reason="payout", actor="ops")
         connection.commit()
-        before = lots(connection)
+        before = lot_states(connection)
 
-        end(connection, opened, kind="captured", now=LATER + DAY)
+        end_and_commit(connection, opened, kind="captured", now=LATER + DAY)
 
-        assert lots(connection) == before
+        assert lot_states(connection) == before
         assert transfers(connection, "capture", "refund") == [("capture", 1, 1, None, 10)]
 
 
@@ -992,10 +916,10 @@ class TestInconsistent:
         opened = replace(charge(product), lines=lines)
 
         with pytest.raises(LedgerInconsistent):
-            end(connection, opened, kind=kind)
+            end_and_commit(connection, opened, kind=kind)
 
         connection.rollback()
-        assert lots(connection) == [(1, "active", 90), (2, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 90), (2, "active", 100)]
 
     @pytest.mark.parametrize("lot_id", [2, 99])
     def test_a_lot_that_is_not_the_accounts_takes_nothing(
@@ -1006,7 +930,7 @@ class TestInconsistent:
         opened = replace(charge(product), lines=[(lot_id, 10)])
 
         with pytest.raises(LedgerInconsistent):
-            end(connection, opened)
+            end_and_commit(connection, opened)
 
         connection.rollback()
-        assert lots(connection) == [(1, "active", 90), (2, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 90), (2, "active", 100)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shlex
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import pytest
 import typer
@@ -28,6 +27,7 @@ from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.settings import PREFIX
 from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
+from tests.command_line import Result, Run
 from tests.conftest import Database
 from tests.scenario import NOW, Scene, make_event, until
 
@@ -39,21 +39,6 @@ HOSTILE = "\x1b[2J\x9b31m[red]\u202egnp.exe[/red]\x07"
 HARMLESS = "[red]"
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.out.count("\n") == 1, "one document on one line"
-        return json.loads(self.out)
-
-
-class Run(Protocol):
-    def __call__(self, *arguments: str, stdin: bytes = b"", **environment: str | None) -> Result: ...
-
-
 def error(text: str, code: int = 2) -> Result:
     """One line on standard error, and nothing on standard output."""
     return Result(code, "", f"error: {text}\n")
@@ -62,49 +47,6 @@ def error(text: str, code: int = 2) -> Result:
 def outside() -> dict[str, str]:
     """This environment without any ledger that it may name."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-
-
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process, with no KINO_* variable but those that are given."""
-    for name in [name for name in os.environ if name.startswith(PREFIX)]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "argv", ["kino-refunds"])
-
-    def run(*arguments: str, stdin: bytes = b"", **environment: str | None) -> Result:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-            for name, value in environment.items():
-                if value is not None:
-                    patch.setenv(name, value)
-            capsys.readouterr()
-            try:
-                code = cli._run(list(arguments))
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-        said = capsys.readouterr()
-        return Result(code, said.out, said.err)
-
-    return run
-
-
-@pytest.fixture
-def run(bare: Run, database: Database, redis_url: str) -> Run:
-    """Run a command against this test's own database and Redis; None leaves a variable out."""
-    urls: dict[str, str | None] = {
-        "KINO_DATABASE_URL": database.url("kino_worker"),
-        "KINO_MIGRATION_DATABASE_URL": database.url("kino_owner"),
-        "KINO_REDIS_URL": redis_url,
-        "KINO_JOB_SOURCE": "none",
-    }
-    return lambda *arguments, stdin=b"", **environment: bare(*arguments, stdin=stdin, **(urls | environment))
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as opened:
-        yield opened
 
 
 def lines(*events: object) -> bytes:
@@ -156,6 +98,20 @@ def test_list_of_commands_says_each_in_a_whole_line(bare: Run) -> None:
     assert listed == {command.split()[0] for command in commands()}
     assert "..." not in shown.out.replace("[ARGS]...", "")
     assert bare("-h") == shown
+
+
+@pytest.mark.parametrize("group", ["", *sorted({words.split()[0] for words in commands() if " " in words})])
+def test_help_of_every_group_has_an_example_and_says_each_command_whole(bare: Run, group: str) -> None:
+    """Also before the verb is known there is something to copy: a command that exists."""
+    shown = bare(*group.split(), "--help")
+
+    (example,) = [line for line in shown.out.splitlines() if line.startswith("  Example: kino-refunds ")]
+    words = shlex.split(example)[2:]
+    assert (shown.code, shown.err) == (0, "")
+    assert " ".join(words[: 2 if group else 1]) in commands()
+    assert words[: len(group.split())] == group.split()
+    assert "..." not in shown.out.replace("[ARGS]...", "")
+    assert max(map(len, shown.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("arguments", [(), ("overdue",)])
@@ -348,8 +304,11 @@ def test_grant_gives_once_and_a_conflict_changes_nothing(run: Run, scene: Scene)
     }
     assert again == first
     assert scene.everything() == before
-    assert (conflict.code, conflict.out, conflict.err.count("\n")) == (1, "", 1)
-    assert conflict.err.startswith("error: grant 'order-1' was given on other terms: ")
+    assert conflict == error(
+        "grant 'order-1' was given on other terms: credits 500, not 501;"
+        " expires_at 2100-01-01 00:00:00+00:00, not None",
+        1,
+    )
 
 
 def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: Scene) -> None:
@@ -710,6 +669,72 @@ def test_json_is_all_there_is_on_standard_output(database: Database, scene: Scen
 
     assert (program.returncode, json.loads(out)["withheld"]) == (3, {"redis_away": 1})
     assert b"no verdict: Redis cannot be read" in err
+
+
+COMPLETE = "_KINO_REFUNDS_COMPLETE"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("dea", ["dead-letters"]),
+        ("dead-letters re", ["replay"]),
+        ("dead-letters list --st", ["--status"]),
+        ("breaks list --status a", ["accepted", "all"]),
+        ("nothing", []),
+    ],
+)
+def test_bash_completes_what_is_typed(typed: str, offered: list[str]) -> None:
+    """The script that bash sources asks the installed program, which answers and says nothing besides."""
+    words = ["kino-refunds", *typed.split()]
+    program = (
+        f'source <({COMPLETE}=source_bash kino-refunds); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
+        ' _kino_refunds_completion kino-refunds; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    noisy = {"KINO_REDIS_ULR": "x", "KINO_LOG_FORMAT": "json"}
+
+    done = subprocess.run(
+        ["bash", "--norc", "-c", program, "bash", *words],
+        env=outside() | noisy | {"PATH": f"{SCRIPT.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.stdout.split(), done.stderr) == (offered, "")
+
+
+@pytest.mark.parametrize(("shell", "asks"), [("zsh", "compdef"), ("fish", "complete --command kino-refunds")])
+def test_other_shells_are_given_a_script_and_answers(shell: str, asks: str) -> None:
+    """What zsh and fish would source and ask, as far as it can be seen without them."""
+    typed = {
+        "_TYPER_COMPLETE_ARGS": "kino-refunds dea",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+
+    source, answer = (
+        script(**{COMPLETE: f"{step}_{shell}"}, **typed).communicate(timeout=60) for step in ("source", "complete")
+    )
+
+    assert asks in source[0].decode()
+    assert "dead-letters" in answer[0].decode()
+    assert (source[1], answer[1]) == (b"", b"")
+
+
+def test_completion_can_be_installed(tmp_path: Path) -> None:
+    """`--install-completion` writes a file and has the shell read it at its next start."""
+    done = subprocess.run(
+        [SCRIPT, "--install-completion", "bash"],
+        env=outside() | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    installed = tmp_path / ".bash_completions" / "kino-refunds.sh"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert COMPLETE in installed.read_text(encoding="utf-8")
+    assert str(installed) in (tmp_path / ".bashrc").read_text(encoding="utf-8")
 
 
 def test_schema_of_a_newer_build_is_left_alone(run: Run, database: Database) -> None:

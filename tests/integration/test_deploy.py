@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -32,6 +32,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ResponseErr
 from kino_refunds.cli.main import app
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
+from kino_refunds.doctor.on_redis import refused_commands
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher, declare_queues
@@ -45,6 +46,7 @@ from kino_refunds.settings import PREFIX, Settings
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, POISON_CRASH
 from kino_refunds.settlement.outcomes import BREAKS, Disposition, Outcome, disposition
 from tests.conftest import Database
+from tests.scenario import until
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -52,13 +54,6 @@ RUNBOOK = (DEPLOY / "RUNBOOK.md").read_text(encoding="utf-8")
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 USERS = ("publisher", "worker", "product", "readonly", "scaler", "admin")
 RELAY_QUEUE = "kino.credits-refunded"
-
-
-def until(condition: Callable[[], object], *, deadline_s: float = 30.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.02)
 
 
 # --- what the texts say -------------------------------------------------------------------------------------
@@ -642,6 +637,19 @@ def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis)
     assert crashes == [(1, True, 0), (1, True, 1), (1, True, 2), (1, True, 3)]
     assert seen == (1, 1)
     assert admin.keys("kino:*") == []
+    assert refused_for(admin, "worker") == []
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_doctor_knows_who_could_be_a_worker(valkey: DeployedValkey, admin: Redis, user: str) -> None:
+    """The rights that the doctor asks for are those of `worker`, which is refused nothing; nobody else has them all."""
+    with valkey.client(user) as client:
+        try:
+            refused = bool(refused_commands(client, RELAY_QUEUE))
+        except NoPermissionError:
+            refused = True
+
+    assert refused == (user not in {"worker", "admin"})
     assert refused_for(admin, "worker") == []
 
 

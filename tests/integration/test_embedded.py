@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from redis import Redis
 from kino_refunds import embedded as module
 from kino_refunds.embedded import EmbeddedPostgres, EmbeddedValkey, Servers, servers
 from kino_refunds.errors import ServerFailed
+from tests.scenario import until
 
 LOOPBACK_IN_PROC = "0100007F"
 LISTENING_IN_PROC = "0A"
@@ -46,13 +46,6 @@ with servers(Path(sys.argv[1]) if sys.argv[1] else None) as running:
     }), flush=True)
     sys.stdin.read()
 """
-
-
-def until(condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.02)
 
 
 def processes_of(folder: Path) -> set[int]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
@@ -13,16 +12,13 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.events.queues import SERVED, Queues, depths
-from kino_refunds.events.schema import Event, to_json
-from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
 from kino_refunds.settlement.settle import Decision, settle
-from tests.books import violations
-from tests.conftest import Database
 from tests.malformed import bare
-from tests.scenario import NOW, Scene, make_event
+from tests.pipeline import drain, numbered, open_jobs, push, refunded
+from tests.scenario import Scene, make_event
 from workers import intake as intake_module
 from workers.bootstep import terms_of
 from workers.intake import Intake
@@ -45,12 +41,6 @@ class State(NamedTuple):
 
 OPEN = State(paused=False, reason=None, actor=None)
 ANNA = State(paused=True, reason="maintenance", actor="anna")
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 @pytest.fixture
@@ -78,16 +68,10 @@ def make_intake(
 
 def charge_and_fail(scene: Scene, client: Redis, count: int, prefix: str = "job") -> list[str]:
     """Charge jobs, and let the pipeline say that each failed."""
-    jobs = [f"{prefix}-{number}" for number in range(count)]
-    scene.grant(f"acct {prefix}", 10 * count)
-    with scene.product.begin() as connection:
-        open_charges(connection, [ChargeRequest(job, f"acct {prefix}", 10, NOW + timedelta(hours=1)) for job in jobs])
+    jobs = numbered(prefix, count)
+    open_jobs(scene, *jobs, account_id=f"acct {prefix}")
     push(client, *[make_event("failed platform", job) for job in jobs])
     return jobs
-
-
-def push(client: Redis, *events: Event) -> None:
-    client.lpush(FAILED, *map(to_json, events))
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
@@ -118,29 +102,10 @@ def resume(scene: Scene, actor: str) -> bool:
         return resume_intake(connection, reason="it is fine", actor=actor)
 
 
-def drain(intake: Intake) -> list[int]:
-    sizes = []
-    while size := intake.run_once():
-        sizes.append(size)
-    return sizes
-
-
 def letters(scene: Scene) -> dict[str, tuple[int, int]]:
     """Dead letters by reason: how many, and how often they were seen."""
     rows = scene.rows("SELECT reason, count(*), CAST(sum(seen) AS bigint) FROM kino.dead_letter GROUP BY reason")
     return {row[0]: (row[1], row[2]) for row in rows}
-
-
-def refunded(scene: Scene) -> list[str]:
-    """Jobs by refund transfer, in a ledger without a contradiction."""
-    with scene.superuser.begin() as connection:
-        assert violations(connection) == []
-    return sorted(
-        row[0]
-        for row in scene.rows(
-            "SELECT c.job_id FROM kino.transfer t JOIN kino.charge c USING (charge_id) WHERE t.kind = 'refund'"
-        )
-    )
 
 
 # --- closed by a person

@@ -23,17 +23,16 @@ from kino_refunds.errors import ForeignKey
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.publisher import EventPublisher, declare_queues
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
-from kino_refunds.events.schema import Event, Queue, queue_of, to_json
-from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.events.schema import Event, Queue, to_json
 from kino_refunds.ledger.lots import lock_lots
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
 from kino_refunds.settlement.deliveries import Delivery
 from kino_refunds.settlement.retries import sweep_retries
 from kino_refunds.settlement.settle import Decision, Terms, settle
-from tests.books import violations
 from tests.conftest import Database
 from tests.malformed import MALFORMED
+from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
 from tests.scenario import NOW, Scene, Waits, make_event, make_terms, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
@@ -43,15 +42,7 @@ from workers.intake import Intake, read_claim
 FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
 A, B = "worker-a", "worker-b"
 ACCOUNT = "acct-1"
-REFUNDED, CAPTURED = [("refund", 10)], [("capture", 10)]
 BRISK = SessionLimits(lock_timeout_ms=50, statement_timeout_ms=300)
-EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 @pytest.fixture
@@ -80,49 +71,8 @@ def make_intake(scene: Scene, client: Redis, worker_id: str = A, **chosen: Any) 
     return Intake(scene.worker, Queues(client, worker_id, alive_ttl_s=60), terms_of(settings), settings)
 
 
-def open_jobs(scene: Scene, *job_ids: str) -> None:
-    """Charge 10 credits for each job, all to one account whose one lot just covers them."""
-    scene.grant(ACCOUNT, credits=10 * len(job_ids))
-    requests = [ChargeRequest(job_id, ACCOUNT, 10, NOW + timedelta(hours=1)) for job_id in job_ids]
-    with scene.product.begin() as connection:
-        open_charges(connection, requests)
-
-
-def numbered(prefix: str, count: int) -> list[str]:
-    return [f"{prefix}-{number}" for number in range(count)]
-
-
-def push(client: Redis, *events: Event) -> None:
-    """Publish bare events, each on its queue."""
-    for event in events:
-        client.lpush(queue_of(event), to_json(event))
-
-
 def failures(job_ids: list[str]) -> list[Event]:
     return [make_event("failed platform", job_id) for job_id in job_ids]
-
-
-def drain(intake: Intake) -> list[int]:
-    """Settle batches until nothing waits; returns their sizes."""
-    sizes = []
-    while size := intake.run_once():
-        sizes.append(size)
-    return sizes
-
-
-def ledger(scene: Scene) -> dict[str, list[tuple[str, int]]]:
-    """Every job with what moved after its hold, in a ledger without a contradiction."""
-    with scene.superuser.begin() as connection:
-        assert violations(connection) == []
-    moved: dict[str, list[tuple[str, int]]] = {}
-    for job_id, kind, credits in scene.rows(
-        "SELECT c.job_id, t.kind, t.credits FROM kino.charge c"
-        " LEFT JOIN kino.transfer t ON t.charge_id = c.charge_id AND t.kind <> 'hold' ORDER BY t.transfer_id"
-    ):
-        moved.setdefault(job_id, [])
-        if kind is not None:
-            moved[job_id].append((kind, credits))
-    return moved
 
 
 class Letter(NamedTuple):

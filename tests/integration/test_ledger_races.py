@@ -7,50 +7,33 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.db.engine import SessionLimits, create_engine
+from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import AccountNotActive, ChargeConflict, GrantConflict, InsufficientCredits
 from kino_refunds.ledger import (
     AccountStatus,
     Balance,
     Charge,
     ChargeRequest,
-    Ending,
     Grant,
     Lot,
-    LotClass,
     balance,
-    end_charges,
     expire_lots,
     freeze_purchase,
     grant_lots,
-    open_charge,
     open_charges,
     set_account_status,
     void_purchase,
 )
 from tests.books import violations
 from tests.conftest import Database
-
-NOW = datetime.now(UTC)
-DAY = timedelta(days=1)
-GRACE = 7 * DAY
-LATER = NOW + 30 * DAY
-
-SOLD = Grant("order-1", "ada", 100, LotClass.PURCHASED, LATER, 50, "p-1")
-
-# A test says when a lock is given up; the limit is for a test that hangs.
-PATIENT = SessionLimits(
-    lock_timeout_ms=60_000,
-    statement_timeout_ms=60_000,
-    idle_in_transaction_timeout_ms=60_000,
-    transaction_timeout_ms=60_000,
-)
+from tests.ledger_acts import DAY, LATER, NOW, SOLD, backend, charge, end, end_and_commit, give, lot_states, waits
+from tests.scenario import PATIENT
 
 
 class Sessions:
@@ -67,7 +50,7 @@ class Sessions:
         """Open a session as a role."""
         engine = create_engine(self._database.url(role), limits=PATIENT, pooled=False)
         connection = self._stack.enter_context(engine.connect())
-        self._pids[id(connection)] = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        self._pids[id(connection)] = backend(connection)
         connection.rollback()
         return connection
 
@@ -76,7 +59,7 @@ class Sessions:
         pid = self._pids[id(connection)]
         future = self._threads.submit(act, connection)
         end = time.monotonic() + 30
-        while not self._waits(pid):
+        while not waits(self.observer, pid):
             if future.done():
                 future.result()
                 pytest.fail("the session was expected to wait for a lock, and has gone through")
@@ -84,12 +67,13 @@ class Sessions:
             time.sleep(0.002)
         return future
 
-    def _waits(self, pid: int) -> bool:
-        waits: bool = self.observer.execute(
-            sa.text("SELECT cardinality(pg_blocking_pids(:pid)) > 0"), {"pid": pid}
-        ).scalar_one()
-        self.observer.rollback()
-        return waits
+    def give(self, *grants: Grant) -> None:
+        """Grant lots in a session of their own."""
+        give(self.open("kino_product"), *grants)
+
+    def charge(self, job_id: str, credits: int, account_id: str = "ada") -> Charge:
+        """Open a charge in a session of its own."""
+        return charge(self.open("kino_product"), job_id, credits, account_id)
 
     def free_lots(self) -> list[int]:
         """List the lots that no session holds."""
@@ -102,10 +86,9 @@ class Sessions:
 
     def lots(self) -> list[tuple[int, str, int]]:
         """Every lot: id, state, remaining."""
-        rows = self.observer.exec_driver_sql("SELECT lot_id, state, remaining FROM kino.credit_lot ORDER BY lot_id")
-        lots = [(row.lot_id, row.state, row.remaining) for row in rows]
+        found = lot_states(self.observer)
         self.observer.rollback()
-        return lots
+        return found
 
 
 @pytest.fixture
@@ -115,20 +98,6 @@ def sessions(database: Database) -> Iterator[Sessions]:
         running = Sessions(database, stack)
         yield running
         assert violations(running.observer) == []
-
-
-def give(sessions: Sessions, *grants: Grant) -> None:
-    product = sessions.open("kino_product")
-    for grant in grants:
-        grant_lots(product, [grant])
-    product.commit()
-
-
-def charge(sessions: Sessions, job_id: str, credits: int, account_id: str = "ada") -> Charge:
-    product = sessions.open("kino_product")
-    opened = open_charge(product, job_id=job_id, account_id=account_id, credits=credits, deadline_at=NOW)
-    product.commit()
-    return opened
 
 
 def opening(*requests: ChargeRequest) -> Callable[[sa.Connection], list[Charge]]:
@@ -142,30 +111,11 @@ def opening(*requests: ChargeRequest) -> Callable[[sa.Connection], list[Charge]]
     return act
 
 
-def refund(connection: sa.Connection, *charges: Charge, now: datetime = NOW) -> None:
-    """Settle charges as refunded, in the connection's transaction."""
-    for opened in charges:
-        connection.execute(
-            sa.text(
-                "INSERT INTO kino.settlement"
-                " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
-                " VALUES (:charge_id, 'refunded', 'timeout', '2.timeout', 'v', 's', :job_id, :now)"
-            ),
-            {"charge_id": opened.charge_id, "job_id": opened.job_id, "now": now},
-        )
-    endings = [
-        Ending(c.charge_id, c.account_id, c.credits, c.lines, refunded=True, reason="timeout", event_at=now)
-        for c in charges
-    ]
-    end_charges(connection, endings, now=now, lot_grace=GRACE, actor="test")
-
-
 def refunding(*charges: Charge, now: datetime = NOW) -> Callable[[sa.Connection], None]:
     """Refund and commit."""
 
     def act(connection: sa.Connection) -> None:
-        refund(connection, *charges, now=now)
-        connection.commit()
+        end_and_commit(connection, *charges, now=now)
 
     return act
 
@@ -176,7 +126,7 @@ JOB = ChargeRequest("job", "ada", 60, NOW)
 class TestOneJobTwice:
     def test_the_second_waits_and_finds_the_first(self, sessions: Sessions) -> None:
         """Two requests that open one job at once charge it once, and both get the charge."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         first, second = sessions.open("kino_product"), sessions.open("kino_product")
 
         opened = open_charges(first, [JOB])
@@ -188,7 +138,7 @@ class TestOneJobTwice:
 
     def test_the_second_opens_if_the_first_rolls_back(self, sessions: Sessions) -> None:
         """A job whose first request is rolled back is charged by the second."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         first, second = sessions.open("kino_product"), sessions.open("kino_product")
 
         open_charges(first, [JOB])
@@ -200,7 +150,7 @@ class TestOneJobTwice:
 
     def test_the_second_on_other_terms_is_a_conflict(self, sessions: Sessions) -> None:
         """Of two requests that contradict each other the one that committed stands."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         first, second = sessions.open("kino_product"), sessions.open("kino_product")
 
         open_charges(first, [JOB])
@@ -214,7 +164,7 @@ class TestOneJobTwice:
 
     def test_batches_that_share_jobs_in_opposite_orders_do_not_deadlock(self, sessions: Sessions) -> None:
         """Charges are inserted in the order of their jobs: the second batch waits at the first shared one."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         gate, first, second = (sessions.open("kino_product") for _ in range(3))
         a, b = (ChargeRequest(job_id, "ada", 5, NOW) for job_id in ("a", "b"))
 
@@ -230,7 +180,7 @@ class TestOneJobTwice:
 class TestSharedLots:
     def test_what_is_left_is_spent_once(self, sessions: Sessions) -> None:
         """Two jobs that together cost more than the lot has: the second waits, and cannot be paid."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         first, second = sessions.open("kino_product"), sessions.open("kino_product")
 
         open_charges(first, [JOB])
@@ -244,7 +194,7 @@ class TestSharedLots:
 
     def test_two_jobs_draw_one_after_the_other(self, sessions: Sessions) -> None:
         """Two jobs that both can be paid are, the second from what the first left."""
-        give(sessions, SOLD, replace(SOLD, reference="order-2", priority=90))
+        sessions.give(SOLD, replace(SOLD, reference="order-2", priority=90))
         first, second = sessions.open("kino_product"), sessions.open("kino_product")
 
         open_charges(first, [JOB])
@@ -256,7 +206,7 @@ class TestSharedLots:
 
     def test_openings_lock_shared_lots_in_one_order(self, sessions: Sessions) -> None:
         """Sessions that draw from the same lots in opposite orders wait at the first and hold none behind it."""
-        give(sessions, SOLD, replace(SOLD, reference="order-2", account_id="bob", priority=1))
+        sessions.give(SOLD, replace(SOLD, reference="order-2", account_id="bob", priority=1))
         gate, first, second = (sessions.open("kino_product") for _ in range(3))
         ada, bob = ChargeRequest("a", "ada", 5, NOW), ChargeRequest("b", "bob", 5, NOW)
 
@@ -274,8 +224,8 @@ class TestSharedLots:
 
     def test_refunds_lock_shared_lots_in_one_order(self, sessions: Sessions) -> None:
         """Batches that return to the same lots in opposite orders wait at the first and hold none behind it."""
-        give(sessions, replace(SOLD, credits=10, priority=2), replace(SOLD, reference="b", credits=10, priority=1))
-        charges = [charge(sessions, job_id, 5) for job_id in ("a", "b", "c", "d")]
+        sessions.give(replace(SOLD, credits=10, priority=2), replace(SOLD, reference="b", credits=10, priority=1))
+        charges = [sessions.charge(job_id, 5) for job_id in ("a", "b", "c", "d")]
         gate, first, second = (sessions.open("kino_worker") for _ in range(3))
         from_second, from_first = charges[:2], charges[2:]
 
@@ -295,8 +245,8 @@ class TestSharedLots:
 
     def test_locks_do_not_follow_the_rows_on_disk(self, sessions: Sessions) -> None:
         """The order of locks is the order of ids, even after the lower lot's row has moved behind the higher's."""
-        give(sessions, replace(SOLD, credits=10), replace(SOLD, reference="b", credits=10, priority=90))
-        opened = charge(sessions, "job", 20)
+        sessions.give(replace(SOLD, credits=10), replace(SOLD, reference="b", credits=10, priority=90))
+        opened = sessions.charge("job", 20)
         superuser = sessions.open("postgres")
         superuser.exec_driver_sql(
             "CREATE TABLE kino.moved AS SELECT * FROM kino.credit_lot; TRUNCATE kino.credit_lot;"
@@ -317,11 +267,11 @@ class TestSharedLots:
 
     def test_a_job_waits_for_a_refund_and_spends_it(self, sessions: Sessions) -> None:
         """A job that comes while its account is being refunded draws from what came back."""
-        give(sessions, SOLD)
-        opened = charge(sessions, "first", 60)
+        sessions.give(SOLD)
+        opened = sessions.charge("first", 60)
         worker, product = sessions.open("kino_worker"), sessions.open("kino_product")
 
-        refund(worker, opened)
+        end(worker, opened)
         waiting = sessions.start(product, opening(ChargeRequest("second", "ada", 100, NOW)))
         worker.commit()
 
@@ -332,8 +282,8 @@ class TestSharedLots:
 class TestLotsThatChangeMeanwhile:
     def test_a_refund_that_waits_for_the_expiry_opens_a_successor(self, sessions: Sessions) -> None:
         """A refund that meets the sweep at its lot sees the lot expired, and fills no lot that was emptied."""
-        give(sessions, SOLD)
-        opened = charge(sessions, "job", 60)
+        sessions.give(SOLD)
+        opened = sessions.charge("job", 60)
         sweep, worker = sessions.open("kino_worker"), sessions.open("kino_worker")
 
         expire_lots(sweep, now=LATER)
@@ -345,11 +295,11 @@ class TestLotsThatChangeMeanwhile:
 
     def test_the_expiry_that_meets_a_refund_takes_what_it_brought(self, sessions: Sessions) -> None:
         """A sweep passes over a lot that is being refunded; the next one takes the refunded credits as well."""
-        give(sessions, SOLD)
-        opened = charge(sessions, "job", 60)
+        sessions.give(SOLD)
+        opened = sessions.charge("job", 60)
         sweep, worker = sessions.open("kino_worker"), sessions.open("kino_worker")
 
-        refund(worker, opened)
+        end(worker, opened)
         passed_over = expire_lots(sweep, now=LATER)
         sweep.commit()
         worker.commit()
@@ -362,7 +312,7 @@ class TestLotsThatChangeMeanwhile:
 
     def test_two_sweeps_at_once_expire_a_lot_once(self, sessions: Sessions) -> None:
         """A second sweep takes the lots that the first does not hold."""
-        give(sessions, SOLD, replace(SOLD, reference="b"))
+        sessions.give(SOLD, replace(SOLD, reference="b"))
         first, second = sessions.open("kino_worker"), sessions.open("kino_worker")
 
         counts = [expire_lots(first, now=LATER, limit=1), expire_lots(second, now=LATER)]
@@ -385,7 +335,7 @@ class TestLotsThatChangeMeanwhile:
         self, sessions: Sessions, change: Callable[[sa.Connection], object]
     ) -> None:
         """A job that waits for an expiry, a freeze or a void finds that lot closed and draws from the next."""
-        give(sessions, SOLD, replace(SOLD, reference="b", priority=90, expires_at=None, purchase_id=None))
+        sessions.give(SOLD, replace(SOLD, reference="b", priority=90, expires_at=None, purchase_id=None))
         worker, product = sessions.open("kino_worker"), sessions.open("kino_product")
 
         change(worker)
@@ -399,8 +349,7 @@ class TestLotsThatChangeMeanwhile:
         now: datetime = sessions.observer.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
         sessions.observer.rollback()
         expires_at = now + timedelta(seconds=1)
-        give(
-            sessions,
+        sessions.give(
             replace(SOLD, expires_at=expires_at),
             replace(SOLD, reference="b", priority=90, expires_at=None),
         )
@@ -418,7 +367,7 @@ class TestLotsThatChangeMeanwhile:
 
     def test_void_takes_what_a_job_left(self, sessions: Sessions) -> None:
         """A void that waits for a job takes what is left after it, and no more."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         product, worker = sessions.open("kino_product"), sessions.open("kino_worker")
 
         def void(connection: sa.Connection) -> int:
@@ -435,7 +384,7 @@ class TestLotsThatChangeMeanwhile:
 
     def test_an_account_changes_its_status_once_at_a_time(self, sessions: Sessions) -> None:
         """Each change of status starts from what the one before it left, so the history has no gap."""
-        give(sessions, SOLD)
+        sessions.give(SOLD)
         first, second = sessions.open("kino_worker"), sessions.open("kino_worker")
 
         def terminate(connection: sa.Connection) -> AccountStatus:
@@ -449,7 +398,7 @@ class TestLotsThatChangeMeanwhile:
 
         assert waiting.result(30) is AccountStatus.SUSPENDED
         with pytest.raises(AccountNotActive):
-            charge(sessions, "job", 1)
+            sessions.charge("job", 1)
 
 
 class TestOneReferenceTwice:
@@ -464,7 +413,7 @@ class TestOneReferenceTwice:
 
     def test_the_second_waits_and_finds_the_first(self, sessions: Sessions) -> None:
         """Two grants of one reference at once give the credits once, and both get the lot."""
-        give(sessions, replace(SOLD, reference="order-0", credits=1))
+        sessions.give(replace(SOLD, reference="order-0", credits=1))
         first, second = sessions.open("kino_product"), sessions.open("kino_product")
 
         lots = grant_lots(first, [SOLD])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,19 +12,16 @@ from zoneinfo import ZoneInfo
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.db.engine import SessionLimits, create_engine
+from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import GrantConflict, InsufficientCredits
 from kino_refunds.ledger import (
     Balance,
-    Charge,
     ChargeRequest,
-    Ending,
     Grant,
     Lot,
     LotClass,
     LotState,
     balance,
-    end_charges,
     expire_lots,
     freeze_purchase,
     grant_lots,
@@ -34,73 +30,19 @@ from kino_refunds.ledger import (
     void_purchase,
 )
 from kino_refunds.ledger.lots import CREDITS_MAX
-from tests.books import violations
 from tests.conftest import Database
+from tests.ledger_acts import DAY, GRACE, NOW, SOLD, backend, charge, end, lot_states, waits
+from tests.scenario import PATIENT, until
 
-NOW = datetime.now(UTC)
-DAY = timedelta(days=1)
-GRACE = 7 * DAY
-
-SOLD = Grant("order-1", "ada", 100, LotClass.PURCHASED, NOW + 30 * DAY, 50, "p-1")
-
-
-@pytest.fixture(autouse=True)
-def sound_books(database: Database) -> Iterator[None]:
-    """Whatever a test of this file did, the books it leaves are sound."""
-    yield
-    engine = create_engine(database.url("kino_read"), pooled=False)
-    with engine.connect() as connection:
-        assert violations(connection) == []
-
-
-@pytest.fixture
-def product(database: Database) -> Iterator[sa.Connection]:
-    """A connection as kino_product, which grants and charges."""
-    engine = create_engine(database.url("kino_product"))
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
+pytestmark = pytest.mark.usefixtures("sound_books")
 
 
 @pytest.fixture
 def patient(database: Database) -> Iterator[sa.Engine]:
     """An engine for kino_worker that waits long for locks: a test says when they are given up."""
-    limits = SessionLimits(
-        lock_timeout_ms=60_000,
-        statement_timeout_ms=60_000,
-        idle_in_transaction_timeout_ms=60_000,
-        transaction_timeout_ms=60_000,
-    )
-    engine = create_engine(database.url(), limits=limits)
+    engine = create_engine(database.url(), limits=PATIENT)
     yield engine
     engine.dispose()
-
-
-def charge(connection: sa.Connection, job_id: str, credits: int, account_id: str = "ada") -> Charge:
-    opened = open_charges(connection, [ChargeRequest(job_id, account_id, credits, NOW)])
-    connection.commit()
-    return opened[0]
-
-
-def refund(connection: sa.Connection, charges: list[Charge], *, now: datetime = NOW) -> None:
-    """Settle charges as refunded, in the connection's transaction."""
-    for opened in charges:
-        connection.execute(
-            sa.text(
-                "INSERT INTO kino.settlement"
-                " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
-                " VALUES (:id, 'refunded', 'timeout', '2.timeout', 'v', 's', :job_id, :now)"
-            ),
-            {"id": opened.charge_id, "job_id": opened.job_id, "now": now},
-        )
-    endings = [Ending(c.charge_id, c.account_id, c.credits, c.lines, True, "timeout", now) for c in charges]  # noqa: FBT003 - a row of values
-    end_charges(connection, endings, now=now, lot_grace=GRACE, actor="test")
-
-
-def states(connection: sa.Connection) -> list[tuple[int, str, int]]:
-    """Every lot with its state and what is left of it."""
-    rows = connection.exec_driver_sql("SELECT lot_id, state, remaining FROM kino.credit_lot ORDER BY lot_id")
-    return [(row.lot_id, row.state, row.remaining) for row in rows]
 
 
 def expiries(connection: sa.Connection) -> list[datetime | None]:
@@ -114,27 +56,6 @@ def transfers(connection: sa.Connection, *kinds: str) -> list[tuple[Any, ...]]:
         {"kinds": list(kinds)},
     )
     return [tuple(row) for row in rows]
-
-
-def until(condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.002)
-
-
-def backend(connection: sa.Connection) -> int:
-    pid: int = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-    return pid
-
-
-def waits(observer: sa.Connection, pid: int) -> bool:
-    """Say whether another session keeps this one waiting for a lock."""
-    blocked: bool = observer.execute(
-        sa.text("SELECT cardinality(pg_blocking_pids(:pid)) > 0"), {"pid": pid}
-    ).scalar_one()
-    observer.rollback()
-    return blocked
 
 
 class TestGrants:
@@ -154,7 +75,7 @@ class TestGrants:
         grant_lots(product, [SOLD])
         product.rollback()
 
-        assert states(product) == []
+        assert lot_states(product) == []
         assert balance(product, "ada") == Balance(0, 0)
 
     def test_lots_come_back_in_the_order_of_their_grants(self, product: sa.Connection) -> None:
@@ -184,7 +105,7 @@ class TestGrants:
         lots = grant_lots(product, [SOLD, SOLD])
 
         assert lots[0] == lots[1]
-        assert states(product) == [(1, "active", 100)]
+        assert lot_states(product) == [(1, "active", 100)]
         product.commit()
 
     def test_known_and_new_grants_mix(self, product: sa.Connection) -> None:
@@ -265,7 +186,7 @@ class TestGrants:
             grant_lots(product, [replace(SOLD, reference="new", account_id="bob"), replace(SOLD, credits=1)])
         product.commit()
 
-        assert states(product) == [(1, "active", 100)]
+        assert lot_states(product) == [(1, "active", 100)]
         assert product.exec_driver_sql("SELECT account_id FROM kino.account").scalars().all() == ["ada"]
 
     def test_an_extended_lot_is_still_the_grant_it_was(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -350,7 +271,7 @@ class TestExpiry:
         connection.commit()
 
         assert counts == [1, 0]
-        assert states(connection) == [(1, "expired", 0)]
+        assert lot_states(connection) == [(1, "expired", 0)]
         assert transfers(connection, "expire") == [("expire", 1, 70, "expiry")]
         assert balance(connection, "ada") == Balance(0, 30)
 
@@ -376,13 +297,13 @@ class TestExpiry:
         grant_lots(product, [SOLD, lasting, later])
         product.commit()
         freeze_purchase(connection, "p-1")
-        before = states(connection)
+        before = lot_states(connection)
 
         count = expire_lots(connection, now=NOW + 31 * DAY)
         connection.commit()
 
         assert count == 0
-        assert states(connection) == before
+        assert lot_states(connection) == before
 
     def test_an_empty_lot_expires_without_a_transfer(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A lot that was used up changes its state, and no transfer of zero credits is posted."""
@@ -394,7 +315,7 @@ class TestExpiry:
         connection.commit()
 
         assert count == 1
-        assert states(connection) == [(1, "expired", 0)]
+        assert lot_states(connection) == [(1, "expired", 0)]
         assert transfers(connection, "expire") == []
 
     def test_a_sweep_takes_no_more_than_its_limit(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -406,7 +327,7 @@ class TestExpiry:
         connection.commit()
 
         assert counts == [2, 2, 1, 0]
-        assert states(connection) == [(lot_id, "expired", 0) for lot_id in range(1, 6)]
+        assert lot_states(connection) == [(lot_id, "expired", 0) for lot_id in range(1, 6)]
 
     def test_a_held_lot_is_passed_over(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A lot that a session holds waits for the next sweep and keeps no other lot from expiring."""
@@ -439,7 +360,7 @@ def purchase_of_every_kind(product: sa.Connection, connection: sa.Connection) ->
     product.commit()
     early = charge(product, "early", 10)
     expire_lots(connection, now=NOW + 8 * DAY)
-    refund(connection, [early], now=NOW + 8 * DAY)
+    end(connection, early, now=NOW + 8 * DAY)
     connection.commit()
     late = charge(product, "late", 4)
     assert late.lines == [(4, 4)]
@@ -454,20 +375,20 @@ class TestFreezing:
         connection.commit()
 
         assert sorted(frozen) == [2, 3, 4]
-        assert states(connection) == [(1, "active", 100), (2, "frozen", 100), (3, "frozen", 0), (4, "frozen", 6)]
+        assert lot_states(connection) == [(1, "active", 100), (2, "frozen", 100), (3, "frozen", 0), (4, "frozen", 6)]
         assert balance(connection, "ada") == Balance(100, 4)
 
     def test_freezing_again_finds_nothing(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A purchase that is frozen stays as it is when it is frozen again, and one that nobody knows is no error."""
         purchase_of_every_kind(product, connection)
         freeze_purchase(connection, "p-1")
-        before = states(connection)
+        before = lot_states(connection)
 
         again = [freeze_purchase(connection, purchase_id) for purchase_id in ("p-1", "p-9")]
         connection.commit()
 
         assert again == [[], []]
-        assert states(connection) == before
+        assert lot_states(connection) == before
 
     def test_frozen_credits_are_not_drawn(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Nobody spends what is frozen, and nothing has left the wallet for it."""
@@ -488,10 +409,10 @@ class TestFreezing:
         product.commit()
         freeze_purchase(connection, "p-1")
 
-        refund(connection, late, now=NOW + 40 * DAY)
+        end(connection, *late, now=NOW + 40 * DAY)
         connection.commit()
 
-        assert states(connection) == [(1, "active", 100), (2, "frozen", 100), (3, "frozen", 0), (4, "frozen", 10)]
+        assert lot_states(connection) == [(1, "active", 100), (2, "frozen", 100), (3, "frozen", 0), (4, "frozen", 10)]
         assert balance(connection, "ada") == Balance(100, 0)
 
     def test_unfreezing_grants_the_lot_grace(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -513,7 +434,7 @@ class TestFreezing:
         connection.commit()
 
         assert sorted(thawed) == [1, 2, 3, 4]
-        assert states(connection) == [(1, "active", 0), (2, "active", 100), (3, "active", 100), (4, "active", 100)]
+        assert lot_states(connection) == [(1, "active", 0), (2, "active", 100), (3, "active", 100), (4, "active", 100)]
         assert expiries(connection) == [NOW + 37 * DAY, NOW + 37 * DAY, NOW + 60 * DAY, None]
 
     def test_unfreezing_twice_extends_once(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -539,7 +460,7 @@ class TestVoiding:
         connection.commit()
 
         assert taken == 106
-        assert states(connection) == [(1, "active", 100), (2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
+        assert lot_states(connection) == [(1, "active", 100), (2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
         assert transfers(connection, "void") == [("void", 2, 100, "ops"), ("void", 4, 6, "ops")]
 
     def test_voiding_is_for_good(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -557,7 +478,7 @@ class TestVoiding:
         connection.commit()
 
         assert found == [0, [], [], 0]
-        assert states(connection) == [(1, "voided", 0)]
+        assert lot_states(connection) == [(1, "voided", 0)]
 
     def test_held_credits_of_a_voided_lot_follow_it(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A job that is refunded after the void gives its credits to the void, and opens no successor."""
@@ -566,10 +487,10 @@ class TestVoiding:
         product.commit()
         void_purchase(connection, "p-1", reason="payout", actor="ops")
 
-        refund(connection, late, now=NOW + 40 * DAY)
+        end(connection, *late, now=NOW + 40 * DAY)
         connection.commit()
 
-        assert states(connection)[1:] == [(2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
+        assert lot_states(connection)[1:] == [(2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
         assert transfers(connection, "void")[-1] == ("void", 4, 4, "test")
 
 
@@ -606,7 +527,7 @@ class TestRaces:
         expire_lots(connection, now=NOW + 31 * DAY)
         connection.commit()
         with patient.connect() as refunding, patient.connect() as acting, ThreadPoolExecutor(1) as thread:
-            refund(refunding, [opened], now=NOW + 31 * DAY)
+            end(refunding, opened, now=NOW + 31 * DAY)
             pid = backend(acting)
 
             acted = thread.submit(act, acting)
@@ -615,7 +536,7 @@ class TestRaces:
             acted.result(30)
             acting.commit()
 
-        assert states(connection) == states_after
+        assert lot_states(connection) == states_after
 
     @pytest.mark.parametrize(
         ("act", "states_after"),
@@ -646,10 +567,10 @@ class TestRaces:
             act(acting)
             pid = backend(refunding)
 
-            refunded = thread.submit(refund, refunding, [opened], now=NOW + 31 * DAY)
+            refunded = thread.submit(end, refunding, opened, now=NOW + 31 * DAY)
             until(lambda: waits(connection, pid))
             acting.commit()
             refunded.result(30)
             refunding.commit()
 
-        assert states(connection) == states_after
+        assert lot_states(connection) == states_after

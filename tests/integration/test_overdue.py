@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,7 +25,6 @@ from kino_refunds.reconciliation.overdue import (
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.dead_letters import DeadLetter, record_dead_letters
 from tests.books import violations
-from tests.conftest import Database
 from tests.malformed import MALFORMED, envelope
 from tests.scenario import NOW, Broken, Scene, make_event, make_terms
 
@@ -53,12 +52,6 @@ class Source:
         if self.fails_for in job_ids:
             raise self.error
         return self.answers
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as opened:
-        yield opened
 
 
 def charged(scene: Scene, *job_ids: str, due: datetime = DUE, credits: int = 10) -> list[Charge]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,13 +15,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from kino_refunds.errors import DependencyAway, ForeignKey
 from kino_refunds.events.queues import POISON_CRASHES, SERVED, Queues, Recovered, depths
 from kino_refunds.events.schema import Event, to_json
-from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.settle import Decision
-from tests.books import violations
 from tests.conftest import Database
-from tests.scenario import NOW, Scene, make_event, until
+from tests.pipeline import drain, open_jobs, refunded
+from tests.scenario import Scene, make_event, until
 from workers import intake as intake_module
 from workers.bootstep import Chores, Heartbeat, IntakeStep, terms_of
 from workers.intake import Intake
@@ -31,12 +29,6 @@ A, B = "worker-a", "worker-b"
 FAILED = SERVED[0]
 EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
 ID_A, ID_B = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 @pytest.fixture
@@ -66,37 +58,12 @@ def die(client: Redis, worker_id: str) -> None:
     client.delete(f"kino:alive:{worker_id}")
 
 
-def charge(scene: Scene, *jobs: str) -> None:
-    scene.grant("acct-1", 10 * len(jobs))
-    with scene.product.begin() as connection:
-        open_charges(connection, [ChargeRequest(job, "acct-1", 10, NOW + timedelta(hours=1)) for job in jobs])
-
-
 def push(client: Redis, *jobs: str) -> None:
     client.lpush(FAILED, *[to_json(failed(job)) for job in jobs])
 
 
 def failed(job: str) -> Event:
     return make_event("failed platform", job)
-
-
-def drain(intake: Intake) -> list[int]:
-    sizes = []
-    while size := intake.run_once():
-        sizes.append(size)
-    return sizes
-
-
-def refunded(scene: Scene) -> list[str]:
-    """Jobs by refund transfer, in a ledger without a contradiction."""
-    with scene.superuser.begin() as connection:
-        assert violations(connection) == []
-    return sorted(
-        row[0]
-        for row in scene.rows(
-            "SELECT c.job_id FROM kino.transfer t JOIN kino.charge c USING (charge_id) WHERE t.kind = 'refund'"
-        )
-    )
 
 
 class Letter(NamedTuple):
@@ -122,7 +89,7 @@ def test_a_dead_worker_s_batch_settles_once_one_at_a_time_between_new_ones(
 ) -> None:
     """Recovered events are settled alone, and new work goes on between them: none waits for the other."""
     old, new = ["old-1", "old-2", "old-3"], ["new-1", "new-2", "new-3", "new-4"]
-    charge(scene, *old, *new)
+    open_jobs(scene, *old, *new)
     push(redis, *old)
     queues(redis, A).claim()
     push(redis, *new)
@@ -140,7 +107,7 @@ def test_a_dead_worker_s_batch_settles_once_one_at_a_time_between_new_ones(
 
 def test_a_living_worker_s_batch_is_its_own(scene: Scene, redis: Redis) -> None:
     """As long as its alive key stands nobody takes a worker's batch, however slow it is."""
-    charge(scene, "job-1")
+    open_jobs(scene, "job-1")
     push(redis, "job-1")
     queues(redis, A).claim()
     intake = make_intake(scene, redis)
@@ -156,7 +123,7 @@ def test_a_living_worker_s_batch_is_its_own(scene: Scene, redis: Redis) -> None:
 def test_two_survivors_share_what_is_recovered(scene: Scene, redis: Redis) -> None:
     """Recovered once, by whoever comes first, and settled once, by whoever claims it."""
     old = [f"old-{number}" for number in range(6)]
-    charge(scene, *old)
+    open_jobs(scene, *old)
     push(redis, *old)
     queues(redis, A).claim()
     die(redis, A)
@@ -173,7 +140,7 @@ def test_two_survivors_share_what_is_recovered(scene: Scene, redis: Redis) -> No
 
 def test_a_worker_that_dies_with_a_recovered_event_is_recovered_too(scene: Scene, redis: Redis) -> None:
     """Death upon death delays an event and loses nothing."""
-    charge(scene, "job-1")
+    open_jobs(scene, "job-1")
     push(redis, "job-1")
     for dying, heir in ((A, B), (B, "worker-c")):
         queues(redis, dying).claim()
@@ -189,7 +156,7 @@ def test_a_worker_that_dies_with_a_recovered_event_is_recovered_too(scene: Scene
 
 def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker that comes back behind its heir pays nothing again and drops nobody's batch."""
-    charge(scene, "job-1", "job-2", "job-3")
+    open_jobs(scene, "job-1", "job-2", "job-3")
     push(redis, "job-1", "job-2")
     zombie, heir = make_intake(scene, redis, A), make_intake(scene, redis, B)
     meanwhile: list[Any] = []
@@ -221,7 +188,7 @@ def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypat
 
 def test_a_drop_that_arrives_late_does_not_drop_the_next_batch(scene: Scene, redis: Redis) -> None:
     """A worker that was recovered and has claimed again loses nothing to its own drop of before."""
-    charge(scene, "job-1", "job-2")
+    open_jobs(scene, "job-1", "job-2")
     push(redis, "job-1")
     zombie = make_intake(scene, redis, A)
     stale = zombie._queues.claim().token
@@ -257,7 +224,7 @@ def test_what_kills_three_workers_alone_is_a_dead_letter_unread(
     scene: Scene, redis: Redis, batches: list[list[str]]
 ) -> None:
     """At the third crash alone a message is kept by its exact bytes and not even parsed; its neighbours settle."""
-    charge(scene, "before", "poison", "after")
+    open_jobs(scene, "before", "poison", "after")
     push(redis, "before", "poison", "after")
     poison = to_json(failed("poison"))
     crash_with(redis, "first")
@@ -285,7 +252,7 @@ def test_what_kills_three_workers_alone_is_a_dead_letter_unread(
 @pytest.mark.parametrize("crashes", [1, 2])
 def test_fewer_crashes_are_forgiven(scene: Scene, redis: Redis, crashes: int) -> None:
     """Twice may be a coincidence: the event settles, and its crashes are forgotten."""
-    charge(scene, "job-1")
+    open_jobs(scene, "job-1")
     push(redis, "job-1")
     crash_with(redis, "in-a-batch")
     for number in range(crashes):
@@ -302,7 +269,7 @@ def test_fewer_crashes_are_forgiven(scene: Scene, redis: Redis, crashes: int) ->
 
 def test_a_crash_in_company_accuses_nobody(scene: Scene, redis: Redis) -> None:
     """Whoever dies with a batch again and again leaves no suspicion on any of its events."""
-    charge(scene, "job-1", "job-2")
+    open_jobs(scene, "job-1", "job-2")
     for number in range(POISON_CRASHES + 1):
         push(redis, "job-1", "job-2")
         queues(redis, f"dying-{number}").claim()
@@ -361,7 +328,7 @@ def workers(scene: Scene) -> list[Row]:
 
 def test_a_heartbeat_is_a_row_that_follows_its_worker(scene: Scene, redis: Redis) -> None:
     """On call sees of each worker where it runs, what it did so far, and that it ended in order."""
-    charge(scene, "job-1")
+    open_jobs(scene, "job-1")
     push(redis, "job-1", "no charge")
     redis.lpush(FAILED, b"nonsense")
     intake = make_intake(scene, redis)
@@ -463,7 +430,7 @@ def test_a_worker_that_starts_takes_over_from_a_dead_one(
     """The worker's step recovers at its start, settles, says that it lives, and leaves without a trace in Redis."""
     monkeypatch.setenv("KINO_DATABASE_URL", database.url())
     monkeypatch.setenv("KINO_REDIS_URL", redis_url)
-    charge(scene, "job-1", "job-2")
+    open_jobs(scene, "job-1", "job-2")
     push(redis, "job-1", "job-2")
     queues(redis, A).claim()
     die(redis, A)

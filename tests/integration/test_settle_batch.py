@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 
 JOBS = [f"job-{number}" for number in range(9)]
 BAD = "job-4"
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 def refuse(scene: Scene, table: str, condition: str, action: str) -> None:

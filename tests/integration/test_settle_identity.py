@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,16 +15,7 @@ from kino_refunds.settlement.retries import GIVE_UP_AFTER, LEASE, LONGEST_DELAY,
 from kino_refunds.settlement.settle import settle
 from tests.scenario import EVENT_AT, NOW, SOURCE, Dead, Scene, Waits, make_event, make_terms
 
-if TYPE_CHECKING:
-    from tests.conftest import Database
-
 SECOND = timedelta(seconds=1)
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 # The same event.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from random import Random
 from typing import TYPE_CHECKING
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +17,6 @@ from tests.scenario import EVENT_AT, KINDS, NOT_COVERED, NOW, REFUNDABLE, Scene,
 
 if TYPE_CHECKING:
     from kino_refunds.events.schema import Event
-    from tests.conftest import Database
 
 LATER = NOW + timedelta(hours=1)
 CREDITS_A_JOB = 7
@@ -30,12 +27,6 @@ PROPERTY = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 _examples = count(1)
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 @dataclass(frozen=True)

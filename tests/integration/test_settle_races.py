@@ -39,13 +39,6 @@ LATER = NOW + timedelta(hours=1)
 
 
 @pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    """A worker with the time-outs of production."""
-    with Scene.of(database) as scene:
-        yield scene
-
-
-@pytest.fixture
 def patient(database: Database) -> Iterator[Scene]:
     """A worker that waits for a lock for as long as the test wants it to."""
     with Scene.of(database, limits=PATIENT) as scene:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -24,9 +23,6 @@ from tests.scenario import (
     make_terms,
 )
 
-if TYPE_CHECKING:
-    from tests.conftest import Database
-
 ACCOUNT = "acct of job-1"
 EVENT = "event of "
 BEFORE = "event before of "
@@ -44,12 +40,6 @@ OPEN = {
     "safety during": ("refunded", "content_policy_rejection", "2.safety"),
     "safety after": ("captured", "not_covered", "2.safety"),
 }
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
 
 
 def word_of(kind: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -12,13 +12,8 @@ import sqlalchemy as sa
 from kino_refunds.db.engine import create_engine
 from kino_refunds.ledger import (
     Balance,
-    Charge,
-    Ending,
-    Grant,
-    LotClass,
     StatementLine,
     balance,
-    end_charges,
     expire_lots,
     freeze_purchase,
     grant_lots,
@@ -27,23 +22,10 @@ from kino_refunds.ledger import (
     unfreeze_purchase,
     void_purchase,
 )
-from tests.books import violations
 from tests.conftest import Database
+from tests.ledger_acts import DAY, GRACE, NOW, SOLD, charge, end_and_commit, give
 
-NOW = datetime.now(UTC)
-DAY = timedelta(days=1)
-GRACE = 7 * DAY
-
-SOLD = Grant("order-1", "ada", 100, LotClass.PURCHASED, NOW + 30 * DAY, 50, "p-1")
-
-
-@pytest.fixture(autouse=True)
-def sound_books(database: Database) -> Iterator[None]:
-    """Whatever a test of this file did, the books it leaves are sound."""
-    yield
-    engine = create_engine(database.url("kino_read"), pooled=False)
-    with engine.connect() as connection:
-        assert violations(connection) == []
+pytestmark = pytest.mark.usefixtures("sound_books")
 
 
 @pytest.fixture
@@ -52,50 +34,6 @@ def product_engine(database: Database) -> Iterator[sa.Engine]:
     engine = create_engine(database.url("kino_product"))
     yield engine
     engine.dispose()
-
-
-@pytest.fixture
-def product(product_engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A connection as kino_product, which grants and charges."""
-    with product_engine.connect() as connection:
-        yield connection
-
-
-def give(product: sa.Connection, *grants: Grant) -> None:
-    """Grant lots one after the other, and commit."""
-    for grant in grants:
-        grant_lots(product, [grant])
-    product.commit()
-
-
-def charge(product: sa.Connection, job_id: str, credits: int) -> Charge:
-    """Open a charge and commit."""
-    opened = open_charge(product, job_id=job_id, account_id="ada", credits=credits, deadline_at=NOW)
-    product.commit()
-    return opened
-
-
-def end(connection: sa.Connection, opened: Charge, kind: str, *, now: datetime = NOW) -> None:
-    """Settle a charge and commit."""
-    reason, clause = {"refunded": ("timeout", "2.timeout"), "captured": ("completed", "1")}[kind]
-    connection.execute(
-        sa.text(
-            "INSERT INTO kino.settlement"
-            " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
-            " VALUES (:charge_id, :kind, :reason, :clause, 'v', 's', :job_id, :now)"
-        ),
-        {
-            "charge_id": opened.charge_id,
-            "kind": kind,
-            "reason": reason,
-            "clause": clause,
-            "job_id": opened.job_id,
-            "now": now,
-        },
-    )
-    ending = Ending(opened.charge_id, opened.account_id, opened.credits, opened.lines, kind == "refunded", reason, now)
-    end_charges(connection, [ending], now=now, lot_grace=GRACE, actor="test")
-    connection.commit()
 
 
 def clock(connection: sa.Connection) -> datetime:
@@ -134,14 +72,14 @@ class TestBalance:
         step()
         first, second, third = (charge(product, job_id, 40) for job_id in ("a", "b", "c"))
         step()
-        end(connection, first, "captured")
+        end_and_commit(connection, first, kind="captured")
         step()
-        end(connection, second, "refunded")
+        end_and_commit(connection, second, kind="refunded")
         step()
         void_purchase(connection, "p-1", reason="payout", actor="ops")
         connection.commit()
         step()
-        end(connection, third, "refunded")
+        end_and_commit(connection, third, kind="refunded")
         step()
 
         assert [now for _, now in steps] == [
@@ -226,8 +164,8 @@ class TestStatement:
         """Each transfer is a line with its effect on the wallet, and the effects add up to what is left."""
         give(product, replace(SOLD, expires_at=NOW + DAY))
         captured, refunded = charge(product, "a", 30), charge(product, "b", 20)
-        end(connection, captured, "captured")
-        end(connection, refunded, "refunded")
+        end_and_commit(connection, captured, kind="captured")
+        end_and_commit(connection, refunded, kind="refunded")
         expire_lots(connection, now=NOW + DAY)
         void_purchase(connection, "p-1", reason="payout", actor="ops")
         connection.commit()

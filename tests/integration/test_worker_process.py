@@ -7,7 +7,6 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -21,16 +20,13 @@ from kino_refunds.events.client import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Queues, Recovered, depths, waiting
 from kino_refunds.events.schema import Event, queue_of, to_json
-from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.processes import CeleryProcess, start_beat, start_worker
-from tests.books import violations
 from tests.conftest import Database
-from tests.scenario import NOW, Scene, make_event, until
+from tests.pipeline import CAPTURED, EMPTY, REFUNDED, ledger, numbered, open_jobs, push
+from tests.scenario import Scene, make_event, until
 
 FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
 KINDS = ("failed platform", "timeout", "safety before", "completed")
-REFUNDED, CAPTURED = [("refund", 10)], [("capture", 10)]
-EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
 
 
 class Start(Protocol):
@@ -69,12 +65,6 @@ def start(processes: list[CeleryProcess], database: Database, redis_url: str, tm
     return starter(processes, settings_of(database, redis_url), tmp_path)
 
 
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
-
-
 def log_of(process: CeleryProcess) -> list[dict[str, Any]]:
     """What a process has said so far, a line each."""
     assert process.log_file is not None
@@ -84,18 +74,6 @@ def log_of(process: CeleryProcess) -> list[dict[str, Any]]:
 
 def said(process: CeleryProcess, sentence: str) -> bool:
     return any(line["event"] == sentence for line in log_of(process))
-
-
-def open_jobs(scene: Scene, job_ids: list[str], account_id: str = "acct-1") -> None:
-    """Charge 10 credits for each job, all to one account whose one lot just covers them."""
-    scene.grant(account_id, credits=10 * len(job_ids))
-    requests = [ChargeRequest(job_id, account_id, 10, NOW + timedelta(hours=1)) for job_id in job_ids]
-    with scene.product.begin() as connection:
-        open_charges(connection, requests)
-
-
-def numbered(prefix: str, count: int) -> list[str]:
-    return [f"{prefix}-{number}" for number in range(count)]
 
 
 def endings(job_ids: list[str]) -> list[Event]:
@@ -109,28 +87,6 @@ def settled(job_ids: list[str]) -> dict[str, list[tuple[str, int]]]:
         job_id: CAPTURED if KINDS[number % len(KINDS)] == "completed" else REFUNDED
         for number, job_id in enumerate(job_ids)
     }
-
-
-def push(client: Redis, events: list[Event]) -> None:
-    with client.pipeline(transaction=False) as bare:
-        for event in events:
-            bare.lpush(queue_of(event), to_json(event))
-        bare.execute()
-
-
-def ledger(scene: Scene) -> dict[str, list[tuple[str, int]]]:
-    """Every job with what moved after its hold, in a ledger without a contradiction."""
-    with scene.superuser.begin() as connection:
-        assert violations(connection) == []
-    moved: dict[str, list[tuple[str, int]]] = {}
-    for job_id, kind, credits in scene.rows(
-        "SELECT c.job_id, t.kind, t.credits FROM kino.charge c"
-        " LEFT JOIN kino.transfer t ON t.charge_id = c.charge_id AND t.kind <> 'hold' ORDER BY t.transfer_id"
-    ):
-        moved.setdefault(job_id, [])
-        if kind is not None:
-            moved[job_id].append((kind, credits))
-    return moved
 
 
 def count_settled(scene: Scene) -> int:
@@ -170,16 +126,16 @@ def test_a_worker_settles_what_is_published_by_any_means(
 ) -> None:
     """Through real processes, kombu messages and bare ones of all four queues each move their credits once."""
     jobs = numbered("job", 400)
-    open_jobs(scene, jobs)
+    open_jobs(scene, *jobs)
     events = endings(jobs)
     with EventPublisher(redis_url) as publisher:
         publisher.publish_many(events[:100])
     worker = start()
-    push(redis, events[100:200])
+    push(redis, *events[100:200])
     wait_for(drained(redis), worker)
     with EventPublisher(redis_url) as publisher:
         publisher.publish_many(events[200:300])
-    push(redis, events[300:])
+    push(redis, *events[300:])
     wait_for(drained(redis), worker)
 
     code = worker.stop()
@@ -191,8 +147,8 @@ def test_a_worker_settles_what_is_published_by_any_means(
 def test_a_stop_under_load_leaves_nothing_behind(scene: Scene, redis: Redis, start: Start) -> None:
     """After SIGTERM all is settled or queued again, no key names the worker, and the next one settles the rest."""
     jobs = numbered("job", 1_000)
-    open_jobs(scene, jobs)
-    push(redis, endings(jobs))
+    open_jobs(scene, *jobs)
+    push(redis, *endings(jobs))
     make_slow(scene)
     first = start(KINO_INTAKE_BATCH="20")
     wait_for(lambda: count_settled(scene) > 0, first)
@@ -247,8 +203,8 @@ def stop_in_the_middle(worker: CeleryProcess, client: Redis) -> None:
 def test_a_killed_worker_loses_nothing_and_pays_nothing_twice(scene: Scene, redis: Redis, start: Start) -> None:
     """After SIGKILL every event is on a queue, in flight or decided; once recovered, all settle exactly once."""
     jobs = numbered("job", 600)
-    open_jobs(scene, jobs)
-    push(redis, endings(jobs))
+    open_jobs(scene, *jobs)
+    push(redis, *endings(jobs))
     make_slow(scene)
     first = start(KINO_INTAKE_BATCH="50")
     wait_for(lambda: count_settled(scene) >= 50, first)
@@ -278,15 +234,15 @@ def test_a_killed_worker_loses_nothing_and_pays_nothing_twice(scene: Scene, redi
 def test_a_flushed_redis_does_not_end_the_worker(scene: Scene, redis: Redis, redis_url: str, start: Start) -> None:
     """After FLUSHALL the worker settles what comes, and the bindings that stock kombu needs are back at its restart."""
     jobs = numbered("job", 8)
-    open_jobs(scene, jobs)
+    open_jobs(scene, *jobs)
     events = endings(jobs)
     bindings = [f"_kombu.binding.{queue}" for queue in SERVED]
     worker = start()
-    push(redis, events[:2])
+    push(redis, *events[:2])
     wait_for(lambda: count_settled(scene) == 2, worker)
 
     redis.flushall()
-    push(redis, events[2:4])
+    push(redis, *events[2:4])
     wait_for(lambda: count_settled(scene) == 4, worker)
     missing = redis.exists(*bindings)
     code = worker.stop()
@@ -327,25 +283,25 @@ def test_a_worker_survives_its_servers(own: Database, processes: list[CeleryProc
     """Redis and Postgres are killed and come back, one after the other, and what was and is published settles."""
     jobs = numbered("survivor", 16)
     with Scene.of(own) as scene:
-        open_jobs(scene, jobs, "acct of survivors")
+        open_jobs(scene, *jobs, account_id="acct of survivors")
     events = endings(jobs)
     start = starter(processes, settings_of(own, own.servers.redis_url()), tmp_path)
     worker = start(KINO_RETRY_EVERY_S="1")
     client = redis_client(own.servers.redis_url())
-    push(client, events[:4])
+    push(client, *events[:4])
     wait_for(drained(client), worker)
 
     own.servers.redis.kill()
     wait_for(lambda: said(worker, "batch kept"), worker)
     own.servers.redis.start()
-    push(client, events[4:8])
+    push(client, *events[4:8])
     wait_for(drained(client), worker)
     kept = [line["event"] for line in log_of(worker)].count("batch kept")
     own.servers.postgres.kill()
-    push(client, events[8:12])
+    push(client, *events[8:12])
     wait_for(lambda: [line["event"] for line in log_of(worker)].count("batch kept") > kept, worker)
     own.servers.postgres.start()
-    push(client, events[12:])
+    push(client, *events[12:])
     wait_for(drained(client), worker)
     code = worker.stop()
 
@@ -361,10 +317,10 @@ def test_a_full_redis_ends_no_worker(own: Database, processes: list[CeleryProces
     """A worker that meets a full Redis, at its start or with a sweep to fetch, lives on and drains the queues."""
     jobs = numbered("full", 40)
     with Scene.of(own) as scene:
-        open_jobs(scene, jobs, "acct of the full")
+        open_jobs(scene, *jobs, account_id="acct of the full")
     start = starter(processes, settings_of(own, own.servers.redis_url()), tmp_path)
     client = redis_client(own.servers.redis_url())
-    push(client, endings(jobs))
+    push(client, *endings(jobs))
     beat = start("beat", KINO_RETRY_EVERY_S="1")
     wait_for(lambda: client.llen("kino:celery:sweeps") > 0, beat)
     client.config_set("maxmemory", 1)
@@ -385,11 +341,11 @@ def test_a_full_redis_ends_no_worker(own: Database, processes: list[CeleryProces
 def test_an_event_before_its_charge_settles_once_the_charge_is_there(scene: Scene, redis: Redis, start: Start) -> None:
     """An event that overtakes its charge waits, and the sweep that beat starts settles it."""
     worker, beat = start(KINO_RETRY_EVERY_S="1"), start("beat", KINO_RETRY_EVERY_S="1")
-    push(redis, endings(["early"]))
+    push(redis, *endings(["early"]))
     wait_for(lambda: "early failed platform" in scene.pending(), worker, beat)
     redis.flushall()  # sweeps need nothing that Redis could have lost
 
-    open_jobs(scene, ["early"])
+    open_jobs(scene, "early")
     wait_for(lambda: scene.pending() == {}, worker, beat)
 
     assert ledger(scene) == {"early": REFUNDED}

@@ -1,0 +1,66 @@
+"""The pipeline's side of intake: jobs, their ends on the queues, and what became of each."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from redis import Redis
+
+from kino_refunds.events.queues import SERVED
+from kino_refunds.events.schema import Event, queue_of, to_json
+from kino_refunds.ledger import ChargeRequest, open_charges
+from tests.books import violations
+from tests.scenario import NOW, Scene
+from workers.intake import Intake
+
+REFUNDED, CAPTURED = [("refund", 10)], [("capture", 10)]
+"""What `ledger` reads of a job of `open_jobs`."""
+EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
+
+
+def numbered(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}-{number}" for number in range(count)]
+
+
+def open_jobs(scene: Scene, *job_ids: str, account_id: str = "acct-1") -> None:
+    """Charge 10 credits for each job, all to one account whose one lot just covers them."""
+    scene.grant(account_id, credits=10 * len(job_ids))
+    requests = [ChargeRequest(job_id, account_id, 10, NOW + timedelta(hours=1)) for job_id in job_ids]
+    with scene.product.begin() as connection:
+        open_charges(connection, requests)
+
+
+def push(client: Redis, *events: Event) -> None:
+    """Publish bare events, each on its queue."""
+    with client.pipeline(transaction=False) as bare:
+        for event in events:
+            bare.lpush(queue_of(event), to_json(event))
+        bare.execute()
+
+
+def drain(intake: Intake) -> list[int]:
+    """Settle batches until nothing waits; returns their sizes."""
+    sizes = []
+    while size := intake.run_once():
+        sizes.append(size)
+    return sizes
+
+
+def ledger(scene: Scene) -> dict[str, list[tuple[str, int]]]:
+    """Every job with what moved after its hold, in a ledger without a contradiction."""
+    with scene.superuser.begin() as connection:
+        assert violations(connection) == []
+    moved: dict[str, list[tuple[str, int]]] = {}
+    for job_id, kind, credits in scene.rows(
+        "SELECT c.job_id, t.kind, t.credits FROM kino.charge c"
+        " LEFT JOIN kino.transfer t ON t.charge_id = c.charge_id AND t.kind <> 'hold' ORDER BY t.transfer_id"
+    ):
+        moved.setdefault(job_id, [])
+        if kind is not None:
+            moved[job_id].append((kind, credits))
+    return moved
+
+
+def refunded(scene: Scene) -> list[str]:
+    """Jobs by refund transfer, in a ledger without a contradiction."""
+    return sorted(job_id for job_id, moved in ledger(scene).items() for kind, _ in moved if kind == "refund")
