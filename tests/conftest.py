@@ -18,8 +18,8 @@ from kino_refunds.cli import main as cli
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import Servers, servers
+from kino_refunds.promises import violations
 from kino_refunds.settings import PREFIX
-from tests.books import violations
 from tests.command_line import Result, Run
 from tests.scenario import Scene
 

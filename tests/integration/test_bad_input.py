@@ -17,12 +17,12 @@ from kino_refunds.events.envelope import parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.promises import violations
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.settle import settle
-from tests.books import violations
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
 from tests.malformed import event as document

@@ -38,7 +38,7 @@ from kino_refunds.ledger import (
     unfreeze_purchase,
     void_purchase,
 )
-from tests.books import violations
+from kino_refunds.promises import violations
 from tests.conftest import Database
 
 NOW = datetime.now(UTC)

@@ -30,7 +30,7 @@ from kino_refunds.ledger import (
     set_account_status,
     void_purchase,
 )
-from tests.books import violations
+from kino_refunds.promises import violations
 from tests.conftest import Database
 from tests.ledger_acts import DAY, LATER, NOW, SOLD, backend, charge, end, end_and_commit, give, lot_states, waits
 from tests.scenario import PATIENT

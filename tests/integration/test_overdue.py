@@ -16,6 +16,7 @@ from kino_refunds.events.client import redis_client
 from kino_refunds.events.queues import Queues, waiting
 from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage, to_json
 from kino_refunds.ledger import Charge, ChargeRequest, open_charges
+from kino_refunds.promises import violations
 from kino_refunds.reconciliation.overdue import (
     OverdueReport,
     OverdueRules,
@@ -24,7 +25,6 @@ from kino_refunds.reconciliation.overdue import (
 )
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.dead_letters import DeadLetter, record_dead_letters
-from tests.books import violations
 from tests.malformed import MALFORMED, envelope
 from tests.scenario import NOW, Broken, Scene, make_event, make_terms
 

@@ -14,13 +14,13 @@ import pytest
 from kino_refunds.errors import DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
 from kino_refunds.ledger import Balance
+from kino_refunds.promises import violations
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter, record_dead_letters
 from kino_refunds.settlement.deliveries import delivery_of, read_delivery
 from kino_refunds.settlement.replays import Replay, note_letter, replay_letter, set_letter_status
 from kino_refunds.settlement.settle import settle as settle_events
-from tests.books import violations
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
 from tests.malformed import event as document
