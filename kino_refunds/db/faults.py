@@ -44,13 +44,16 @@ _KEEP_CLASSES = frozenset(
 
 _KEEP = frozenset(
     {
+        "0A000",  # "cached plan must not change result type": a migration went by under a prepared statement
         "25006",  # read-only transaction: a failover is under way
         "25P03",  # idle_in_transaction_session_timeout: we were stopped, not the events' fault
+        "26000",  # a prepared statement is gone: a pooler gave us another session
         "3D000",  # the database is missing
         "3F000",  # the schema is missing: not migrated yet
         "40001",  # serialization failure
         "40P01",  # deadlock
         "42501",  # insufficient privilege
+        "42P05",  # a prepared statement is there already: likewise a pooler
         "42703",  # undefined column: this build is ahead of the schema
         "42883",  # undefined function: likewise
         "42P01",  # undefined table: likewise

@@ -260,6 +260,38 @@ def test_a_database_that_is_gone_keeps_the_batch(scene: Scene, database: Databas
     assert scene.dead_letters() == []
 
 
+def deallocate(scene: Scene) -> None:
+    with scene.worker.begin() as connection:
+        # Inside a block, or psycopg would see it and forget them too.
+        connection.exec_driver_sql("DO $$ BEGIN DEALLOCATE ALL; END $$")
+
+
+FORGOTTEN: dict[str, Callable[[Scene], None]] = {
+    "a migration changes a column's type": lambda scene: scene.as_superuser(
+        "ALTER TABLE kino.charge_line ALTER COLUMN credits TYPE integer"
+    ),
+    "a pooler gives another session": deallocate,
+}
+
+
+@pytest.mark.parametrize("what", FORGOTTEN)
+def test_a_prepared_statement_that_went_stale_is_no_event_s_fault(scene: Scene, what: str) -> None:
+    """A session's statements are prepared after five uses; when they go stale the batch is kept, and then settles."""
+    jobs = [f"job-{number}" for number in range(8)]
+    for job_id in jobs:
+        scene.charged(job_id)
+    for job_id in jobs[:-1]:
+        scene.settle_batch(make_event("failed platform", job_id))
+    FORGOTTEN[what](scene)
+
+    with pytest.raises(sa.exc.DBAPIError) as raised:
+        scene.settle_batch(make_event("failed platform", jobs[-1]))
+
+    assert classify(raised.value) is Fault.KEEP
+    assert scene.settle_batch(make_event("failed platform", jobs[-1])) == {f"{jobs[-1]} failed platform": "refunded"}
+    assert scene.dead_letters() == []
+
+
 # Too slow.
 
 HURRIED = SessionLimits(statement_timeout_ms=1000)
