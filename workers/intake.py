@@ -93,7 +93,8 @@ class Intake:
         Raises what is transient, with the batch still in flight: calling again takes it up where it was.
         """
         with self._engine.connect() as connection:
-            gate = read_gate(connection)
+            # In no transaction: with the ROLLBACK of one, psycopg would forget every statement that it has prepared.
+            gate = read_gate(connection.execution_options(isolation_level="AUTOCOMMIT"))
         if gate.paused and not self._may_probe(gate):
             self._give_back()
             return 0

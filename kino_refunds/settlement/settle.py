@@ -150,10 +150,9 @@ _READ_CHARGES = sa.text("""
 """)
 
 _READ_LINES = sa.text("""
-    SELECT l.charge_id, l.lot_id, l.credits
-    FROM unnest(CAST(:charge_ids AS bigint[])) AS c (charge_id)
-    JOIN kino.charge_line l ON l.charge_id = c.charge_id
-    ORDER BY l.charge_id, l.seq
+    SELECT charge_id, lot_id, credits FROM kino.charge_line
+    WHERE charge_id = ANY(CAST(:charge_ids AS bigint[]))
+    ORDER BY charge_id, seq
 """)
 
 

@@ -640,6 +640,22 @@ def test_a_commit_whose_answer_was_lost_is_settled_again(
     assert ledger(scene) == {"job-1": REFUNDED, "job-2": REFUNDED}
 
 
+def test_statements_are_planned_once_and_not_for_every_batch(scene: Scene, redis: Redis) -> None:
+    """What a session prepared it keeps: a rollback between two batches would make psycopg forget all of it."""
+    jobs = numbered("job", 10)
+    open_jobs(scene, *jobs)
+    push(redis, *failures(jobs))
+    intake = make_intake(scene, redis, intake_batch=1)
+
+    sizes = drain(intake)
+
+    assert sizes == [1] * 10
+    with scene.worker.connect() as connection:
+        prepared = connection.execute(sa.text("SELECT statement FROM pg_prepared_statements")).scalars().all()
+    tables = ("settlement", "credit_lot", "transfer", "inbox_event", "charge", "charge_line")
+    assert [table for table in tables if not any(f"kino.{table}" in statement for statement in prepared)] == []
+
+
 # --- what is away, full or foreign
 
 
