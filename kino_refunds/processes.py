@@ -44,7 +44,7 @@ class CeleryProcess:
             # `-m` looks into the working folder first: a `workers` of somebody else there is not ours.
             cwd="/",
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, before exec
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, before exec
         )
         if log is not None:
             log.close()
@@ -107,5 +107,6 @@ def environment_of(settings: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)} | dict(settings)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have this process told to stop when the one that started it ends, however it ends; call it before exec."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
