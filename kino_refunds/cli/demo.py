@@ -42,7 +42,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Run jobs of every kind, break things, and check every promise.
+    """Run jobs, break things, check the promises.
 
     Scratch servers, real workers (one is killed) and beat, whatever KINO_* URLs are set. Exit code 1
     means that a promise was broken.

@@ -787,7 +787,7 @@ def test_interrupt_ends_with_130_and_leaves_nothing(monkeypatch: pytest.MonkeyPa
     with tempfile.TemporaryDirectory(prefix="kino-test-") as folder:
         Path(folder).chmod(0o711)
         monkeypatch.setenv("TMPDIR", folder)
-        code, said = ended_by(signal.SIGINT, "demo", "--jobs", "20000", once=lambda said: b"submitted" in said)
+        code, said = ended_by(signal.SIGINT, "demo", "--jobs", "20000", once=lambda said: b"BROKEN" in said)
 
         assert code == 130
         assert said.splitlines()[-1] == b"interrupted"
