@@ -139,7 +139,7 @@ class _Message(NamedTuple):
 
 
 class Demo:
-    """One run on `running`, which nobody else uses: `run` once; until the end of the block, worker 2 and beat stay.
+    """One run on `running`, which nobody else uses: `run` once; until the end of the block a worker and beat stay.
 
     `started` is when all this began (`time.monotonic()`), the servers included.
     """
@@ -223,7 +223,8 @@ class Demo:
         self._beat = beat
         self._grant()
         self._close_accounts()
-        self._wait(lambda: self._one("SELECT count(*) FROM kino.intake_worker") == len(self._workers))
+        if not self._wait(lambda: self._one("SELECT count(*) FROM kino.intake_worker") == len(self._workers)):
+            raise ServerFailed(f"the workers' intake did not start within {STANDSTILL_S:.0f} s")
         self._worker_ids = self._one("SELECT jsonb_object_agg(pid, worker_id) FROM kino.intake_worker")
         self._say("", f"2 workers and beat run; {self._accounts} customers have 3 lots each")
 
@@ -407,6 +408,7 @@ class Demo:
         wrong = [job for job in self._jobs if job.twist is Twist.MISDIRECTED]
         decided = "SELECT count(*) FROM kino.inbox_event WHERE job_id = ANY(:jobs)"
         letters = "SELECT count(*) FROM kino.dead_letter WHERE reason = ANY(:reasons)"
+        # Where one of them does not come the judgement will say which.
         self._wait(lambda: self._one(decided, jobs=[job.job_id for job in twins]) == len(twins))
         self._wait(lambda: self._one(letters, reasons=["account_mismatch"]) == len(wrong))
         now = datetime.now(UTC)
@@ -500,12 +502,13 @@ class Demo:
             self._look()
             time.sleep(WAIT_S)
 
-    def _wait(self, until: Callable[[], bool]) -> None:
-        """Wait for something that must come within seconds; if it does not, the judgement will say what is missing."""
+    def _wait(self, until: Callable[[], bool]) -> bool:
+        """Wait for something that must come within seconds, and say whether it has."""
         deadline = time.monotonic() + STANDSTILL_S
-        while not until() and time.monotonic() < deadline:
+        while not (come := until()) and time.monotonic() < deadline:
             self._look()
             time.sleep(WAIT_S)
+        return come
 
     def _look(self, *, now: bool = False) -> None:
         if not now and time.monotonic() - self._looked < LOOK_EVERY_S:
