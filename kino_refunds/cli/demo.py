@@ -20,9 +20,11 @@ from rich.text import Text
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, print_whole, shown
 from kino_refunds.cli.servers import exports, stopping
-from kino_refunds.demo import Demo
+from kino_refunds.demo.figures import Snapshot, Told
+from kino_refunds.demo.run import Demo
+from kino_refunds.demo.stage import Stage
+from kino_refunds.demo.traffic import Traffic
 from kino_refunds.embedded import servers
-from kino_refunds.figures import Snapshot, Told
 
 KEPT_IN = Path(".kino-demo")
 """Where --keep leaves the settings and two events to try, in the working folder."""
@@ -53,15 +55,15 @@ def demo(
     with _view() as view, ExitStack() as stack:
         view.say(0.0, "", "starting Postgres and Valkey, on loopback")
         running = stack.enter_context(servers())
-        story = stack.enter_context(Demo(running, view, jobs=jobs, seed=seed, started=started))
-        told = story.run()
+        stage = stack.enter_context(Stage(running))
+        told = Demo(stage, view, jobs=jobs, seed=seed, started=started).run()
         view.close()
         if as_json:
             print_json({**asdict(told), "kept": told.kept})
         else:
             show(told)
         if keep:
-            _keep(story)
+            _keep(stage)
     return 0 if told.kept else 1
 
 
@@ -179,17 +181,17 @@ def _latency(found: dict[str, Any]) -> str:
     return f"p50 {found['p50_ms']:,} ms, p99 {found['p99_ms']:,} ms, {found['jobs']:,} jobs"
 
 
-def _keep(story: Demo) -> None:
+def _keep(stage: Stage) -> None:
     """Leave servers, one worker and beat running; say how to reach them and what to try."""
     KEPT_IN.mkdir(exist_ok=True)
-    files = {"env": exports(story.settings), **story.open_one_more()}
+    files = {"env": exports(stage.settings), **Traffic(stage).open_one_more()}
     try:
         for name, text in files.items():
             (KEPT_IN / name).write_text(text, encoding="utf-8")
         with stopping() as stop:
             console.print(_TRY_NEXT, markup=False, soft_wrap=True)
             while not stop.wait(LOOK_EVERY_S):
-                story.require_alive()
+                stage.require_alive()
         console.print("stopping")
     finally:
         for name in files:

@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kino_refunds import replay as runs
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
-from kino_refunds.replay import Replayed
+from kino_refunds.demo import replay as runs
+from kino_refunds.demo.replay import Replayed
+from kino_refunds.demo.trace import Workload, read_trace
 from kino_refunds.settings import Settings
-from kino_refunds.trace import Workload, read_trace
 
 DISAGREEMENTS_SHOWN = 10
 Report = Callable[[str, int, int], None]

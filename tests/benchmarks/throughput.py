@@ -34,13 +34,13 @@ from typing import Any
 import redis
 import sqlalchemy as sa
 
+from kino_refunds.demo.promises import violations
+from kino_refunds.demo.replay import scratch
 from kino_refunds.embedded import DATABASE, Servers
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Event, queue_of, to_json
 from kino_refunds.processes import CeleryProcess, settings_for, start_worker
-from kino_refunds.promises import violations
-from kino_refunds.replay import scratch
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
 from kino_refunds.settlement.deliveries import Delivery

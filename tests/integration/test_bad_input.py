@@ -12,12 +12,12 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
+from kino_refunds.demo.promises import violations
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
-from kino_refunds.promises import violations
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings

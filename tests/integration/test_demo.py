@@ -19,13 +19,14 @@ from psycopg import sql
 from redis import Redis
 from rich.console import Console
 
-from kino_refunds import promises
 from kino_refunds.cli import demo as command
 from kino_refunds.cli.output import plain
-from kino_refunds.demo import Demo, judge
+from kino_refunds.demo import promises
+from kino_refunds.demo.figures import Snapshot, Told
+from kino_refunds.demo.run import Demo, judge
+from kino_refunds.demo.stage import Stage
 from kino_refunds.embedded import Servers, servers
 from kino_refunds.events.envelope import MalformedReason
-from kino_refunds.figures import Snapshot, Told
 
 pytestmark = pytest.mark.slow
 
@@ -59,8 +60,8 @@ def run() -> Iterator[Run]:
     """One demo; its ledger stays for the tests, which copy it."""
     seen = Seen()
     with servers() as running:
-        with Demo(running, seen, jobs=JOBS, seed=3, started=time.monotonic()) as story:
-            told = story.run()
+        with Stage(running) as stage:
+            told = Demo(stage, seen, jobs=JOBS, seed=3, started=time.monotonic()).run()
         record = json.loads((running.data_dir / "record.json").read_text())
         yield Run(running, told, seen, record)
 
@@ -165,8 +166,11 @@ def test_whatever_was_broken_is_said_to_have_healed(run: Run) -> None:
     assert any(text.startswith("the other worker recovered") for text in healed)
 
 
-def test_end_table_names_everything(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_table_names_everything(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A person sees outcomes, refunds, dead letters, latency, the killed worker's batch apart, and each promise."""
+    monkeypatch.setenv("COLUMNS", "80")
     command.show(run.told)
 
     said = capsys.readouterr().out

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from kino_refunds.db.engine import SessionLimits, create_engine
+from kino_refunds.demo.promises import violations
 from kino_refunds.errors import InsufficientCredits
 from kino_refunds.ledger import (
     Balance,
@@ -38,7 +39,6 @@ from kino_refunds.ledger import (
     unfreeze_purchase,
     void_purchase,
 )
-from kino_refunds.promises import violations
 from tests.conftest import Database
 
 NOW = datetime.now(UTC)

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
+from kino_refunds.demo.promises import violations
 from kino_refunds.errors import AccountNotActive, ChargeConflict, GrantConflict, InsufficientCredits
 from kino_refunds.ledger import (
     AccountStatus,
@@ -30,7 +31,6 @@ from kino_refunds.ledger import (
     set_account_status,
     void_purchase,
 )
-from kino_refunds.promises import violations
 from tests.conftest import Database
 from tests.ledger_acts import DAY, LATER, NOW, SOLD, backend, charge, end, end_and_commit, give, lot_states, waits
 from tests.scenario import PATIENT

@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
+from kino_refunds.demo.promises import violations
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.queues import Queues, waiting
 from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage, to_json
 from kino_refunds.ledger import Charge, ChargeRequest, open_charges
-from kino_refunds.promises import violations
 from kino_refunds.reconciliation.overdue import (
     OverdueReport,
     OverdueRules,

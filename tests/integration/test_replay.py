@@ -15,8 +15,8 @@ from redis import Redis
 
 from kino_refunds.cli import main as cli
 from kino_refunds.cli import replay as commands
+from kino_refunds.demo.trace import Workload, read_trace
 from kino_refunds.settings import PREFIX
-from kino_refunds.trace import Workload, read_trace
 from tests.conftest import Database
 from tests.scenario import Scene
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kino_refunds.demo.promises import violations
 from kino_refunds.errors import DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
 from kino_refunds.ledger import Balance
-from kino_refunds.promises import violations
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter, record_dead_letters

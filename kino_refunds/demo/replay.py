@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from kino_refunds.trace import Job, Workload
+    from kino_refunds.demo.trace import Job, Workload
 
 CHUNK = 200
 """Charges opened in one product transaction, and events published after it."""

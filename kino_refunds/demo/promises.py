@@ -1,6 +1,6 @@
 """The referee: P1 to P10, judged from a record of what was asked of a ledger and from what it says now.
 
-    python -I kino_refunds/promises.py RECORD [--json]
+    python -I kino_refunds/demo/promises.py RECORD [--json]
 
 It imports nothing of this project, so that a mistake which the product and its own views share is still a
 finding here: it reads tables and Redis keys by itself, and it has a reading of the policy of its own.
@@ -32,7 +32,7 @@ import psycopg
 import psycopg.rows
 import redis
 
-INTEGRITY = Path(__file__).with_name("db").joinpath("integrity.sql").read_text(encoding="utf-8")
+INTEGRITY = (Path(__file__).parents[1] / "db" / "integrity.sql").read_text(encoding="utf-8")
 """One statement that names everything in a ledger that cannot be, whatever was asked of it."""
 SHOWN_MAX = 5
 P99_MAX_S = 5.0

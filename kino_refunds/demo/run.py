@@ -1,0 +1,364 @@
+"""The demo: the story on its stage, with real workers, one of which is killed in the middle.
+
+Nothing here settles anything: charges are opened as a product opens them, events are published as the
+pipeline publishes them, and two workers and beat do the rest. Afterwards `promises.py`, a program of its own
+that imports nothing of this project, compares the ledger with the record of what was asked of it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kino_refunds.demo import figures, promises
+from kino_refunds.demo.figures import Snapshot, Told
+from kino_refunds.demo.stage import OVERDUE_GRACE_S, Stage, alive_ttl_s
+from kino_refunds.demo.story import Job, Twist, document, make_closed_jobs, make_jobs, make_lots
+from kino_refunds.demo.traffic import Message, Traffic, ends, message, unreadable
+from kino_refunds.errors import MalformedMessage, ServerFailed
+from kino_refunds.events.envelope import MalformedReason, parse
+from kino_refunds.events.queues import depths
+from kino_refunds.events.schema import Queue
+from kino_refunds.reconciliation.overdue import EVENT_SOURCE as RECONCILER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CHUNK = 50
+PAUSE_S = 0.1
+"""Between chunks: 500 jobs a second, far below what two workers settle, so that latencies are those of a calm day."""
+EARLY_CHUNKS = 10
+COPY_CHUNKS = 5
+KILLED_AT = 0.4
+"""The share of the jobs that is submitted when a worker is killed."""
+LOOK_EVERY_S = 0.25
+WAIT_S = 0.05
+STANDSTILL_S = 45.0
+"""When nothing has moved for so long, the waiting ends, and the promises are judged as things are."""
+RATE_OVER_S = 2.0
+
+
+class View(Protocol):
+    """Whoever shows the demo while it runs."""
+
+    def say(self, at_s: float, what: str, text: str) -> None:
+        """Say one thing that happened; `what` is `broken`, `healed` or empty."""
+
+    def show(self, now: Snapshot) -> None:
+        """Show how things stand."""
+
+
+@dataclass
+class _Wound:
+    """Something that was broken on purpose, and the question whether it has healed."""
+
+    healed: str
+    query: str
+    values: dict[str, Any]
+    wanted: int
+
+
+@dataclass
+class _Killed:
+    at: datetime
+    events: list[str] = field(default_factory=list)
+
+
+class Demo:
+    """One run on a stage; `started` is when all this began (`time.monotonic()`), the servers included."""
+
+    def __init__(self, stage: Stage, view: View, *, jobs: int, seed: int, started: float) -> None:
+        self._stage = stage
+        self._view = view
+        self._started = started
+        self._chance = random.Random(seed)  # noqa: S311 - a story, not a secret
+        self._closed = make_closed_jobs()
+        self._jobs = make_jobs(jobs - len(self._closed), self._chance)
+        self._everybody = [*self._closed, *self._jobs]
+        self._traffic = Traffic(stage)
+        self._wounds: list[_Wound] = []
+        self._killed: _Killed | None = None
+        self._chapter = "starting"
+        self._submitted = 0
+        self._looked = 0.0
+        self._lately: deque[tuple[float, int]] = deque([(started, 0)])
+
+    def run(self) -> Told:
+        """Tell the story to its end and judge it; raises ServerFailed if a process ends by itself."""
+        self._begin()
+        self._submit_all()
+        self._afterwards()
+        self._settle_down()
+        seconds = time.monotonic() - self._started
+        self._chapter = "checking the promises"
+        self._look(now=True)
+        return self._told(seconds)
+
+    # --- the story -------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        accounts = self._traffic.grant(make_lots(self._everybody, self._chance))
+        self._traffic.open(self._closed)
+        self._traffic.close_accounts()
+        if not self._wait(self._stage.ready):
+            raise ServerFailed(f"the workers' intake did not start within {STANDSTILL_S:.0f} s")
+        self._say("", f"2 workers and beat run; {accounts} customers have 3 lots each")
+
+    def _submit_all(self) -> None:
+        self._chapter = "jobs run, events come"
+        self._say_what_is_wrong()
+        self._traffic.publish([each for job in self._closed for each in ends(job)])
+        chunks = [self._jobs[start : start + CHUNK] for start in range(0, len(self._jobs), CHUNK)]
+        kill_from = int(len(chunks) * KILLED_AT)
+        kinds = list(MalformedReason)
+        copies: dict[int, list[Message]] = {}
+        charges: dict[int, list[Job]] = {}
+        due = time.monotonic()
+        for number, chunk in enumerate(chunks):
+            charges.setdefault(number + EARLY_CHUNKS, []).extend(job for job in chunk if job.twist is Twist.EARLY)
+            self._traffic.open([job for job in chunk if job.twist is not Twist.EARLY] + charges.pop(number, []))
+            messages = [each for job in chunk for each in ends(job)]
+            again = [each for each in messages if each.copied]
+            copies[number + COPY_CHUNKS] = again
+            messages += again + copies.pop(number, [])
+            if kinds:
+                messages.append(unreadable(kinds.pop(), self._chance.choice(list(Queue))))
+            self._traffic.publish(messages)
+            self._submitted += len(chunk)
+            if number >= kill_from and self._killed is None:
+                self._kill(last=number == len(chunks) - 1)
+            due = max(due + PAUSE_S, time.monotonic() - PAUSE_S)
+            while time.monotonic() < due:
+                self._look()
+                time.sleep(WAIT_S / 5)
+        self._traffic.publish([each for messages in copies.values() for each in messages])
+        self._traffic.publish([unreadable(reason, Queue.TIMEOUT) for reason in kinds])
+        self._traffic.open([job for jobs in charges.values() for job in jobs])
+
+    def _say_what_is_wrong(self) -> None:
+        """Say what is wrong with the messages from now on; each is said to be healed when the ledger shows it."""
+        twists = Counter(job.twist for job in self._everybody)
+        jobs = {twist: [job.job_id for job in self._everybody if job.twist is twist] for twist in Twist}
+        settled = "SELECT count(*) FROM kino.settlement JOIN kino.charge USING (charge_id) WHERE job_id = ANY(:jobs)"
+        letters = "SELECT count(*) FROM kino.dead_letter WHERE reason = ANY(:reasons)"
+        copied, early, silent = twists[Twist.COPIES], twists[Twist.EARLY], twists[Twist.SILENT]
+        self._break(
+            f"{copied} events come three times, {twists[Twist.PAIR]} jobs end twice",
+            f"those {copied + twists[Twist.PAIR]} jobs are settled, once each",
+            settled,
+            copied + twists[Twist.PAIR],
+            jobs=jobs[Twist.COPIES] + jobs[Twist.PAIR],
+        )
+        self._break(
+            f"{early} events come before their charge",
+            f"those {early} waited in Postgres until their charge was there",
+            settled,
+            early,
+            jobs=jobs[Twist.EARLY],
+        )
+        kinds = len(MalformedReason)
+        self._break(
+            f"{kinds} messages that nobody can read, one of each kind",
+            f"those {kinds} are dead letters, whole; no neighbour waited",
+            letters,
+            kinds,
+            reasons=[reason.value for reason in MalformedReason],
+        )
+        self._break(
+            f"{twists[Twist.CONTRADICTION]} jobs both complete and fail",
+            f"for those {twists[Twist.CONTRADICTION]} the first word stands, each is a break for a person",
+            "SELECT count(*) FROM kino.break",
+            twists[Twist.CONTRADICTION],
+        )
+        self._break(
+            f"{silent} jobs whose event never comes",
+            f"those {silent} were found overdue, and somebody was asked",
+            settled,
+            silent,
+            jobs=jobs[Twist.SILENT],
+        )
+
+    def _afterwards(self) -> None:
+        """What may only come when something else is decided: twins of decided events, and corrected ones."""
+        self._chapter = "afterthoughts"
+        twins = [job for job in self._jobs if job.twist is Twist.TWIN]
+        wrong = [job for job in self._jobs if job.twist is Twist.MISDIRECTED]
+        decided = "SELECT count(*) FROM kino.inbox_event WHERE job_id = ANY(:jobs)"
+        letters = "SELECT count(*) FROM kino.dead_letter WHERE reason = ANY(:reasons)"
+        # Where one of them does not come the judgement will say which.
+        self._wait(lambda: self._stage.one(decided, jobs=[job.job_id for job in twins]) == len(twins))
+        self._wait(lambda: self._stage.one(letters, reasons=["account_mismatch"]) == len(wrong))
+        now = datetime.now(UTC)
+        again = [document(job.job_id, job.other, at=now) for job in twins if job.other is not None]
+        right = [
+            document(job.job_id, job.ending, at=now, account_id=job.account_id, event_id=f"{job.job_id}-corrected")
+            for job in wrong
+            if job.ending is not None
+        ]
+        self._traffic.publish([message(event, reason="conflicting_duplicate") for event in again])
+        self._traffic.publish([message(event) for event in right])
+        self._break(
+            f"{len(again)} other endings come under the id of a decided event",
+            f"those {len(again)} are dead letters, and moved nothing",
+            letters,
+            len(again),
+            reasons=["conflicting_duplicate"],
+        )
+        self._break(
+            f"{len(wrong)} events named another account; now corrected ones follow",
+            f"those {len(wrong)} are dead letters, the corrected ones settled their jobs",
+            "SELECT count(*) FROM kino.settlement WHERE event_id = ANY(:events)",
+            len(wrong),
+            events=[event["id"] for event in right],
+        )
+
+    # --- what is broken on purpose ---------------------------------------------------------------------------
+
+    def _kill(self, *, last: bool) -> None:
+        """Kill a worker that is caught with messages in its hands; at the `last` chance one that holds nothing."""
+        caught = self._stage.catch()
+        if caught is None and not last:
+            return
+        number, held = caught or (1, [])
+        self._stage.kill(number)
+        events = [event for raw in held if (event := _id_in(raw)) is not None]
+        self._killed = _Killed(datetime.now(UTC), events)
+        self._note_transfers()
+        self._break(
+            f"worker {number} is killed by SIGKILL with {len(held)} messages in its hands",
+            f"the other worker recovered those {len(held)}, and settled them one at a time",
+            "SELECT count(*) FROM kino.inbox_event WHERE event_id = ANY(:events)",
+            len(set(events) - self._traffic.doomed()),
+            events=events,
+        )
+
+    def _note_transfers(self) -> None:
+        """Digest every transfer that no open transaction can still add to: none of them may ever change (P5)."""
+        horizon = self._stage.one("SELECT CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text)")
+        with self._stage.servers.postgres.connect("kino") as superuser:
+            self._traffic.record["transfers"] = {"below": horizon, **promises.digest_transfers(superuser, horizon)}
+
+    def _break(self, broken: str, healed: str, query: str, wanted: int, **values: Any) -> None:
+        self._say("broken", broken)
+        self._wounds.append(_Wound(healed, query, values, wanted))
+
+    def _say(self, what: str, text: str) -> None:
+        self._view.say(time.monotonic() - self._started, what, text)
+
+    # --- looking ---------------------------------------------------------------------------------------------
+
+    def _settle_down(self) -> None:
+        """Wait until nothing waits anywhere and every charge is settled; or until nothing moves any more."""
+        self._chapter = "the last ones settle"
+        moved, stood = time.monotonic(), -1
+        while True:
+            with self._stage.operator.connect() as connection:
+                unsettled = figures.unsettled(connection)
+            open_or_waiting = unsettled + self._stage.waiting() + len(self._wounds)
+            if not open_or_waiting or time.monotonic() - moved > STANDSTILL_S:
+                return
+            if open_or_waiting != stood:
+                moved, stood = time.monotonic(), open_or_waiting
+            self._look()
+            time.sleep(WAIT_S)
+
+    def _wait(self, until: Callable[[], bool]) -> bool:
+        """Wait for something that must come within seconds, and say whether it has."""
+        deadline = time.monotonic() + STANDSTILL_S
+        while not (come := until()) and time.monotonic() < deadline:
+            self._look()
+            time.sleep(WAIT_S)
+        return come
+
+    def _look(self, *, now: bool = False) -> None:
+        if not now and time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        self._stage.require_alive()
+        for wound in list(self._wounds):
+            if self._stage.one(wound.query, **wound.values) >= wound.wanted:
+                self._wounds.remove(wound)
+                self._say("healed", wound.healed)
+        with self._stage.operator.connect() as connection:
+            standing = figures.standing(connection)
+        settled = sum(standing["settled"].values())
+        self._lately.append((self._looked, settled))
+        while len(self._lately) > 2 and self._lately[1][0] < self._looked - RATE_OVER_S:  # noqa: PLR2004 - two points
+            self._lately.popleft()
+        (then, before), (at, after) = self._lately[0], self._lately[-1]
+        self._view.show(
+            Snapshot(
+                at_s=self._looked - self._started,
+                stage=self._chapter,
+                jobs=len(self._everybody),
+                submitted=self._submitted,
+                per_second=(after - before) / max(at - then, LOOK_EVERY_S),
+                queues=depths(self._stage.redis),
+                **standing,
+            )
+        )
+
+    # --- the end ---------------------------------------------------------------------------------------------
+
+    def _told(self, seconds: float) -> Told:
+        killed = self._killed or _Killed(datetime.now(UTC), [])
+        with self._stage.operator.connect() as connection:
+            found = figures.ending(connection, events=killed.events, killed_at=killed.at)
+        return Told(
+            jobs=len(self._everybody),
+            messages=len(self._traffic.messages),
+            duplicates_absorbed=self._stage.duplicates(),
+            seconds=round(seconds, 1),
+            promises=self._judge(killed),
+            **found,
+        )
+
+    def _judge(self, killed: _Killed) -> list[dict[str, Any]]:
+        """Have the promises checked by a process that knows nothing of this one but the record."""
+        self._traffic.record |= {
+            "database_url": _plain(self._stage.servers.superuser_url()),
+            "worker_url": _plain(self._stage.servers.database_url()),
+            "redis_url": self._stage.servers.redis_url(),
+            "policy_versions": ["2025-12-14"],
+            "reconciler": RECONCILER,
+            "overdue_grace_s": OVERDUE_GRACE_S,
+            "alive_ttl_s": alive_ttl_s(),
+            "killed": {"at": killed.at.isoformat(), "events": killed.events},
+        }
+        path = self._stage.servers.data_dir / "record.json"
+        path.write_text(json.dumps(self._traffic.record), encoding="utf-8")
+        return judge(path)
+
+
+def judge(record: Path) -> list[dict[str, Any]]:
+    """Run `promises.py` on a record in a process of its own; returns one entry for each promise."""
+    ran = subprocess.run(  # noqa: S603 - our own interpreter and file
+        [sys.executable, "-I", promises.__file__, str(record), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    if not ran.stdout:
+        raise ServerFailed(f"the promises could not be checked: {ran.stderr.strip()}")
+    found: list[dict[str, Any]] = json.loads(ran.stdout)["items"]
+    return found
+
+
+def _id_in(raw: bytes) -> str | None:
+    try:
+        return parse(raw).id
+    except MalformedMessage:
+        return None
+
+
+def _plain(url: str) -> str:
+    return url.replace("postgresql+psycopg://", "postgresql://")

@@ -1,0 +1,145 @@
+"""The demo's stage: scratch servers, two workers and beat, and the means to catch and kill a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Self
+
+import sqlalchemy as sa
+
+from kino_refunds.db.engine import create_engine
+from kino_refunds.db.migrate import migrate
+from kino_refunds.events.client import redis_client
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.queues import depths, in_flight
+from kino_refunds.processes import CeleryProcess, settings_for, start_beat, start_worker
+from kino_refunds.settings import Settings
+
+if TYPE_CHECKING:
+    from kino_refunds.embedded import Servers
+
+CATCHES_MAX = 400
+LIMITS_MS = {"lock": 500, "statement": 1500, "idle_in_transaction": 500, "transaction": 1500, "tcp_user": 500}
+OVERDUE_GRACE_S = 2.0
+SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_id = ANY(:job_ids)"
+SETTINGS = {
+    # A worker's batch is taken over once its alive key has run out: 9.5 s with these, 65 s with the defaults.
+    **{f"KINO_{name.upper()}_TIMEOUT_MS": str(value) for name, value in LIMITS_MS.items()},
+    "KINO_JOB_SOURCE": "sql",
+    "KINO_JOB_SOURCE_QUERY": SOURCE_QUERY,
+    "KINO_OVERDUE_EVERY_S": "1",
+    "KINO_OVERDUE_GRACE_S": str(OVERDUE_GRACE_S),
+    "KINO_OVERDUE_ASK_WINDOW_S": "4",
+    "KINO_RETRY_EVERY_S": "1",
+}
+"""What the demo sets otherwise than by default: everything that would take minutes takes seconds."""
+
+_PIPELINE = (
+    b"CREATE SCHEMA pipeline",
+    b"CREATE TABLE pipeline.job (job_id text PRIMARY KEY, state text, origin text, stage text)",
+    b"GRANT USAGE ON SCHEMA pipeline TO kino_read",
+    b"GRANT SELECT ON pipeline.job TO kino_read",
+)
+"""The pipeline's own table of what became of its jobs: the job source that the overdue sweep asks."""
+
+
+def alive_ttl_s() -> float:
+    """How long after its death a worker of this stage is taken for dead."""
+    limits: dict[str, Any] = {f"{name}_timeout_ms": value for name, value in LIMITS_MS.items()}
+    return Settings.model_construct(**limits).alive_ttl_s
+
+
+class Stage:
+    """Everything that runs, on servers that nobody else uses; it is put away with the block."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.workers: dict[int, CeleryProcess] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        migrate(self.servers.database_url(role="kino_owner"))
+        with self.servers.postgres.connect("kino") as superuser:
+            for statement in _PIPELINE:
+                superuser.execute(statement)
+        with self._stack as stack:
+            self.product = self._engine("kino_product")
+            self.operator = self._engine("kino_worker")
+            self.redis = stack.enter_context(redis_client(self.servers.redis_url()))
+            self.publisher = stack.enter_context(EventPublisher(self.servers.redis_url()))
+            self.workers = {number: self._start_worker(number) for number in (1, 2)}
+            folder = self.servers.data_dir
+            self._beat = start_beat(self.settings, folder / "beat-schedule", folder / "beat.log")
+            stack.callback(self._beat.stop)
+            # Nothing failed: from here on it is put away at the end of the block.
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The KINO_* variables of the processes, for whoever wants to look at the same ledger."""
+        return settings_for(self.servers, **SETTINGS, KINO_JOB_SOURCE_URL=self.servers.database_url(role="kino_read"))
+
+    def require_alive(self) -> None:
+        """Raise ServerFailed if a process has ended by itself."""
+        for process in (*self.workers.values(), self._beat):
+            process.require_alive()
+
+    def ready(self) -> bool:
+        """Whether the intake of every worker has begun."""
+        return bool(self.one("SELECT count(*) FROM kino.intake_worker") == len(self.workers))
+
+    def one(self, query: str, **values: Any) -> Any:
+        """Read the one value that a query gives."""
+        with self.operator.connect() as connection:
+            return connection.execute(sa.text(query), values).scalar_one()
+
+    def waiting(self) -> int:
+        """Count the messages anywhere in Redis."""
+        return sum(depths(self.redis).values())
+
+    def catch(self) -> tuple[int, list[bytes]] | None:
+        """Stop one worker after the other for an instant; the first that holds messages is left stopped.
+
+        Returns its number and those messages; None if nobody was caught before nothing waited any more.
+        """
+        worker_ids = self.one("SELECT jsonb_object_agg(pid, worker_id) FROM kino.intake_worker")
+        for _ in range(CATCHES_MAX):
+            for number, worker in self.workers.items():
+                os.kill(worker.pid, signal.SIGSTOP)
+                if held := in_flight(self.redis, worker_ids[str(worker.pid)]):
+                    return number, held
+                os.kill(worker.pid, signal.SIGCONT)
+            if not self.waiting():
+                return None
+        return None
+
+    def kill(self, number: int) -> None:
+        """End a worker by SIGKILL."""
+        self.workers.pop(number).kill()
+
+    def duplicates(self) -> int:
+        """Add up what the workers said of their batches: a duplicate leaves no row, which is the point of it."""
+        found = 0
+        for log_file in self.servers.data_dir.glob("worker-*.log"):
+            for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, AttributeError):  # not every line of a worker's log is ours
+                    found += json.loads(line).get("outcomes", {}).get("duplicate", 0)
+        return found
+
+    def _engine(self, role: str) -> sa.Engine:
+        engine = create_engine(self.servers.database_url(role=role), application_name=f"kino-demo-{role}")
+        self._stack.callback(engine.dispose)
+        return engine
+
+    def _start_worker(self, number: int) -> CeleryProcess:
+        settings = self.settings | {"KINO_LOG_FORMAT": "json"}
+        worker = start_worker(settings, self.servers.data_dir / f"worker-{number}.log")
+        self._stack.callback(worker.stop)
+        return worker
