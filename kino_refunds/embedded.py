@@ -119,6 +119,11 @@ class _Server:
             raise ServerFailed(f"{self.name} is not running")
         return self._pid
 
+    def require_alive(self) -> None:
+        """Raise ServerFailed with its last log lines if it has ended by itself."""
+        if self._guard is None or self._guard.poll() is not None:
+            raise ServerFailed(f"{self.name} ended by itself{self._last_words()}")
+
     @property
     def guard_pid(self) -> int:
         """The process id of the guard."""

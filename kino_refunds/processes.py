@@ -56,13 +56,15 @@ class CeleryProcess:
 
     def require_alive(self) -> None:
         """Raise ServerFailed with its last log lines if it has ended."""
-        if self._process.poll() is not None:
-            raise ServerFailed(f"the {self.name} ended with code {self._process.returncode}{self._last_words()}")
+        if (code := self._process.poll()) is not None:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise ServerFailed(f"the {self.name} {how}{self._last_words()}")
 
     def stop(self) -> int:
         """Stop it in order and return its exit code."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGCONT)  # one that somebody has stopped would not hear the first
             try:
                 self._process.wait(STOP_DEADLINE_S)
             except subprocess.TimeoutExpired:
@@ -78,7 +80,8 @@ class CeleryProcess:
         if self.log_file is None:
             return ""
         with self.log_file.open(encoding="utf-8", errors="replace") as log:
-            return "; it said last:\n" + "".join(deque(log, LOG_LINES_SHOWN)).rstrip()
+            said = "".join(deque(log, LOG_LINES_SHOWN)).rstrip()
+        return f"; it said last:\n{said}" if said else ""
 
 
 def start_worker(environment: Mapping[str, str], log_file: Path | None = None) -> CeleryProcess:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import redis
+import sqlalchemy as sa
 import typer
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -19,16 +22,19 @@ from rich.text import Text
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, print_whole, shown
-from kino_refunds.cli.servers import exports, stopping
+from kino_refunds.cli.servers import exports, interrupted_by_signals, stopping
 from kino_refunds.demo.figures import Snapshot, Told
 from kino_refunds.demo.run import Demo
 from kino_refunds.demo.stage import Stage
 from kino_refunds.demo.traffic import Traffic
 from kino_refunds.embedded import servers
+from kino_refunds.errors import DependencyAway
 
 KEPT_IN = Path(".kino-demo")
 """Where --keep leaves the settings and two events to try, in the working folder."""
 LOOK_EVERY_S = 0.5
+LAST_LOOK_S = 2.0
+"""A server that was killed breaks its connections a little before its guard knows."""
 FINDINGS_SHOWN = 5
 _MARKS = {"broken": ("BROKEN", "bold red"), "healed": ("HEALED", "bold green"), "": ("      ", "")}
 
@@ -52,18 +58,25 @@ def demo(
     Example: kino-refunds demo --keep
     """
     started = time.monotonic()
-    with _view() as view, ExitStack() as stack:
+    with ExitStack() as stack:
+        if keep:
+            stack.enter_context(_kept_folder())
+        stack.enter_context(interrupted_by_signals())
+        view = stack.enter_context(_view())
         view.say(0.0, "", "starting Postgres and Valkey, on loopback")
-        running = stack.enter_context(servers())
-        stage = stack.enter_context(Stage(running))
-        told = Demo(stage, view, jobs=jobs, seed=seed, started=started).run()
+        stage = stack.enter_context(Stage(stack.enter_context(servers())))
+        try:
+            told = Demo(stage, view, jobs=jobs, seed=seed, started=started).run()
+        except (sa.exc.SQLAlchemyError, redis.RedisError, DependencyAway):
+            stage.require_alive(for_s=LAST_LOOK_S)  # where a server of ours has ended, that is what happened
+            raise
         view.close()
         if as_json:
             print_json({**asdict(told), "kept": told.kept})
         else:
             show(told)
         if keep:
-            _keep(stage)
+            _keep(stage, errors if as_json else console)
     return 0 if told.kept else 1
 
 
@@ -181,22 +194,32 @@ def _latency(found: dict[str, Any]) -> str:
     return f"p50 {found['p50_ms']:,} ms, p99 {found['p99_ms']:,} ms, {found['jobs']:,} jobs"
 
 
-def _keep(stage: Stage) -> None:
-    """Leave servers, one worker and beat running; say how to reach them and what to try."""
-    KEPT_IN.mkdir(exist_ok=True)
-    files = {"env": exports(stage.settings), **Traffic(stage).open_one_more()}
+@contextmanager
+def _kept_folder() -> Iterator[None]:
+    """Make the folder before anything else, and take it away at the end; one that is there is somebody's."""
     try:
-        for name, text in files.items():
-            (KEPT_IN / name).write_text(text, encoding="utf-8")
-        with stopping() as stop:
-            console.print(_TRY_NEXT, markup=False, soft_wrap=True)
-            while not stop.wait(LOOK_EVERY_S):
-                stage.require_alive()
-        console.print("stopping")
+        KEPT_IN.mkdir()
+    except FileExistsError as error:
+        text = f"{KEPT_IN} is there already: another demo runs in this folder, or one was killed; then remove it"
+        raise typer.BadParameter(text) from error
+    except OSError as error:
+        raise typer.BadParameter(f"{KEPT_IN} cannot be made here: {error.strerror}") from error
+    try:
+        yield
     finally:
-        for name in files:
-            (KEPT_IN / name).unlink(missing_ok=True)
-        KEPT_IN.rmdir()
+        shutil.rmtree(KEPT_IN, ignore_errors=True)
+
+
+def _keep(stage: Stage, tell: Console) -> None:
+    """Leave servers, one worker and beat running; say how to reach them and what to try."""
+    files = {"env": exports(stage.settings), **Traffic(stage).open_one_more()}
+    for name, text in files.items():
+        (KEPT_IN / name).write_text(text, encoding="utf-8")
+    with stopping() as stop:
+        tell.print(_TRY_NEXT, markup=False, soft_wrap=True)
+        while not stop.wait(LOOK_EVERY_S):
+            stage.require_alive()
+    tell.print("stopping")
 
 
 _TRY_NEXT = f"""

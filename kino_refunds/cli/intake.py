@@ -45,9 +45,11 @@ def status(as_json: AsJson = False) -> int:
     Example: kino-refunds intake status --json
     """
     settings = load_settings()
-    with ledger_connection() as connection, redis_client(settings.require_redis_url()) as client:
+    # Redis outside the transaction: one that hangs would have Postgres end the session, and be blamed for it.
+    with ledger_connection() as connection:
         gate = read_gate(connection)
         workers = [dict(row) for row in connection.execute(_WORKERS).mappings()]
+    with redis_client(settings.require_redis_url()) as client:
         waiting = depths(client)
     alive = sum(worker["alive"] for worker in workers)
     if as_json:

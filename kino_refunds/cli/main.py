@@ -33,7 +33,7 @@ from kino_refunds.cli import (
 )
 from kino_refunds.cli.exit_codes import INTERRUPTED, USAGE, explained
 from kino_refunds.cli.output import errors, print_error, shown
-from kino_refunds.errors import KinoError
+from kino_refunds.errors import KinoError, ServerFailed
 from kino_refunds.settings import unknown_names
 
 app = typer.Typer(
@@ -64,6 +64,8 @@ for room in (
     room.register(app)
 
 
+LAST_WORDS_MAX, LAST_WORD_LENGTH = 5, 160
+"""Of the log of a server or worker that has ended."""
 COMPLETING = "_KINO_REFUNDS_COMPLETE"
 """Typer's name for it: set by the shell's completion when it asks what could come next."""
 
@@ -110,7 +112,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         return USAGE
     except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError) as error:
         code, text = explained(error)
-        print_error(text)
+        said = text.splitlines() if isinstance(error, ServerFailed) else [text]
+        print_error(said[0])
+        for line in said[1:][-LAST_WORDS_MAX:]:
+            errors.print(shown(f"  {line[:LAST_WORD_LENGTH]}"), soft_wrap=True, style="dim")
         return code
     if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         errors.print("interrupted")

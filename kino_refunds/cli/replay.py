@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
+from kino_refunds.cli.servers import interrupted_by_signals
 from kino_refunds.demo import replay as runs
 from kino_refunds.demo.replay import Replayed
 from kino_refunds.demo.trace import Workload, read_trace
@@ -44,7 +45,7 @@ def replay_trace(
 
 
 def _run(workload: Workload, *, as_json: bool) -> int:
-    with _progress() as report:
+    with interrupted_by_signals(), _progress() as report:
         report("starting Postgres, Valkey and a worker", 0, 0)
         with runs.scratch() as running:
             replayed = runs.replay(workload, running, progress=report)

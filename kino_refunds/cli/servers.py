@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from kino_refunds.db.migrate import migrate as migrate_database
 from kino_refunds.embedded import servers
 from kino_refunds.errors import BadSettings, DependencyAway
 from kino_refunds.processes import settings_for, start_beat, start_worker
-from kino_refunds.settings import load_settings, redacted
+from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
 
 LOOK_EVERY_S = 0.5
 
@@ -35,24 +35,50 @@ def register(app: typer.Typer) -> None:
 
 def exports(settings: Mapping[str, str]) -> str:
     """Write what a shell must read (`. FILE`) so that `kino-refunds` there is this one, with these settings."""
-    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
+    # What another ledger's file left in that shell (the demo's, then `dev`'s) must not be mixed with these.
+    others = sorted({f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - settings.keys())
+    lines = [f"unset {' '.join(others)}\n"]
+    lines += [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
     return "".join([*lines, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n'])
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C and SIGTERM set while the block runs, instead of ending the process."""
+    """Give an event that Ctrl-C, SIGTERM and a closed terminal set while the block runs, instead of ending us."""
     told = threading.Event()
 
     def tell(_signal: int, _frame: FrameType | None) -> None:
         told.set()
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(STOPS, tell):
         yield told
-    finally:
-        for number, handler in before.items():
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """While the block runs SIGTERM and a closed terminal are as Ctrl-C: what was started is put away in order."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(STOPS[1:], interrupt):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, old in before.items():
+        if old is not signal.SIG_IGN:  # under nohup a closed terminal is nobody's business
             signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def migrate(as_json: AsJson = False) -> None:

@@ -10,7 +10,8 @@ back), `worker_url`, `redis_url`; `grants` and `jobs` as they were asked for; `m
 Redis confirmed them (`queue`; `event`, null where nobody can read it; `reason` and base64 `raw` where it must
 become a dead letter; `burst`: what was pushed together); `silent` jobs and the `answers` that somebody knows
 for them; `terminated_for_violation` accounts; `killed` (`at`, `events` that the worker held); `transfers`, a
-digest taken halfway; `policy_versions`, `reconciler`, `overdue_grace_s`, `alive_ttl_s`.
+digest taken halfway; `policy_versions`, `reconciler`, `overdue_grace_s`, `alive_ttl_s`, `lot_grace_days`. Nobody
+in it has asked for a lot to be frozen, expired or voided.
 
 Exit code: 0 every promise held, 1 one did not, 2 usage, 3 a dependency is away.
 """
@@ -34,10 +35,18 @@ import redis
 
 INTEGRITY = (Path(__file__).parents[1] / "db" / "integrity.sql").read_text(encoding="utf-8")
 """One statement that names everything in a ledger that cannot be, whatever was asked of it."""
+FACTS = ("charge", "charge_line", "settlement", "transfer", "inbox_event")
+"""What is only ever inserted."""
 SHOWN_MAX = 5
 P99_MAX_S = 5.0
 OVERDUE_MAX_S = 300.0
-SETTLING = {"captured", "captured_not_covered", "captured_terminated", "refunded"}
+SETTLING = {
+    ("captured", "1"): "captured",
+    ("captured", "6.terminated"): "captured_terminated",
+    **{("captured", clause): "captured_not_covered" for clause in ("2.failure", "2.timeout", "2.safety")},
+    **{("refunded", clause): "refunded" for clause in ("2.failure", "2.timeout", "2.safety")},
+}
+"""What the inbox says of the event that settled a charge in this way; of no other event it may say so."""
 
 PROMISES = {
     "P1": "A charge is settled once.",
@@ -114,7 +123,8 @@ class Books(NamedTuple):
 
     charges: dict[str, Row]
     settlements: dict[int, list[Row]]
-    transfers: dict[int, list[Row]]
+    transfers: dict[int | None, list[Row]]
+    """By charge; those of no charge under None."""
     lots: dict[str, Row]
     inbox: dict[tuple[str, str], list[Row]]
     pending: set[tuple[str, str]]
@@ -195,6 +205,9 @@ class Referee:
                 continue
             asked, found = (job["account_id"], job["credits"]), (charge["account_id"], charge["credits"])
             p1.require(asked == found, f"{job_id} is charged {found}, asked for was {asked}")
+            until = datetime.fromisoformat(job["deadline_at"])
+            same = until == charge["deadline_at"]
+            p1.require(same, f"the deadline of {job_id} is {charge['deadline_at']}, asked for was {until}")
             times = len(self._books.settlements.get(charge["charge_id"], []))
             p1.require(times == 1, f"{job_id} is settled {times} times")
             ended = self._moved(job_id, "capture") + self._moved(job_id, "refund")
@@ -238,6 +251,10 @@ class Referee:
             wanted_breaks = int(len(kinds) > 1)
             found = told[contradiction, job_id]
             p3.require(found == wanted_breaks, f"{job_id}: {found} breaks {contradiction}, not {wanted_breaks}")
+        for each in self._books.breaks:
+            open_ = each["status"] == "open" and each["credits"] == self._jobs[each["job_id"]]["credits"]
+            several = len(self._events[each["job_id"]]) > 1
+            p3.require(open_ and several, f"{each['job_id']}: a break {each['kind']} that nobody can explain")
 
     def _lots(self) -> None:
         p4 = self._verdicts["P4"]
@@ -246,9 +263,22 @@ class Referee:
         p4.looked_at["successors"] = sum(lot["successor_of"] is not None for lot in self._books.lots.values())
         for grant in self._record["grants"]:
             lot = self._books.lots.get(grant["reference"])
-            asked = (grant["account_id"], grant["credits"], grant["class"])
-            found = lot and (lot["account_id"], lot["granted"], lot["class"])
+            until = grant["expires_at"] and datetime.fromisoformat(grant["expires_at"])
+            asked = (grant["account_id"], grant["credits"], grant["class"], grant["priority"], until)
+            found = lot and (lot["account_id"], lot["granted"], lot["class"], lot["priority"], lot["expires_at"])
             p4.require(found == asked, f"lot {grant['reference']} is {found}, granted was {asked}")
+        granted = {grant["reference"] for grant in self._record["grants"]}
+        for reference, lot in self._books.lots.items():
+            asked_for = lot["successor_of"] is not None or reference in granted
+            p4.require(asked_for, f"{lot['granted']} credits were granted as {reference}, and nobody asked for it")
+            if lot["successor_of"] is not None:
+                lives = timedelta(days=self._record["lot_grace_days"])
+                enough = lot["expires_at"] - lot["granted_at"] > lives - timedelta(minutes=1)
+                p4.require(enough, f"{reference} has expired {lot['expires_at']}: what came back cannot be spent")
+            p4.require(lot["state"] == "active", f"{reference} is {lot['state']}, and nobody asked for it")
+        for each in (each for transfers in self._books.transfers.values() for each in transfers):
+            asked_for = each["kind"] in {"grant", "hold", "capture", "refund"}
+            p4.require(asked_for, f"{each['credits']} credits of {each['account_id']} were taken: {each['kind']}")
 
     def _append_only(self) -> None:
         p5, halfway = self._verdicts["P5"], self._record["transfers"]
@@ -259,11 +289,12 @@ class Referee:
         p5.require(found == wanted, f"the transfers of halfway are {found} now, and were {wanted}")
         for url, who in ((self._record["worker_url"], "a worker"), (self._record["database_url"], "a superuser")):
             for statement in (
+                *(f"DELETE FROM kino.{table}" for table in FACTS),  # noqa: S608 - constants
+                *(f"TRUNCATE kino.{table}" for table in FACTS),
                 "UPDATE kino.transfer SET credits = credits + 1",
-                "DELETE FROM kino.transfer",
-                "TRUNCATE kino.transfer",
+                "UPDATE kino.settlement SET kind = 'captured'",
             ):
-                p5.looked_at["attempts to change them"] += 1
+                p5.looked_at["attempts to change facts"] += 1
                 p5.require(_refused(url, statement), f"{who} may {statement}")
 
     def _nothing_lost(self) -> None:
@@ -290,6 +321,7 @@ class Referee:
             asked, found = (message["reason"], message["queue"]), (letter["reason"], letter["queue"])
             p7.require(asked == found, f"{name} is kept as {found}")
             p7.require(letter["detail"], f"{name} is kept without a word of why")
+            p7.require(letter["status"] == "open", f"{name} is {letter['status']}, and nobody did that")
             p7.require(letter["seen"] >= times[raw], f"{name} came {times[raw]} times, counted is {letter['seen']}")
 
     def _neighbours(self) -> None:
@@ -316,12 +348,21 @@ class Referee:
             p9.looked_at["refunds that are due"] += due == {"refunded"}
             text = " or ".join("/".join(reading) for reading in allowed) or "settled by nobody"
             p9.require(standing in allowed, f"{job_id} is {'/'.join(standing)}, must be {text}")
+            p9.require(not self._settled_too_early(job_id), f"{job_id} was settled before it was overdue")
         wrong = bool(p9.findings)
         for what, seconds, most in self._lateness():
             p9.looked_at[what] = len(seconds)
             p99 = sorted(seconds)[int(len(seconds) * 0.99) - (len(seconds) % 100 == 0)] if seconds else 0.0
             p9.require(p99 <= most, f"{what}: p99 is {p99:.1f} s, promised are {most:.1f} s")
         p9.late = bool(p9.findings) and not wrong
+
+    def _settled_too_early(self, job_id: str) -> bool:
+        """Tell whether the reconciler ended this job before its deadline and grace had passed."""
+        charge = self._books.charges.get(job_id)
+        due = datetime.fromisoformat(self._jobs[job_id]["deadline_at"])
+        due += timedelta(seconds=self._record["overdue_grace_s"])
+        settled = self._books.settlements.get(charge["charge_id"], []) if charge else []
+        return any(row["event_source"] == self._record["reconciler"] and row["committed_at"] < due for row in settled)
 
     def _lateness(self) -> list[tuple[str, list[float], float]]:
         """Seconds from event, or from its charge where that came later, to COMMIT; the killed worker's apart."""
@@ -344,7 +385,7 @@ class Referee:
                 (killed if held else live).append(late)
         slow = P99_MAX_S + self._record["alive_ttl_s"]
         found = [("settled by their event", live, P99_MAX_S), ("settled without one", overdue, OVERDUE_MAX_S)]
-        return [*found, ("of the killed worker", killed, slow)] if killed else found
+        return [*found, ("of the killed worker", killed, slow)] if in_hand else found
 
     def _explained(self) -> None:
         p10 = self._verdicts["P10"]
@@ -356,13 +397,23 @@ class Referee:
                 named = transfer["actor"] and (transfer["kind"] == "hold" or transfer["reason"])
                 p10.require(named, f"a {transfer['kind']} of {job_id} does not say by whom and why")
 
+        for identity, rows in self._books.inbox.items():
+            for row in rows:
+                charge = self._books.charges.get(row["job_id"], {})
+                settled = self._books.settlements.get(charge.get("charge_id", 0), [])
+                mine = identity in {(each["event_source"], each["event_id"]) for each in settled}
+                word = row["outcome"]
+                p10.require(mine or word not in SETTLING.values(), f"event {identity} is {word}, and settled nothing")
+
     def _explain(self, p10: Verdict, job_id: str, charge: Row, row: Row) -> None:
         identity = (row["event_source"], row["event_id"])
         said = self._books.inbox.get(identity, [])
-        outcomes = [(each["job_id"], each["outcome"] in SETTLING) for each in said]
-        p10.require(outcomes == [(job_id, True)], f"{job_id} is settled by {identity}, of which the inbox says {said}")
+        outcomes = [(each["job_id"], each["outcome"]) for each in said]
+        wanted = [(job_id, SETTLING.get((row["kind"], row["clause"])))]
+        p10.require(outcomes == wanted, f"{job_id} is settled by {identity}, of which the inbox says {said}")
         p10.require(row["policy_version"] in self._record["policy_versions"], f"{job_id}: {row['policy_version']}?")
-        p10.require(row["settled_at"] >= charge["opened_at"], f"{job_id} was settled before it was opened")
+        in_time = charge["opened_at"] <= row["settled_at"] <= row["committed_at"] + timedelta(seconds=1)
+        p10.require(in_time, f"{job_id} says that it was settled at {row['settled_at']}")
         reading = Reading(row["kind"], row["reason"], row["clause"])
         event = self._events.get(job_id, {}).get(identity)
         if event is None:
@@ -416,7 +467,7 @@ def read_books(record: Row) -> Books:
             connection, "SELECT *, pg_xact_commit_timestamp(CAST(xid AS xid)) AS committed_at FROM kino.settlement"
         ):
             settlements[row["charge_id"]].append(row)
-        for row in _rows(connection, "SELECT * FROM kino.transfer WHERE charge_id IS NOT NULL"):
+        for row in _rows(connection, "SELECT * FROM kino.transfer"):
             transfers[row["charge_id"]].append(row)
         for row in _rows(connection, "SELECT * FROM kino.inbox_event"):
             inbox[row["source"], row["event_id"]].append(row)

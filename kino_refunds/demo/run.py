@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kino_refunds.demo import figures, promises
 from kino_refunds.demo.figures import Snapshot, Told
-from kino_refunds.demo.stage import OVERDUE_GRACE_S, Stage, alive_ttl_s
+from kino_refunds.demo.stage import OVERDUE_GRACE_S, Stage, alive_ttl_s, events_in
 from kino_refunds.demo.story import Job, Twist, document, make_closed_jobs, make_jobs, make_lots
 from kino_refunds.demo.traffic import Message, Traffic, ends, message, unreadable
-from kino_refunds.errors import MalformedMessage, ServerFailed
-from kino_refunds.events.envelope import MalformedReason, parse
+from kino_refunds.errors import ServerFailed
+from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Queue
 from kino_refunds.reconciliation.overdue import EVENT_SOURCE as RECONCILER
+from kino_refunds.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,9 +62,7 @@ class _Wound:
     """Something that was broken on purpose, and the question whether it has healed."""
 
     healed: str
-    query: str
-    values: dict[str, Any]
-    wanted: int
+    is_healed: Callable[[], bool]
 
 
 @dataclass
@@ -229,7 +228,7 @@ class Demo:
             return
         number, held = caught or (1, [])
         self._stage.kill(number)
-        events = [event for raw in held if (event := _id_in(raw)) is not None]
+        events = events_in(held)
         self._killed = _Killed(datetime.now(UTC), events)
         self._note_transfers()
         self._break(
@@ -247,8 +246,9 @@ class Demo:
             self._traffic.record["transfers"] = {"below": horizon, **promises.digest_transfers(superuser, horizon)}
 
     def _break(self, broken: str, healed: str, query: str, wanted: int, **values: Any) -> None:
+        """Say what is broken now; it has healed when `query` counts `wanted`."""
         self._say("broken", broken)
-        self._wounds.append(_Wound(healed, query, values, wanted))
+        self._wounds.append(_Wound(healed, lambda: bool(self._stage.one(query, **values) >= wanted)))
 
     def _say(self, what: str, text: str) -> None:
         self._view.say(time.monotonic() - self._started, what, text)
@@ -284,7 +284,7 @@ class Demo:
         self._looked = time.monotonic()
         self._stage.require_alive()
         for wound in list(self._wounds):
-            if self._stage.one(wound.query, **wound.values) >= wound.wanted:
+            if wound.is_healed():
                 self._wounds.remove(wound)
                 self._say("healed", wound.healed)
         with self._stage.operator.connect() as connection:
@@ -331,6 +331,7 @@ class Demo:
             "reconciler": RECONCILER,
             "overdue_grace_s": OVERDUE_GRACE_S,
             "alive_ttl_s": alive_ttl_s(),
+            "lot_grace_days": Settings.model_construct().lot_grace_days,
             "killed": {"at": killed.at.isoformat(), "events": killed.events},
         }
         path = self._stage.servers.data_dir / "record.json"
@@ -351,13 +352,6 @@ def judge(record: Path) -> list[dict[str, Any]]:
         raise ServerFailed(f"the promises could not be checked: {ran.stderr.strip()}")
     found: list[dict[str, Any]] = json.loads(ran.stdout)["items"]
     return found
-
-
-def _id_in(raw: bytes) -> str | None:
-    try:
-        return parse(raw).id
-    except MalformedMessage:
-        return None
 
 
 def _plain(url: str) -> str:

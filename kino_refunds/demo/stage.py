@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,16 +13,23 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
+from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.client import redis_client
+from kino_refunds.events.envelope import parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths, in_flight
 from kino_refunds.processes import CeleryProcess, settings_for, start_beat, start_worker
 from kino_refunds.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kino_refunds.embedded import Servers
 
 CATCHES_MAX = 400
+LOOK_EVERY_S = 0.1
+COMMIT_WITHIN_S = 0.1
+"""A COMMIT that was sent before its worker was stopped has ended by then."""
 LIMITS_MS = {"lock": 500, "statement": 1500, "idle_in_transaction": 500, "transaction": 1500, "tcp_user": 500}
 OVERDUE_GRACE_S = 2.0
 SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_id = ANY(:job_ids)"
@@ -44,6 +52,23 @@ _PIPELINE = (
     b"GRANT SELECT ON pipeline.job TO kino_read",
 )
 """The pipeline's own table of what became of its jobs: the job source that the overdue sweep asks."""
+
+
+_UNKNOWN = """
+    SELECT count(*) FROM unnest(CAST(:events AS text[])) AS held (event_id)
+    WHERE NOT EXISTS (SELECT FROM kino.inbox_event i WHERE i.event_id = held.event_id)
+      AND NOT EXISTS (SELECT FROM kino.pending_event p WHERE p.event_id = held.event_id)
+      AND NOT EXISTS (SELECT FROM kino.dead_letter d WHERE d.event_id = held.event_id)
+"""
+
+
+def events_in(raws: Iterable[bytes]) -> list[str]:
+    """Read the ids of the events in these messages; those that nobody can read have none."""
+    found = []
+    for raw in raws:
+        with suppress(MalformedMessage):
+            found.append(parse(raw).id)
+    return found
 
 
 def alive_ttl_s() -> float:
@@ -86,8 +111,18 @@ class Stage:
         """The KINO_* variables of the processes, for whoever wants to look at the same ledger."""
         return settings_for(self.servers, **SETTINGS, KINO_JOB_SOURCE_URL=self.servers.database_url(role="kino_read"))
 
-    def require_alive(self) -> None:
-        """Raise ServerFailed if a process has ended by itself."""
+    def require_alive(self, *, for_s: float = 0.0) -> None:
+        """Raise ServerFailed if a server or a process has ended by itself, or does so within `for_s`."""
+        deadline = time.monotonic() + for_s
+        while True:
+            self._require_alive_now()
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(LOOK_EVERY_S)
+
+    def _require_alive_now(self) -> None:
+        self.servers.postgres.require_alive()
+        self.servers.redis.require_alive()
         for process in (*self.workers.values(), self._beat):
             process.require_alive()
 
@@ -105,20 +140,26 @@ class Stage:
         return sum(depths(self.redis).values())
 
     def catch(self) -> tuple[int, list[bytes]] | None:
-        """Stop one worker after the other for an instant; the first that holds messages is left stopped.
+        """Stop one worker after the other for an instant; the first that holds an undecided batch is left stopped.
 
-        Returns its number and those messages; None if nobody was caught before nothing waited any more.
+        Returns its number and its messages; None if nobody was caught before nothing waited any more.
         """
         worker_ids = self.one("SELECT jsonb_object_agg(pid, worker_id) FROM kino.intake_worker")
         for _ in range(CATCHES_MAX):
             for number, worker in self.workers.items():
                 os.kill(worker.pid, signal.SIGSTOP)
-                if held := in_flight(self.redis, worker_ids[str(worker.pid)]):
+                held = in_flight(self.redis, worker_ids[str(worker.pid)])
+                if held and self._is_undecided(held):
                     return number, held
                 os.kill(worker.pid, signal.SIGCONT)
             if not self.waiting():
                 return None
         return None
+
+    def _is_undecided(self, held: list[bytes]) -> bool:
+        """Whether a stopped worker's batch is not committed: then nothing at all is known of one of its events."""
+        time.sleep(COMMIT_WITHIN_S)
+        return bool(self.one(_UNKNOWN, events=events_in(held)))
 
     def kill(self, number: int) -> None:
         """End a worker by SIGKILL."""

@@ -98,8 +98,15 @@ class Traffic:
         with self._stage.product.begin() as connection:
             grant_lots(connection, grants)
         self.record["grants"] = [
-            {"reference": g.reference, "account_id": g.account_id, "credits": g.credits, "class": g.lot_class.value}
-            for g in grants
+            {
+                "reference": each.reference,
+                "account_id": each.account_id,
+                "credits": each.credits,
+                "class": each.lot_class.value,
+                "priority": each.priority,
+                "expires_at": each.expires_at and each.expires_at.isoformat(),
+            }
+            for each in grants
         ]
         return len({grant.account_id for grant in grants})
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -26,6 +28,7 @@ from kino_refunds.demo.figures import Snapshot, Told
 from kino_refunds.demo.run import Demo, judge
 from kino_refunds.demo.stage import Stage
 from kino_refunds.embedded import Servers, servers
+from kino_refunds.errors import ServerFailed
 from kino_refunds.events.envelope import MalformedReason
 
 pytestmark = pytest.mark.slow
@@ -256,6 +259,7 @@ PLANTED = {
             f" FROM kino.transfer WHERE kind = 'refund' AND charge_id = {REFUNDED}"
         ),
     ),
+    "a deadline that nobody asked for": ("P1", "UPDATE kino.charge SET deadline_at = deadline_at + interval '1 day'"),
     # P2
     "an event that is decided twice": (
         "P2",
@@ -291,6 +295,14 @@ PLANTED = {
         ),
     ),
     "a contradiction that nobody was told of": ("P3", "DELETE FROM kino.break"),
+    "a break that nobody can explain": (
+        "P3",
+        (
+            "INSERT INTO kino.break (kind, job_id, credits, detail)"
+            f" SELECT 'failed_after_capture', job_id, credits, 'x' FROM kino.charge WHERE charge_id = {CAPTURED}"
+        ),
+    ),
+    "a break that somebody has closed": ("P3", "UPDATE kino.break SET status = 'accepted'"),
     # P4
     "a refund to another lot": (
         "P4",
@@ -316,7 +328,39 @@ PLANTED = {
         "P4",
         "UPDATE kino.credit_lot SET granted = granted + 1 WHERE reference = 'customer-01-pack'",
     ),
+    "money from nothing": (
+        "P4",
+        (
+            "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining)"
+            " VALUES ('gift', 'customer-01', 'purchased', 9, 9);"
+            "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, reason, actor)"
+            " SELECT 'grant', 'issued', 'wallet', account_id, lot_id, 9, 'purchased', 'x' FROM kino.credit_lot"
+            " WHERE reference = 'gift'"
+        ),
+    ),
+    "a refund that was taken again": (
+        "P4",
+        (
+            "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, reason, actor)"
+            " SELECT 'void', 'wallet', 'voided', account_id, lot_id, remaining, 'x', 'x' FROM kino.credit_lot"
+            " WHERE reference = 'customer-01-pack';"
+            "UPDATE kino.credit_lot SET remaining = 0, state = 'voided' WHERE reference = 'customer-01-pack'"
+        ),
+    ),
+    "a lot that nobody froze": (
+        "P4",
+        "UPDATE kino.credit_lot SET state = 'frozen' WHERE reference = 'customer-01-pack'",
+    ),
+    "a lot that expires sooner than it was granted for": (
+        "P4",
+        "UPDATE kino.credit_lot SET expires_at = now() WHERE reference = 'customer-01-month'",
+    ),
+    "a successor that has expired at birth": (
+        "P4",
+        "UPDATE kino.credit_lot SET expires_at = granted_at WHERE successor_of IS NOT NULL",
+    ),
     # P5
+    "a settlement that may be deleted": ("P5", "DROP TRIGGER append_only ON kino.settlement"),
     "a transfer that a superuser may change": ("P5", "DROP TRIGGER append_only ON kino.transfer"),
     "a transfer that a worker may change": (
         "P5",
@@ -357,6 +401,7 @@ PLANTED = {
     ),
     "a dead letter without a word": ("P7", "UPDATE kino.dead_letter SET detail = '' WHERE reason = 'bad_base64'"),
     "a dead letter that was not counted": ("P7", "UPDATE kino.dead_letter SET seen = 0 WHERE reason = 'bad_base64'"),
+    "a dead letter that somebody closed": ("P7", "UPDATE kino.dead_letter SET status = 'discarded'"),
     # P8
     "a good event that became a dead letter": (
         "P8",
@@ -396,7 +441,26 @@ PLANTED = {
             " WHERE clause = '6.terminated'"
         ),
     ),
+    "a verdict before its time": (
+        "P9",
+        (
+            "UPDATE kino.settlement SET event_source = 'kino-reconciler'"
+            " WHERE charge_id = (SELECT min(charge_id) FROM kino.settlement)"
+        ),
+    ),
     # P10
+    "an event that says something else": (
+        "P10",
+        "UPDATE kino.inbox_event SET outcome = 'captured' WHERE outcome = 'refunded'",
+    ),
+    "an event that settled nothing and says so": (
+        "P10",
+        "UPDATE kino.inbox_event SET outcome = 'refunded' WHERE outcome = 'already_refunded'",
+    ),
+    "a settlement in the future": (
+        "P10",
+        f"UPDATE kino.settlement SET settled_at = settled_at + interval '5 years' WHERE charge_id = {CAPTURED}",
+    ),
     "a settlement by an event that nobody knows": (
         "P10",
         f"UPDATE kino.settlement SET event_id = 'unknown' WHERE charge_id = {REFUNDED}",
@@ -483,3 +547,60 @@ def test_referee_speaks_to_people_too(copy: Copy, change: dict[str, Any], code: 
     )
 
     assert (ran.returncode, says in ran.stdout + ran.stderr) == (code, True), ran.stdout + ran.stderr
+
+
+# --- the command's own ends -----------------------------------------------------------------------------------
+
+
+def ended(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run the command in a folder until it ends by itself."""
+    script = Path(sys.executable).with_name("kino-refunds")
+    ran = subprocess.run([script, "demo", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def test_kept_demo_refuses_a_folder_that_is_somebody_s(tmp_path: Path) -> None:
+    """Before any server starts: what lies in .kino-demo is another demo's, or a person's, and stays."""
+    (tmp_path / ".kino-demo").mkdir()
+    (tmp_path / ".kino-demo" / "env").write_text("mine")
+
+    code, said = ended(tmp_path, "--keep")
+
+    assert (code, said.count("\n")) == (2, 1)
+    assert "is there already" in said
+    assert (tmp_path / ".kino-demo" / "env").read_text() == "mine"
+
+
+def test_kept_demo_says_so_where_it_cannot_write(tmp_path: Path) -> None:
+    """A folder that is a file, here; nothing was started."""
+    (tmp_path / ".kino-demo").write_text("")
+
+    code, said = ended(tmp_path, "--keep")
+
+    assert (code, said.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["postgres", "redis"])
+def test_demo_whose_server_ends_says_which(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A server that ends under the demo is named; the user's own settings are not blamed."""
+    killed: list[int] = []
+
+    def show(_view: object, now: Snapshot) -> None:
+        if now.submitted and not killed:
+            killed.append(now.submitted)
+            os.kill(getattr(stages[0].servers, name).pid, signal.SIGKILL)
+
+    stages: list[Stage] = []
+    monkeypatch.setattr(Stage, "__init__", remembered(stages, Stage.__init__))
+    monkeypatch.setattr(command._Lines, "show", show)
+
+    with pytest.raises(ServerFailed, match="ended by itself"):
+        command.demo(jobs=1_000, seed=1, keep=False, as_json=True)
+
+
+def remembered(made: list[Any], init: Callable[..., None]) -> Callable[..., None]:
+    def remember(self: Any, *arguments: Any) -> None:
+        made.append(self)
+        init(self, *arguments)
+
+    return remember
