@@ -28,6 +28,8 @@ from tests.benchmarks.rows import differences
 from tests.benchmarks.throughput import Bench, made
 from workers.bootstep import terms_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
     "refunds_per_second": int,

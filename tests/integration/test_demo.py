@@ -31,7 +31,7 @@ from kino_refunds.embedded import Servers, servers
 from kino_refunds.errors import ServerFailed
 from kino_refunds.events.envelope import MalformedReason
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 JOBS = 300
 
