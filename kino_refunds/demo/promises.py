@@ -170,6 +170,7 @@ class Referee:
             self._verdicts[name].findings += texts
         for verdict in self._verdicts.values():
             if not verdict.looked_at or not all(verdict.looked_at.values()):
+                verdict.late = False
                 verdict.say(f"not checked: there was nothing to look at in {dict(verdict.looked_at)}")
         return list(self._verdicts.values())
 
@@ -385,7 +386,9 @@ class Referee:
                 (killed if held else live).append(late)
         slow = P99_MAX_S + self._record["alive_ttl_s"]
         found = [("settled by their event", live, P99_MAX_S), ("settled without one", overdue, OVERDUE_MAX_S)]
-        return [*found, ("of the killed worker", killed, slow)] if in_hand else found
+        # What it held may settle nothing, such as one event for a wrong account; then there is nothing to be late.
+        settles = any(row["event_id"] in in_hand for rows in self._books.settlements.values() for row in rows)
+        return [*found, ("of the killed worker", killed, slow)] if settles else found
 
     def _explained(self) -> None:
         p10 = self._verdicts["P10"]

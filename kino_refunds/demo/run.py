@@ -158,7 +158,7 @@ class Demo:
         )
         self._break(
             f"{early} events come before their charge",
-            f"those {early} waited in Postgres until their charge was there",
+            f"those {early} are settled, now that their charge is there",
             settled,
             early,
             jobs=jobs[Twist.EARLY],
@@ -166,7 +166,7 @@ class Demo:
         kinds = len(MalformedReason)
         self._break(
             f"{kinds} messages that nobody can read, one of each kind",
-            f"those {kinds} are dead letters, whole; no neighbour waited",
+            f"those {kinds} are dead letters, whole",
             letters,
             kinds,
             reasons=[reason.value for reason in MalformedReason],
@@ -206,7 +206,7 @@ class Demo:
         self._traffic.publish([message(event) for event in right])
         self._break(
             f"{len(again)} other endings come under the id of a decided event",
-            f"those {len(again)} are dead letters, and moved nothing",
+            f"those {len(again)} are dead letters",
             letters,
             len(again),
             reasons=["conflicting_duplicate"],
@@ -233,7 +233,7 @@ class Demo:
         self._note_transfers()
         self._break(
             f"worker {number} is killed by SIGKILL with {len(held)} messages in its hands",
-            f"the other worker recovered those {len(held)}, and settled them one at a time",
+            f"the other worker has recovered and decided those {len(held)}",
             "SELECT count(*) FROM kino.inbox_event WHERE event_id = ANY(:events)",
             len(set(events) - self._traffic.doomed()),
             events=events,

@@ -152,6 +152,8 @@ class Bench:
                 return outcomes_of(settle_batch(engine, due, terms, now))
 
             while waiting(engine):
+                if time.monotonic() - started > DEADLINE_S:
+                    raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
                 tried += sweep_retries(engine, settle_again, now=datetime.now(UTC)).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:

@@ -782,12 +782,13 @@ def ended_by(number: signal.Signals, *arguments: str, once: Callable[[bytes], bo
     return program.wait(60), said + rest
 
 
-def test_interrupt_ends_with_130_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a demo: one word, exit code 130, no server and no worker left behind."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_ends_with_130_and_leaves_nothing(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, SIGTERM or a closed terminal in the middle of a demo: one word, 130, no process and no file left."""
     with tempfile.TemporaryDirectory(prefix="kino-test-") as folder:
         Path(folder).chmod(0o711)
         monkeypatch.setenv("TMPDIR", folder)
-        code, said = ended_by(signal.SIGINT, "demo", "--jobs", "20000", once=lambda said: b"BROKEN" in said)
+        code, said = ended_by(number, "demo", "--jobs", "20000", once=lambda said: b"BROKEN" in said)
 
         assert code == 130
         assert said.splitlines()[-1] == b"interrupted"

@@ -166,7 +166,7 @@ def test_whatever_was_broken_is_said_to_have_healed(run: Run) -> None:
 
     assert len(broken) == len(healed) == 8
     assert any("is killed by SIGKILL" in text for text in broken)
-    assert any(text.startswith("the other worker recovered") for text in healed)
+    assert any(text.startswith("the other worker has recovered") for text in healed)
 
 
 def test_end_table_names_everything(
@@ -518,6 +518,19 @@ def test_lateness_is_found_and_told_apart(copy: Copy) -> None:
 
     assert p9["late"]
     assert any("promised are 5.0 s" in text for text in p9["findings"])
+
+
+def test_killed_worker_s_batch_that_nobody_settled_late_is_not_mere_lateness(copy: Copy) -> None:
+    """A batch in its hands, all of which was settled before the kill, proves nothing: P9 says so, late or not."""
+    copy.record["killed"]["at"] = "2100-01-01T00:00:00+00:00"
+    copy.execute("UPDATE kino.charge SET opened_at = opened_at - interval '1 hour'")
+    copy.execute("UPDATE kino.settlement SET event_time = event_time - interval '1 minute'")
+
+    p9 = next(each for each in judge(copy.save()) if each["promise"] == "P9")
+
+    assert not p9["late"]
+    assert any("promised are" in text for text in p9["findings"])
+    assert any("not checked" in text for text in p9["findings"])
 
 
 def test_promise_with_nothing_to_look_at_is_not_held(copy: Copy) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from kino_refunds.cli.servers import exports
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
@@ -123,6 +122,22 @@ def dev(data_dir: Path) -> Iterator[Dev]:
         until(lambda: not alive(started.family), deadline_s=60)
 
 
+def sourced_settings(file: Path) -> tuple[dict[str, str], str]:
+    """What a shell in which another ledger's settings were left has after `. FILE`, and its kino-refunds."""
+    stale = {**ENVIRONMENT, "KINO_RETRY_EVERY_S": "1", "KINO_JOB_SOURCE_URL": "postgresql://elsewhere/gone"}
+    ran = subprocess.run(
+        ["/bin/sh", "-c", f". {file}; env; command -v kino-refunds"],
+        env=stale,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *lines, program = ran.stdout.splitlines()
+    return {
+        name: value for name, _, value in (line.partition("=") for line in lines) if name.startswith(PREFIX)
+    }, program
+
+
 def test_dev_settles_keeps_its_data_and_leaves_nothing_behind(data_dir: Path) -> None:
     """What a product and a pipeline do is settled, Ctrl-C is clean, the next run finds it all, SIGKILL takes all."""
     with dev(data_dir) as first:
@@ -137,7 +152,7 @@ def test_dev_settles_keeps_its_data_and_leaves_nothing_behind(data_dir: Path) ->
         # The event of job-2 came before its charge: beat has it tried again.
         first.charge("job-2")
         until(lambda: first.status("job-2") == "captured")
-        environment_file = (data_dir / "env").read_text(encoding="utf-8")
+        sourced = sourced_settings(data_dir / "env")
 
         first.process.send_signal(signal.SIGINT)
         assert first.process.stdout is not None
@@ -163,7 +178,7 @@ def test_dev_settles_keeps_its_data_and_leaves_nothing_behind(data_dir: Path) ->
         "KINO_REDIS_URL",
         "KINO_JOB_SOURCE",
     ]
-    assert environment_file == exports(first.settings)
+    assert sourced == (first.settings, str(SCRIPT))
     assert (in_use.returncode, in_use.stderr.count("\n")) == (3, 1)
     assert f"{data_dir}/postgres is in use by the servers of process {first.process.pid}" in in_use.stderr
     assert (code, left) == (0, set())
