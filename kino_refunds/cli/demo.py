@@ -36,6 +36,7 @@ LOOK_EVERY_S = 0.5
 LAST_LOOK_S = 2.0
 """A server that was killed breaks its connections a little before its guard knows."""
 FINDINGS_SHOWN = 5
+_WORDS = {"held": ("held", "green"), "late": ("late", "yellow"), "broken": ("BROKEN", "bold red")}
 _MARKS = {"broken": ("BROKEN", "bold red"), "healed": ("HEALED", "bold green"), "": ("      ", "")}
 
 
@@ -179,10 +180,8 @@ def show(told: Told) -> None:
     console.print("\nthe promises, checked by a program that shares no code with the product", style="bold")
     table = Table(box=None, pad_edge=False, show_header=False)
     for each in told.promises:
-        held = not each["findings"]
         looked = ", ".join(f"{count:,} {what}" for what, count in each["looked_at"].items())
-        mark = ("held", "green") if held else ("late", "yellow") if each["late"] else ("BROKEN", "bold red")
-        table.add_row(Text(*mark), each["promise"], Text.assemble(each["says"], (f" {looked}", "dim")))
+        table.add_row(Text(*_WORDS[each["word"]]), each["promise"], Text.assemble(each["says"], (f" {looked}", "dim")))
         for text in each["findings"][:FINDINGS_SHOWN]:
             table.add_row("", "", Text(text, style="red"))
     print_whole(table)

@@ -13,7 +13,8 @@ for them; `terminated_for_violation` accounts; `killed` (`at`, `events` that the
 digest taken halfway; `policy_versions`, `reconciler`, `overdue_grace_s`, `alive_ttl_s`, `lot_grace_days`. Nobody
 in it has asked for a lot to be frozen, expired or voided.
 
-Exit code: 0 every promise held, 1 one did not, 2 usage, 3 a dependency is away.
+Exit code: 0 every promise held (or was only late: a slow machine is no lost refund), 1 one was broken, 2 usage,
+3 a dependency is away.
 """
 
 from __future__ import annotations
@@ -104,9 +105,22 @@ class Verdict:
     late: bool = False
     """Whether all that is wrong is that something took too long: then it may be the machine."""
 
+    @property
+    def word(self) -> str:
+        """The verdict in one word: `held`, `late` or `broken`."""
+        if not self.findings:
+            return "held"
+        return "late" if self.late else "broken"
+
     def as_dict(self) -> Row:
         """Return plain values for JSON."""
-        return {**vars(self), "looked_at": dict(self.looked_at)}
+        return {
+            "promise": self.promise,
+            "says": self.says,
+            "word": self.word,
+            "looked_at": dict(self.looked_at),
+            "findings": self.findings,
+        }
 
     def say(self, text: str) -> None:
         """Add a finding."""
@@ -533,12 +547,12 @@ def main() -> int:
     else:
         for verdict in verdicts:
             looked = ", ".join(f"{count:,} {what}" for what, count in verdict.looked_at.items())
-            print(f"{verdict.promise:<4}{'held' if not verdict.findings else 'BROKEN'}  {verdict.says}  ({looked})")  # noqa: T201
+            print(f"{verdict.promise:<4}{verdict.word:<6}  {verdict.says}  ({looked})")  # noqa: T201
             for text in verdict.findings[:SHOWN_MAX]:
                 print(f"      {text}")  # noqa: T201
             if len(verdict.findings) > SHOWN_MAX:
                 print(f"      and {len(verdict.findings) - SHOWN_MAX:,} more")  # noqa: T201
-    return int(any(verdict.findings for verdict in verdicts))
+    return int(any(verdict.word == "broken" for verdict in verdicts))
 
 
 if __name__ == "__main__":

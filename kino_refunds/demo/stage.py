@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CATCHES_MAX = 400
 LOOK_EVERY_S = 0.1
 COMMIT_WITHIN_S = 0.1
-"""A COMMIT that was sent before its worker was stopped has ended by then."""
+"""A COMMIT that was sent before its worker was stopped has begun by then; how long it takes is the disk's business."""
 LIMITS_MS = {"lock": 500, "statement": 1500, "idle_in_transaction": 500, "transaction": 1500, "tcp_user": 500}
 OVERDUE_GRACE_S = 2.0
 SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_id = ANY(:job_ids)"
@@ -59,6 +59,11 @@ _UNKNOWN = """
     WHERE NOT EXISTS (SELECT FROM kino.inbox_event i WHERE i.event_id = held.event_id)
       AND NOT EXISTS (SELECT FROM kino.pending_event p WHERE p.event_id = held.event_id)
       AND NOT EXISTS (SELECT FROM kino.dead_letter d WHERE d.event_id = held.event_id)
+"""
+
+_COMMITTING = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE application_name = 'kino-intake' AND state = 'active' AND query = 'COMMIT'
 """
 
 
@@ -159,6 +164,10 @@ class Stage:
     def _is_undecided(self, held: list[bytes]) -> bool:
         """Whether a stopped worker's batch is not committed: then nothing at all is known of one of its events."""
         time.sleep(COMMIT_WITHIN_S)
+        for _ in range(CATCHES_MAX):
+            if not self.one(_COMMITTING):  # the other worker's may be seen too: one instant without any is enough
+                break
+            time.sleep(LOOK_EVERY_S / 10)
         return bool(self.one(_UNKNOWN, events=events_in(held)))
 
     def kill(self, number: int) -> None:

@@ -179,13 +179,11 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
 
 
 def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
-    """Read the messages that one worker has claimed and not dropped, in no particular order."""
-    return [
-        raw
-        for queue in SERVED
-        for raw in client.lrange(f"kino:inflight:{worker_id}:{queue}", 0, -1)
-        if isinstance(raw, bytes)
-    ]
+    """Read the messages that one worker has claimed and not dropped, at one instant: a batch is seen whole or not."""
+    with client.pipeline(transaction=True) as pipeline:
+        for queue in SERVED:
+            pipeline.lrange(f"kino:inflight:{worker_id}:{queue}", 0, -1)
+        return [raw for raws in pipeline.execute() for raw in raws]
 
 
 def depths(client: redis.Redis) -> dict[str, int]:

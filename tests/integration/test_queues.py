@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import pytest
@@ -37,6 +39,7 @@ from kino_refunds.events.queues import (
     Recovered,
     Waiting,
     depths,
+    in_flight,
     waiting,
 )
 from kino_refunds.events.schema import Queue
@@ -707,6 +710,28 @@ def test_waiting_reads_every_place_at_once(redis: Redis) -> None:
     )
     assert contents(redis) == before
     assert depths(redis) == counts(JOB_COMPLETED=2, in_flight=1, recovered=1)
+
+
+def test_a_batch_in_flight_is_seen_whole_or_not_at_all(redis: Redis) -> None:
+    """Who looks at a worker's hands while it claims and releases never sees a part of its batch."""
+    push(redis, FAILED, b"failed")
+    push(redis, COMPLETED, b"completed")
+    stop = Event()
+
+    def claim_and_release() -> None:
+        queues = worker(redis, A)
+        while not stop.is_set():
+            queues.release(queues.claim().token)
+
+    with ThreadPoolExecutor(1) as pool:
+        claiming = pool.submit(claim_and_release)
+        try:
+            seen = Counter(tuple(sorted(in_flight(redis, A))) for _ in range(1_000))
+        finally:
+            stop.set()
+        claiming.result()
+
+    assert set(seen) == {(), (b"completed", b"failed")}
 
 
 def test_waiting_is_complete_only_when_everything_was_read(redis: Redis) -> None:
