@@ -37,6 +37,8 @@ CLONE_NEWUSER = 0x10000000
 INSIDE_ID = 1000
 # A folder whose owner was killed a moment ago is still being shut down by that owner's guard.
 LOCK_PATIENCE_S = 15.0
+# The file in a server's folder that says whose it is.
+IN_USE = "in-use"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -229,7 +231,7 @@ def locked(folder: Path) -> Iterator[int]:
     of the last server is gone, whoever was killed in which order. The file names the owner: if that one
     lives, waiting is in vain; if it is dead, or is our own, the server is on its way out.
     """
-    descriptor = os.open(folder / "in-use", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while not try_lock(descriptor):
         holder = os.pread(descriptor, 32, 0).decode()
@@ -262,10 +264,10 @@ def forget_dead_postmaster(folder: Path) -> None:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove the server's folder, and the one around it once the last server has left it."""
+    """Remove the server's folder, and the one around it, logs and all, once the last server has left it."""
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        folder.parent.rmdir()
+    if not any(folder.parent.glob(f"*/{IN_USE}")):
+        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 # --- the server's life ------------------------------------------------------------------------------------

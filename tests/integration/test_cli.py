@@ -765,9 +765,10 @@ def test_reader_that_leaves_early_is_no_error(database: Database, scene: Scene, 
     assert (program.wait(60), said) == (0, b"")
 
 
-def ended_by(number: signal.Signals, *arguments: str, once: Callable[[bytes], bool]) -> tuple[int, bytes]:
-    """Run the script, signal it once it has said so, and return its exit code and what it said on stderr."""
-    program = script(*arguments)
+def ended_by(
+    number: signal.Signals, program: subprocess.Popen[bytes], *, once: Callable[[bytes], bool]
+) -> tuple[int, bytes]:
+    """Signal the script once it has said so, and return its exit code and what it said on stderr."""
     assert program.stdout is not None
     assert program.stderr is not None
     said = b""
@@ -783,30 +784,60 @@ def ended_by(number: signal.Signals, *arguments: str, once: Callable[[bytes], bo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupt_ends_with_130_and_leaves_nothing(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_ends_with_130_and_leaves_nothing(number: signal.Signals, scratch: Path) -> None:
     """Ctrl-C, SIGTERM or a closed terminal in the middle of a demo: one word, 130, no process and no file left."""
+    # Under nohup a closed terminal is ignored, and what is ignored is inherited.
+    before = signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+    try:
+        code, said = demo_ended_by(number, scratch)
+    finally:
+        signal.signal(number, before)
+
+    assert code == 130
+    assert said.splitlines()[-1] == b"interrupted"
+    assert b"Traceback" not in said
+    until(lambda: processes_of(scratch) == [] and not any(scratch.iterdir()))
+
+
+@pytest.mark.faults
+def test_killed_demo_leaves_nothing_either(scratch: Path) -> None:
+    """SIGKILL gives it no time to put anything away: the servers' guards do, logs and all."""
+    code, _ = demo_ended_by(signal.SIGKILL, scratch)
+
+    assert code == -signal.SIGKILL
+    until(lambda: processes_of(scratch) == [] and not any(scratch.iterdir()))
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for scratch servers, which whoever they run as may enter."""
     with tempfile.TemporaryDirectory(prefix="kino-test-") as folder:
         Path(folder).chmod(0o711)
-        monkeypatch.setenv("TMPDIR", folder)
-        # Under nohup a closed terminal is ignored, and what is ignored is inherited.
-        before = signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
-        try:
-            code, said = ended_by(number, "demo", "--jobs", "20000", once=lambda said: b"BROKEN" in said)
-        finally:
-            signal.signal(number, before)
-
-        assert code == 130
-        assert said.splitlines()[-1] == b"interrupted"
-        assert b"Traceback" not in said
-        until(lambda: processes_of(folder) == [] and not any(Path(folder).iterdir()))
+        yield Path(folder)
 
 
-def processes_of(folder: str) -> list[str]:
+def demo_ended_by(number: signal.Signals, scratch: Path) -> tuple[int, bytes]:
+    program = script("demo", "--jobs", "20000", TMPDIR=str(scratch))
+    return ended_by(number, program, once=lambda said: b"BROKEN" in said)
+
+
+def test_interrupt_while_it_is_loaded_is_no_traceback() -> None:
+    """Ctrl-C in the first second, in the middle of the imports, ends as it does later."""
+    program = script("balance", "acme", PYTHONPROFILEIMPORTTIME="1")
+    code, said = ended_by(signal.SIGINT, program, once=lambda said: b" redis\n" in said)
+
+    assert code == 130
+    assert said.splitlines()[-1] == b"interrupted"
+    assert b"Traceback" not in said
+    assert b"kino_refunds.cli.main" not in said
+
+
+def processes_of(folder: Path) -> list[str]:
     """Every process that has the folder in its command line or environment, this one aside."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-            if folder.encode() in told and process.name != str(os.getpid()):
+            if os.fsencode(folder) in told and process.name != str(os.getpid()):
                 found.append(told.decode(errors="replace"))
     return found

@@ -167,6 +167,7 @@ def test_killed_owner_leaves_nothing_behind() -> None:
     """An owner that ends by SIGKILL leaves no process running and no scratch folder."""
     with owner() as (program, said):
         folder = Path(said["folder"])
+        (folder / "worker.log").write_text("what the owner had written beside its servers")
         assert set(said["processes"]) <= processes_of(folder)
 
         program.kill()

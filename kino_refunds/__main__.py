@@ -1,0 +1,32 @@
+"""Where `kino-refunds` and `python -m kino_refunds` begin: Ctrl-C is understood before the slow imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+INTERRUPTED = 130
+"""As in `cli/exit_codes.py`, which needs the imports."""
+
+
+def main() -> None:
+    """Run the command line; see `kino_refunds.cli.main`."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # in the background of a script Ctrl-C is nobody's business
+        signal.signal(signal.SIGINT, _leave)
+    from kino_refunds.cli.main import main as run  # noqa: PLC0415 - the second in which Ctrl-C must not be a traceback
+
+    signal.signal(signal.SIGINT, before)
+    run()
+
+
+def _leave(*_: object) -> None:
+    """Leave at once: nothing was started that would have to be put away."""
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
