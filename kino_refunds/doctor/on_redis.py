@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Any, Final
 
 import redis
@@ -24,6 +25,9 @@ MEMORY_SHARE_MAX: Final = 0.8
 OLDEST_MAX: Final = timedelta(minutes=1)
 """Events are settled within seconds; one that waits for a minute means that nobody takes them."""
 _SHOWN = 3
+_SCAN_STEP = 1_000
+_OURS: Final = ("kino:", "kino.", "_kombu.")
+"""What keys begin with that we write, some of which end with a queue's name."""
 
 
 def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
@@ -49,6 +53,7 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
             "set both by NTP",
             level="warn",
         )
+        yield _misspelt(client)
         yield from _queues(client)
 
 
@@ -167,6 +172,27 @@ def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
         "a full Redis refuses publishers, and beat cannot hand out sweeps, while workers still drain it:"
         " see what waits with `kino-refunds intake status`",
         level="fail" if full else "warn",
+    )
+
+
+def _misspelt(client: redis.Redis) -> Finding:
+    """Look for lists whose names are almost a queue's: nobody reads what a publisher writes there."""
+    try:
+        lists = {key.decode(errors="backslashreplace") for key in client.scan_iter(count=_SCAN_STEP, _type="list")}
+    except redis.exceptions.NoPermissionError:
+        # deploy/users.acl: then no publisher may write there either.
+        return Finding("queue names", "ok", "this user may not list keys, and publishers may write to queues only")
+    meant = {}
+    for name in sorted(lists - set(QUEUE_KEYS)):
+        if not name.startswith(_OURS) and (nearest := get_close_matches(name, SERVED, n=1)):
+            meant[name] = nearest[0]
+    return judge(
+        "queue names",
+        not meant,
+        f"nobody reads {_listed([ascii(name) for name in meant])}" if meant else "no list has a name like theirs",
+        "if those are events, their publisher means"
+        f" {_listed(sorted(set(meant.values())))}: mend it, then move each there, as admin, by LMOVE … RIGHT LEFT",
+        level="warn",
     )
 
 

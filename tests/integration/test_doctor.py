@@ -150,7 +150,7 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
         *("postgres version", "postgres writable", "durability", "postgres clock", "roles", "product limit"),
         *("rights", "migrations", "append-only", "intake", "workers", "beat", "beat", "beat"),
         *("redis rights", "redis version", "redis role", "redis cluster", "redis eviction", "redis persistence"),
-        *("redis memory", "redis clock", "queue keys", "queues"),
+        *("redis memory", "redis clock", "queue names", "queue keys", "queues"),
     ]
 
 
@@ -941,6 +941,22 @@ def test_key_that_is_not_a_queue_is_found(doctor: Doctor, redis: Redis) -> None:
     advice = "somebody else writes under a queue's name: RENAME that key away, as admin, and look at what it is"
     says = r"not a list: 'generation.job-failed\x06\x163'"
     assert found == Diagnosis(1, [Found("queue keys", "fail", says, advice)])
+
+
+@pytest.mark.usefixtures("well")
+def test_queue_whose_name_is_misspelt_is_found(doctor: Doctor, redis: Redis) -> None:
+    """A publisher's typo is a list that nobody reads; lists of other people are none of our business."""
+    redis.lpush("generation.job-complete", "{}")
+    redis.lpush("jobs.to-do", "{}")
+    redis.lpush("kino:inflight:w:generation.job-failed", "{}")
+
+    found = doctor()
+
+    advice = (
+        "if those are events, their publisher means generation.job-completed: mend it, then move each there, as admin,"
+        " by LMOVE … RIGHT LEFT"
+    )
+    assert found == Diagnosis(0, [Found("queue names", "warn", "nobody reads 'generation.job-complete'", advice)])
 
 
 @pytest.mark.usefixtures("well")
