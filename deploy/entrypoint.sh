@@ -4,9 +4,7 @@ set -eu
 case "${1:-worker}" in
   worker)
     [ $# -eq 0 ] || shift
-    # No gossip, mingling or heartbeats between workers: they have nothing to say to each other, and all of it
-    # would go through Redis.
-    exec celery --quiet -A workers.app worker --without-gossip --without-mingle --without-heartbeat "$@" ;;
+    exec celery --quiet -A workers.app worker "$@" ;;
   beat)
     shift
     # When it last did what. Losing this file is harmless: a slot that ran is a row in Postgres.

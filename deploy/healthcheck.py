@@ -2,8 +2,8 @@
 """Does intake's heart beat on this host? Exit code 0, or 1 with one line that says what is wrong.
 
 For a container that holds one worker. It says no only to what a restart can mend: an intake thread that is
-gone or stuck although Postgres answers. A Postgres that is away is not mended by restarting every worker, and
-a paused intake beats on.
+gone or stuck although a heartbeat could be written. A Postgres that is away, read-only, full or locked is not
+mended by restarting every worker, and a paused intake beats on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from kino_refunds.settings import load_settings
 # Six heartbeats: a worker that searches a bad batch for its bad event writes none in between.
 SILENT_S_MAX = 60
 
+# A heartbeat on trial, rolled back: where it fails, that is why the real ones do not come.
+_TRY = sa.text("UPDATE kino.intake_worker SET seen_at = seen_at WHERE host = :host AND stopped_at IS NULL")
 _BEAT = sa.text(
     "SELECT EXTRACT(EPOCH FROM clock_timestamp() - max(seen_at)) FROM kino.intake_worker"
     " WHERE host = :host AND stopped_at IS NULL"
@@ -38,6 +40,8 @@ def main() -> str | None:
     try:
         with engine.connect() as connection:
             silent_s = connection.execute(_BEAT, {"host": host}).scalar_one()
+            connection.execute(_TRY, {"host": host})
+            connection.rollback()
     except sa.exc.DBAPIError:
         return None
     if silent_s is None:

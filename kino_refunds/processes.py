@@ -86,8 +86,7 @@ class CeleryProcess:
 
 def start_worker(environment: Mapping[str, str], log_file: Path | None = None) -> CeleryProcess:
     """Start a worker with its intake."""
-    flags = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-    return CeleryProcess(["worker", *flags], environment, log_file)
+    return CeleryProcess(["worker"], environment, log_file)
 
 
 def start_beat(environment: Mapping[str, str], schedule_file: Path, log_file: Path | None = None) -> CeleryProcess:

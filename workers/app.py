@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery
+from celery import Celery, bootsteps
 from celery.signals import setup_logging
 
 from kino_refunds.log import configure_logging, get_logger
@@ -64,7 +64,21 @@ app.conf.update(
     timezone="UTC",
     beat_schedule=beat_schedule(settings),
 )
-app.steps["worker"].add(IntakeStep)
+
+
+class AloneStep(bootsteps.Step):
+    """Workers have nothing to say to each other, however they are started: no gossip, mingling or heartbeats.
+
+    All of it would go through Redis, where users.acl does not let a worker PUBLISH: it would end at its start.
+    """
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        # Read when the consumer is made, which is after every step of the worker.
+        parent.options |= {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
+
+
+app.steps["worker"] |= {IntakeStep, AloneStep}
 
 
 @setup_logging.connect
