@@ -3,7 +3,8 @@
 -- here: postgres-init.sh sets them.
 DO $$
 BEGIN
-    -- By default every role of the server may connect to every database and make temporary tables in it.
+    -- By default every role of the server may connect to every database and make temporary tables in it. Whoever
+    -- else works in this database must be let in by name: GRANT CONNECT ON DATABASE … TO ….
     EXECUTE format('REVOKE CONNECT, TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
     -- The default since Postgres 15; a database that is older than that may still have it otherwise.
     REVOKE CREATE ON SCHEMA public FROM PUBLIC;

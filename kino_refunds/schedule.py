@@ -57,7 +57,7 @@ class Run:
         return max(LATE_SLOTS * timedelta(seconds=self.every_s), LATE_MIN)
 
     def is_late(self, now: datetime) -> bool:
-        """Tell whether it ran and does not any more; `missed` looks back one hour and says 0 after it."""
+        """Tell whether it ran and does not any more."""
         return self.last is not None and now - self.last > self.late_after
 
 

@@ -44,7 +44,6 @@ log = get_logger(__name__)
 BACK_OFF_FIRST_S = 0.2
 BACK_OFF_MAX_S = 10.0
 """Below the alive TTL by far: a worker that waits for Postgres must not be taken for dead."""
-PAUSED_LOOK_EVERY_S = 1.0
 PROBE_EVERY_S = 30.0
 """While the tripwire holds intake, one event is tried this often: a fixed build opens it by itself."""
 TRIPWIRE_WINDOW = 1_000

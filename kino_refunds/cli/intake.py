@@ -79,7 +79,7 @@ def pause(
 ) -> None:
     """Stop taking events, in every worker, until somebody resumes.
 
-    Nothing is lost: events wait on their queues, and overdue jobs get no verdict meanwhile.
+    Nothing is lost: events wait on their queues; retries and the overdue sweep wait too.
 
     Example: kino-refunds intake pause --reason "ledger maintenance until 14:00"
     """
