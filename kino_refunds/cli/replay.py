@@ -38,6 +38,10 @@ def replay_trace(
     Scratch servers, whatever KINO_* URLs are set; every job and every wallet is compared with the
     trace. Exit code 1 means that the ledger disagrees with the trace.
 
+    A row is a job: gmt_create (YYYY-MM-DD HH:MM:SS), predict_status (SUCCEED, FAILED, PENDING or PROCESSING;
+    the event of the last two never comes), exec_time_seconds, groupId (the account) and num_images_per_prompt
+    (the credits; empty: 1).
+
     Example: kino-refunds replay-trace gentd26-first60.csv --json
     """
     grace = Settings.model_construct().overdue_grace

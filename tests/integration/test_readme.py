@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -11,9 +12,12 @@ from redis import Redis
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.envelope import parse
-from kino_refunds.ledger import Balance, Grant, LotClass, balance, grant_lots
+from kino_refunds.ledger import Balance, Grant, LotClass, balance, grant_lots, open_charge
+from kino_refunds.policy.automatic import judge
+from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import PREFIX, Settings
 from tests.conftest import Database
+from tests.scenario import EVENT_AT, KINDS, make_event
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -23,6 +27,30 @@ def example(name: str) -> str:
     found = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
     assert found is not None, f"the README has no example {name}"
     return found[1]
+
+
+ENDINGS = {
+    "completed": ["completed"],
+    "failed, `origin` is `platform`, `provider` or `unknown`": ["failed platform", "failed provider", "failed unknown"],
+    "failed, `origin` is `user`": ["failed user"],
+    "timed out": ["timeout"],
+    "timed out, `result_produced` is true": ["timeout with result"],
+    "was rejected, `stage` is `before_generation` or `during_generation`": ["safety before", "safety during"],
+    "was rejected, `stage` is `after_generation`": ["safety after"],
+}
+"""How the README puts each of the endings that a job can have."""
+
+
+def endings_table() -> str:
+    """What the policy in force makes of every ending, as the README's rows."""
+    document = published_policy().for_event(EVENT_AT, opened_at=EVENT_AT, now=EVENT_AT)
+    verdicts = [
+        (text, judge(make_event(kind), document, terminated_for_violation=False))
+        for text, kinds in ENDINGS.items()
+        for kind in kinds
+    ]
+    rows = [f"| {text} | {'refunded' if each.refund else 'kept'} | `{each.clause.value}` |" for text, each in verdicts]
+    return "\n".join(dict.fromkeys(rows))
 
 
 def settings_table() -> str:
@@ -68,6 +96,29 @@ def test_product_example_is_all_or_nothing(database: Database, granted: int, lef
         found = (raised, jobs, balance(connection, "acme"))
     engine.dispose()
     assert found == (("", 1, left) if granted >= 8 else ("InsufficientCredits", 0, left))
+
+
+def test_reading_example_reads_what_came_of_a_job(database: Database) -> None:
+    """The README's product reads balance, statement and a job's status with the rights that it has."""
+    engine = create_engine(database.url("kino_product"))
+    with engine.begin() as connection:
+        grant_lots(connection, [Grant("order-1", "acme", 10, LotClass.PURCHASED)])
+        open_charge(connection, job_id="job-42", account_id="acme", credits=8, deadline_at=EVENT_AT)
+    read: dict[str, Any] = {"engine": engine, "sa": sa}
+
+    exec(example("read"), read)  # noqa: S102 - our own README
+
+    engine.dispose()
+    assert read["now"] == Balance(available=2, held=8)
+    assert [(line.kind, line.credits) for line in read["lines"]] == [("grant", 10), ("hold", -8)]
+    assert tuple(read["charge"]) == ("open", 8, 0, None, None)
+
+
+def test_endings_table_is_what_the_policy_says() -> None:
+    """Whoever publishes reads in the README what each ending does to the customer's credits."""
+    assert {kind for kinds in ENDINGS.values() for kind in kinds} == set(KINDS)
+    assert len(endings_table().splitlines()) == len(ENDINGS)
+    assert endings_table() in README
 
 
 def test_settings_table_is_what_the_code_reads() -> None:
