@@ -141,6 +141,11 @@ class Settings(BaseSettings):
         return self.session_limits.longest_hold_s + ALIVE_MARGIN_S
 
     @property
+    def retry_lease(self) -> timedelta:
+        """How long a retry sweep may have events in hand before another takes them: as long as it counts as alive."""
+        return timedelta(seconds=self.alive_ttl_s)
+
+    @property
     def lot_grace(self) -> timedelta:
         """`lot_grace_days` as a duration."""
         return timedelta(days=self.lot_grace_days)

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 NOW = datetime.now(UTC).replace(microsecond=0)
 EVENT_AT = NOW - timedelta(minutes=1)
 SOURCE = "/pipeline/eu-1"
+LEASE = timedelta(minutes=1)
+"""How long a retry sweep of a test may have events in hand."""
 PATIENT = SessionLimits(
     lock_timeout_ms=60_000,
     statement_timeout_ms=60_000,
@@ -284,7 +286,7 @@ class Scene:
         def settle_due(due: Sequence[Delivery], at: datetime) -> list[Outcome]:
             return outcomes_of(settle_batch(self.worker, due, terms or make_terms(), at))
 
-        return sweep_retries(self.worker, settle_due, now=now, limit=limit).outcomes
+        return sweep_retries(self.worker, settle_due, now=now, lease=LEASE, limit=limit).outcomes
 
     # Assert.
 

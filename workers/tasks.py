@@ -73,10 +73,16 @@ def _in_slot(name: str, run: Callable[[datetime], dict[str, Any]], *, settles: b
 @shared_task(name="kino.sweep_retries")
 def sweep_retries() -> None:
     """Try events again whose time, or whose charge, has come."""
-    terms = terms_of(load_settings())
+    settings = load_settings()
+    terms = terms_of(settings)
 
     def run(now: datetime) -> dict[str, Any]:
-        swept = sweep(_engine(), lambda due, at: outcomes_of(settle_batch(_engine(), due, terms, at)), now=now)
+        swept = sweep(
+            _engine(),
+            lambda due, at: outcomes_of(settle_batch(_engine(), due, terms, at)),
+            now=now,
+            lease=settings.retry_lease,
+        )
         return {"tried": swept.tried, "outcomes": swept.outcomes}
 
     _in_slot("kino.sweep_retries", run, settles=True)

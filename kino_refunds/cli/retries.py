@@ -107,7 +107,11 @@ def run_now(
             )
         while True:
             swept = sweep_retries(
-                engine, lambda due, at: outcomes_of(settle_batch(engine, due, terms, at)), now=now, event_id=event_id
+                engine,
+                lambda due, at: outcomes_of(settle_batch(engine, due, terms, at)),
+                now=now,
+                lease=settings.retry_lease,
+                event_id=event_id,
             )
             if not swept.tried:
                 break

@@ -25,8 +25,6 @@ FIRST_DELAY = timedelta(seconds=5)
 LONGEST_DELAY = timedelta(minutes=15)
 GIVE_UP_AFTER = timedelta(hours=24)
 """A charge that has not come a day after its job ended is not late, it is missing: a person looks."""
-LEASE = timedelta(minutes=2)
-"""Longer than a settle with all its time-outs; a sweep that died gives its rows back after this."""
 HISTORY_LENGTH_MAX = 50
 
 Waiting = tuple[Delivery, "Outcome"]
@@ -134,12 +132,13 @@ def unpark(connection: sa.Connection, done: Mapping[Identity, str]) -> None:
 
 
 def lease_due(
-    connection: sa.Connection, *, now: datetime, limit: int = 500, event_id: str | None = None
+    connection: sa.Connection, *, now: datetime, lease: timedelta, limit: int = 500, event_id: str | None = None
 ) -> list[Delivery]:
-    """Take events whose time has come, and those whose charge has come, for the length of `LEASE`.
+    """Take events whose time has come, and those whose charge has come, for the length of `lease`.
 
     In the caller's transaction, which must be committed before they are settled: the lease, not a lock,
-    keeps a second sweep away from them.
+    keeps a second sweep away from them. It runs out with the alive TTL of a worker, so what a sweep had in hand
+    when it was killed comes back as soon as its worker's batch (P9).
     """
     rows = connection.execute(
         sa.text("""
@@ -160,7 +159,7 @@ def lease_due(
             WHERE p.source = due.source AND p.event_id = due.event_id
             RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts
         """),
-        {"now": now, "until": now + LEASE, "limit": limit, "event_id": event_id},
+        {"now": now, "until": now + lease, "limit": limit, "event_id": event_id},
     )
     return [
         delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
@@ -181,6 +180,7 @@ def sweep_retries(
     settle_deliveries: Callable[[Sequence[Delivery], datetime], Collection[Outcome]],
     *,
     now: datetime,
+    lease: timedelta,
     limit: int = 500,
     event_id: str | None = None,
 ) -> Swept:
@@ -189,7 +189,7 @@ def sweep_retries(
     If Postgres goes away in between, the leases run out and no attempt is spent.
     """
     with engine.begin() as connection:
-        due = lease_due(connection, now=now, limit=limit, event_id=event_id)
+        due = lease_due(connection, now=now, lease=lease, limit=limit, event_id=event_id)
     outcomes: dict[str, int] = {}
     for outcome in settle_deliveries(due, now) if due else ():
         outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1

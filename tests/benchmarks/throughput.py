@@ -144,7 +144,8 @@ class Bench:
 
     def _settle_busy(self) -> float:
         """Do what beat would: try jobs again that waited for a lot too long; returns the seconds it took."""
-        terms = terms_of(Settings.model_construct())
+        settings = Settings.model_construct()
+        terms = terms_of(settings)
         started, tried = time.monotonic(), 0
         with engine_of(self.servers) as engine:
 
@@ -154,7 +155,8 @@ class Bench:
             while waiting(engine):
                 if time.monotonic() - started > DEADLINE_S:
                     raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
-                tried += sweep_retries(engine, settle_again, now=datetime.now(UTC)).tried
+                now = datetime.now(UTC)
+                tried += sweep_retries(engine, settle_again, now=now, lease=settings.retry_lease).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:
             print(f"  {tried:,} jobs were busy, and settled by the retry sweep")

@@ -374,6 +374,7 @@ class World:
                 self.engine,
                 lambda due, at: outcomes_of(settle_batch(self.engine, due, self.terms, at)),
                 now=datetime.now(UTC) + timedelta(minutes=20),
+                lease=timedelta(minutes=1),
             )
 
     def sweep_overdue(self, source: JobSource | None, *, asks: int = 1, later_s: float = 0.0) -> OverdueReport:

@@ -33,7 +33,7 @@ from kino_refunds.settlement.settle import Decision, Terms, settle
 from tests.conftest import Database
 from tests.malformed import MALFORMED
 from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
-from tests.scenario import NOW, Scene, Waits, make_event, make_terms, until
+from tests.scenario import LEASE, NOW, Scene, Waits, make_event, make_terms, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
 from workers.bootstep import Chores, terms_of
@@ -344,6 +344,7 @@ def test_a_job_whose_credits_somebody_holds_waits_alone(brisk_scene: Scene, redi
         scene.worker,
         lambda due, now: outcomes_of(settle_batch(scene.worker, due, make_terms(), now)),
         now=datetime.now(UTC) + timedelta(minutes=1),
+        lease=LEASE,
     )
 
     assert sizes == [3]

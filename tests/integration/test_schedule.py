@@ -17,6 +17,7 @@ from kino_refunds.schedule import KEPT_FOR, Entry, Run, claim_slot, entries, fin
 from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.relay import relay_refunds
 from tests.scenario import EVENT_AT, Scene, make_event
+from workers import tasks
 from workers.schedule import beat_schedule
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
@@ -204,6 +205,29 @@ def test_a_beat_that_is_a_little_late_each_time_misses_nothing(scene: Scene) -> 
     found = read(scene, ticks[-1])
 
     assert found.missed == 0
+
+
+def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as_dead(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a retry sweep had in hand when it was killed waits no longer than its worker's batch: the alive TTL."""
+    scene.settle(make_event("timeout"))
+    scene.as_superuser("UPDATE kino.pending_event SET next_attempt_at = now() - interval '1 hour'")
+    monkeypatch.setenv("KINO_STATEMENT_TIMEOUT_MS", "1000")
+    monkeypatch.setattr(tasks, "_engine", lambda: scene.worker)
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(tasks, "settle_batch", killed)
+    alive_ttl = timedelta(seconds=load_settings().alive_ttl_s)
+    before = datetime.now(UTC)
+    with pytest.raises(SystemExit):
+        tasks.sweep_retries()
+    after = datetime.now(UTC)
+
+    ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")
+    assert before + alive_ttl <= leased_until <= after + alive_ttl
 
 
 def test_what_is_off_is_not_scheduled() -> None:

@@ -11,9 +11,9 @@ from kino_refunds.events.schema import JobFailed
 from kino_refunds.ledger import Balance
 from kino_refunds.policy.document import Policy, make_policy, published_policy
 from kino_refunds.settlement.deliveries import delivery_of
-from kino_refunds.settlement.retries import GIVE_UP_AFTER, LEASE, LONGEST_DELAY, lease_due
+from kino_refunds.settlement.retries import GIVE_UP_AFTER, LONGEST_DELAY, lease_due
 from kino_refunds.settlement.settle import settle
-from tests.scenario import EVENT_AT, NOW, SOURCE, Dead, Scene, Waits, make_event, make_terms
+from tests.scenario import EVENT_AT, LEASE, NOW, SOURCE, Dead, Scene, Waits, make_event, make_terms
 
 SECOND = timedelta(seconds=1)
 
@@ -422,7 +422,7 @@ def test_a_leased_event_is_left_to_who_leased_it(scene: Scene) -> None:
     scene.settle(make_event("timeout"))
     due_at = NOW + LONGEST_DELAY
     with scene.worker.begin() as connection:
-        leased = lease_due(connection, now=due_at)
+        leased = lease_due(connection, now=due_at, lease=LEASE)
 
     meanwhile = scene.sweep(now=due_at + LEASE - SECOND)
     afterwards = scene.sweep(now=due_at + LEASE)
@@ -437,7 +437,7 @@ def test_a_leased_event_comes_back_as_the_event_that_was_parked(scene: Scene) ->
     scene.settle(parked)
 
     with scene.worker.begin() as connection:
-        [leased] = lease_due(connection, now=NOW + LONGEST_DELAY)
+        [leased] = lease_due(connection, now=NOW + LONGEST_DELAY, lease=LEASE)
 
     assert (leased.event, leased.fingerprint, leased.raw) == (parked.event, parked.fingerprint, parked.raw)
     assert leased.pending_since == NOW
