@@ -169,7 +169,7 @@ def show(told: Told) -> None:
     print_facts(
         [
             ("duplicates absorbed", told.duplicates_absorbed),
-            ("tried again", told.retried),
+            ("retries", told.retried),
             ("overdue, found without an event", told.overdue_found),
             ("breaks for a person", told.breaks),
             ("latency, event to commit", _latency(told.latency)),

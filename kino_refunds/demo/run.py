@@ -115,6 +115,7 @@ class Demo:
         self._chapter = "jobs run, events come"
         self._say_what_is_wrong()
         self._traffic.publish([each for job in self._closed for each in ends(job)])
+        self._submitted = len(self._closed)
         chunks = [self._jobs[start : start + CHUNK] for start in range(0, len(self._jobs), CHUNK)]
         kill_from = int(len(chunks) * KILLED_AT)
         kinds = list(MalformedReason)

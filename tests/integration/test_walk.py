@@ -43,7 +43,7 @@ def test_walk_moves_the_credits_once(demo: walk.KeptDemo) -> None:
 def test_demo_prints_what_the_readme_shows(demo: walk.KeptDemo) -> None:
     """Every promise, every figure's name and every thing that was broken stands in both; the numbers differ."""
     line = re.compile(
-        r"(?:# )?(?:BROKEN|HEALED|held|late) .*|(?:duplicates|tried|overdue|breaks|latency|seconds) [^#-]*"
+        r"(?:# )?(?:BROKEN|HEALED|held|late) .*|(?:duplicates|retries|overdue|breaks|latency|seconds) [^#-]*"
     )
 
     def lines(text: str) -> set[str]:
