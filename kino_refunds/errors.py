@@ -52,6 +52,10 @@ class DeadLetterNotFound(KinoError):
     """No dead letter has this number."""
 
 
+class DeadLetterClosed(KinoError):
+    """Somebody has closed this dead letter, or has it in hand; nothing was done to it."""
+
+
 class BreakNotFound(KinoError):
     """No open break has this number."""
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 import typer
 
-from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine
+from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
+from kino_refunds.errors import MalformedMessage
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
-from kino_refunds.settlement.replays import note_letter, replay_letter, require_letter, set_letter_status
+from kino_refunds.settlement.replays import Replay, discard_letter, note_letter, replay_letter, require_letter
 from kino_refunds.settlement.settle import Terms
 
 RAW_SHOWN_MAX = 4_000
@@ -137,6 +138,8 @@ def replay(
     """Put dead letters back through settlement.
 
     The event keeps its identity: if its job was settled meanwhile it is a duplicate, and nothing moves twice.
+    A correction must be of the letter's own event, and there is one: who comes second is told.
+
     Exit code 1 means that a letter is still open.
 
     Example: kino-refunds dead-letters replay 7 8 --dry-run
@@ -146,14 +149,29 @@ def replay(
     settings = load_settings()
     terms = Terms(published_policy(), settings.lot_grace, settings.build)
     corrected = edited.read_bytes() if edited is not None else None
+    replays: list[Replay] = []
     with ledger_engine(settings) as engine:
         with engine.connect() as connection:
             for number in numbers:
                 require_letter(connection, number)
-        replays = [
-            replay_letter(engine, number, terms, datetime.now(UTC), actor=by, edited=corrected, dry_run=dry_run)
-            for number in dict.fromkeys(numbers)
-        ]
+            if not dry_run:
+                warn_if_paused(connection)
+        try:
+            for number in dict.fromkeys(numbers):
+                now = datetime.now(UTC)
+                replays += [replay_letter(engine, number, terms, now, actor=by, edited=corrected, dry_run=dry_run)]
+        except MalformedMessage as error:  # only a correction can be one here
+            raise typer.BadParameter(f"{edited}: {error.code}: {error.text}; nothing was settled") from error
+        finally:
+            # What was settled before an error is settled, and is told.
+            if replays:
+                _show_replays(replays, as_json=as_json)
+    if dry_run and not as_json:
+        console.print("dry run: nothing was written", style="dim")
+    return 0 if all(each.closed for each in replays) else 1
+
+
+def _show_replays(replays: list[Replay], *, as_json: bool) -> None:
     rows = [
         {
             "number": each.dead_letter_id,
@@ -165,9 +183,6 @@ def replay(
         for each in replays
     ]
     print_items(rows, next_cursor=None, as_json=as_json, empty="")
-    if dry_run and not as_json:
-        console.print("dry run: nothing was written", style="dim")
-    return 0 if all(each.closed for each in replays) else 1
 
 
 def discard(
@@ -182,7 +197,7 @@ def discard(
     """
     confirm(f"Discard dead letter {number}?", yes=yes)
     with ledger_connection() as connection:
-        set_letter_status(connection, number, "discarded", actor=by, now=datetime.now(UTC), entry={"note": note})
+        discard_letter(connection, number, note=note, actor=by, now=datetime.now(UTC))
     console.print(f"dead letter {number} is discarded; it is kept")
 
 

@@ -13,9 +13,10 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from kino_refunds.cli.output import errors, shown
 from kino_refunds.db.engine import create_engine
 from kino_refunds.settings import Settings, load_settings
-from kino_refunds.settlement.gate import TRIPWIRE
+from kino_refunds.settlement.gate import TRIPWIRE, read_gate
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -37,6 +38,14 @@ def ledger_connection() -> Iterator[sa.Connection]:
     """Give a connection to KINO_DATABASE_URL; what is done in it is committed at the end."""
     with ledger_engine() as engine, engine.begin() as connection:
         yield connection
+
+
+def warn_if_paused(connection: sa.Connection) -> None:
+    """Say on standard error that intake is paused, where a person is about to settle something all the same."""
+    gate = read_gate(connection)
+    if gate.paused:
+        text = f"warning: intake is paused by {gate.actor} ({gate.reason}); what you run settles all the same"
+        errors.print(shown(text), soft_wrap=True)
 
 
 def read_time(text: str | None) -> datetime | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
-from kino_refunds.cli.options import AsJson, ledger_connection, ledger_engine
+from kino_refunds.cli.options import AsJson, ledger_connection, ledger_engine, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
@@ -98,6 +98,7 @@ def run_now(
     tried, outcomes = 0, dict[str, int]()
     with ledger_engine(settings) as engine:
         with engine.begin() as connection:
+            warn_if_paused(connection)
             connection.execute(
                 sa.text(
                     "UPDATE kino.pending_event SET next_attempt_at = :now"

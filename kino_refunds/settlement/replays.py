@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from kino_refunds.errors import DeadLetterNotFound, MalformedMessage
+from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.envelope import parse
 from kino_refunds.events.schema import ID_LENGTH_MAX
 from kino_refunds.settlement.batch import settle_batch
@@ -19,9 +22,16 @@ from kino_refunds.settlement.outcomes import Disposition, disposition
 from kino_refunds.settlement.settle import decide, read_charges
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
     from kino_refunds.settlement.settle import Terms
+
+LOCK_CLASS = 0x6B696E6F
+"""`kino`, in the space of Postgres' advisory locks."""
+HELD_FOR_S_MAX = 10.0
+"""A replay takes milliseconds; whoever holds a letter for longer than this is not waited for."""
+LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +57,68 @@ def replay_letter(
 ) -> Replay:
     """Settle a dead letter's event; it keeps its identity, so what was settled meanwhile is a duplicate.
 
-    `edited` is a corrected message; it settles as `<id>+edit.N`, because its content is not the original's.
+    `edited` is a corrected message; it settles as `<id>+edit.N`, because its content is not the original's. It
+    must be of the letter's event, and the letter not replayed yet: a second correction would contradict the first.
     With `dry_run` the outcome is what it would be now, and nothing is written. A replay that fails leaves the
-    letter open, counted once more. Raises DeadLetterNotFound, and whatever is transient.
+    letter open, counted once more, also if it was discarded. Raises DeadLetterNotFound, DeadLetterClosed,
+    MalformedMessage if `edited` is no event or another one, and whatever is transient.
     """
+    with nullcontext() if dry_run else _alone_with(engine, dead_letter_id):
+        return _replay(engine, dead_letter_id, terms, now, actor=actor, edited=edited, dry_run=dry_run)
+
+
+@contextmanager
+def _alone_with(engine: sa.Engine, dead_letter_id: int) -> Iterator[None]:
+    """Keep everybody else from replaying this letter meanwhile.
+
+    Not by the letter's row: a replay that fails writes to it from a session of its own.
+    """
+    key = _lock_key(dead_letter_id)
+    deadline = time.monotonic() + HELD_FOR_S_MAX
+    # In no transaction, which would be idle for as long as the settling takes.
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        while not connection.execute(_TRY_LOCK, key).scalar_one():
+            if time.monotonic() > deadline:
+                raise DeadLetterClosed(_held(dead_letter_id))
+            time.sleep(LOOK_EVERY_S)
+        try:
+            yield
+        finally:
+            connection.execute(_UNLOCK, key)
+
+
+_TRY_LOCK = sa.text("SELECT pg_try_advisory_lock(:class, :id)")
+_TRY_LOCK_HERE = sa.text("SELECT pg_try_advisory_xact_lock(:class, :id)")
+_UNLOCK = sa.text("SELECT pg_advisory_unlock(:class, :id)")
+
+
+def _lock_key(dead_letter_id: int) -> dict[str, int]:
+    return {"class": LOCK_CLASS, "id": dead_letter_id % 2**31}
+
+
+def _held(dead_letter_id: int) -> str:
+    return f"dead letter {dead_letter_id} is being replayed by somebody else; nothing was done, look at it again"
+
+
+def _replay(
+    engine: sa.Engine,
+    dead_letter_id: int,
+    terms: Terms,
+    now: datetime,
+    *,
+    actor: str,
+    edited: bytes | None,
+    dry_run: bool,
+) -> Replay:
     with engine.connect() as connection:
-        letter = connection.execute(_LETTER, {"dead_letter_id": dead_letter_id}).one_or_none()
-    if letter is None:
-        raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")
+        letter = require_letter(connection, dead_letter_id)
+    if edited is not None and letter.status == "replayed":
+        raise DeadLetterClosed(_closed(dead_letter_id, letter))
+
+    def close(status: str, **entry: Any) -> None:
+        with engine.begin() as connection:
+            set_letter_status(connection, dead_letter_id, status, actor=actor, now=now, entry=entry)
+
     try:
         delivery = read_delivery(letter.raw, letter.queue) if edited is None else _edited(edited, letter)
     except MalformedMessage as error:
@@ -64,22 +128,24 @@ def replay_letter(
             with engine.begin() as connection:
                 again = malformed_letter(letter.raw, letter.queue, error)
                 record_dead_letters(connection, [again], now=now, build=terms.build)
-                if again.key != bytes(letter.message_key):
-                    entry = {"outcome": error.code}
-                    set_letter_status(connection, dead_letter_id, "replayed", actor=actor, now=now, entry=entry)
+            if again.key != bytes(letter.message_key):
+                close("replayed", outcome=error.code)
+            elif letter.status == "discarded":
+                close("open", outcome=error.code)
         return Replay(dead_letter_id, letter.event_id, letter.job_id, error.code, closed=False)
     outcome, closed = _would_settle(engine, delivery, terms, now) if dry_run else _settle(engine, delivery, terms, now)
     # A letter under another key has taken this one's place: the same message, read by another build.
     replaced = not closed and event_letter(delivery, "", "").key != bytes(letter.message_key)
-    if (closed or replaced) and not dry_run:
-        change = {"outcome": outcome, "as": delivery.event.id} if edited is not None else {"outcome": outcome}
-        with engine.begin() as connection:
-            set_letter_status(connection, dead_letter_id, "replayed", actor=actor, now=now, entry=change)
+    if not dry_run:
+        if closed or replaced:
+            close("replayed", outcome=outcome, **({} if edited is None else {"as": delivery.event.id}))
+        elif letter.status == "discarded":
+            close("open", outcome=outcome)
     return Replay(dead_letter_id, delivery.event.id, delivery.event.job_id, outcome, closed)
 
 
 _LETTER = sa.text("""
-    SELECT raw, queue, message_key, event_id, job_id,
+    SELECT raw, queue, message_key, source, event_id, job_id, status, status_actor, status_at,
            (SELECT count(*) FROM jsonb_array_elements(history) h WHERE h ? 'as') AS edits
     FROM kino.dead_letter WHERE dead_letter_id = :dead_letter_id
 """)
@@ -87,6 +153,13 @@ _LETTER = sa.text("""
 
 def _edited(message: bytes, letter: Any) -> Delivery:
     event = parse(message)
+    known = {"source": letter.source, "id": letter.event_id}
+    if letter.event_id is None:  # then the job is all that can tell two letters apart
+        known["job_id"] = letter.job_id
+    for name, value in known.items():
+        if value is not None and getattr(event, name) != value:
+            found = f"its {name} is {getattr(event, name)!r}, the letter's is {value!r}"
+            raise MalformedMessage("invalid_event", f"{found}; a correction is of the same event")
     event_id = f"{event.id}+edit.{letter.edits + 1}"
     if len(event_id) > ID_LENGTH_MAX:
         raise MalformedMessage("invalid_event", f"the id of the edited event is over {ID_LENGTH_MAX} characters")
@@ -137,10 +210,28 @@ def set_letter_status(
         raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")
 
 
-def require_letter(connection: sa.Connection, dead_letter_id: int) -> None:
-    """Raise DeadLetterNotFound unless there is such a letter."""
-    if connection.execute(_LETTER, {"dead_letter_id": dead_letter_id}).one_or_none() is None:
+def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str, actor: str, now: datetime) -> None:
+    """Close an open letter without replaying it; raises DeadLetterNotFound, or DeadLetterClosed if it is not open."""
+    # As a replay does: a letter whose credits are about to move must not be discarded meanwhile.
+    if not connection.execute(_TRY_LOCK_HERE, _lock_key(dead_letter_id)).scalar_one():
+        raise DeadLetterClosed(_held(dead_letter_id))
+    letter = require_letter(connection, dead_letter_id)
+    if letter.status != "open":
+        raise DeadLetterClosed(_closed(dead_letter_id, letter))
+    set_letter_status(connection, dead_letter_id, "discarded", actor=actor, now=now, entry={"note": note})
+
+
+def _closed(dead_letter_id: int, letter: Any) -> str:
+    by = f"{letter.status} by {letter.status_actor} at {letter.status_at.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    return f"dead letter {dead_letter_id} was {by}; see `kino-refunds dead-letters show {dead_letter_id}`"
+
+
+def require_letter(connection: sa.Connection, dead_letter_id: int) -> Any:
+    """Return the row of a letter; raises DeadLetterNotFound."""
+    letter = connection.execute(_LETTER, {"dead_letter_id": dead_letter_id}).one_or_none()
+    if letter is None:
         raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")
+    return letter
 
 
 def note_letter(connection: sa.Connection, dead_letter_id: int, text: str, *, actor: str, now: datetime) -> None:

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from kino_refunds.demo.promises import violations
-from kino_refunds.errors import DeadLetterNotFound, MalformedMessage
+from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
 from kino_refunds.ledger import Balance
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter, record_dead_letters
 from kino_refunds.settlement.deliveries import delivery_of, read_delivery
-from kino_refunds.settlement.replays import Replay, note_letter, replay_letter, set_letter_status
+from kino_refunds.settlement.replays import Replay, discard_letter, note_letter, replay_letter, set_letter_status
 from kino_refunds.settlement.settle import settle as settle_events
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
@@ -302,13 +302,13 @@ def test_an_edited_copy_settles_under_an_id_of_its_own(scene: Scene) -> None:
 
 
 def test_edits_are_counted_up(scene: Scene) -> None:
-    """Each correction is an event of its own, so that a second one cannot be mistaken for the first."""
+    """Each correction of a message that keeps coming is an event of its own, and is not mistaken for the first."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
 
-    replays = [
-        replay(scene, edited=to_json(make_event(kind, event_id="e"))) for kind in ("completed", "timeout", "completed")
-    ]
+    replays = []
+    for kind in ("completed", "timeout", "completed"):
+        settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+        replays.append(replay(scene, edited=to_json(make_event(kind, event_id="e"))))
 
     assert [(each.event_id, each.outcome) for each in replays] == [
         ("e+edit.1", "captured"),
@@ -318,19 +318,79 @@ def test_edits_are_counted_up(scene: Scene) -> None:
     assert scene.breaks()[0].kind == "failed_after_capture"
 
 
+LONG_ID = "e" * (ID_LENGTH_MAX - 6)
+
+
 @pytest.mark.parametrize(
-    "edited", [b"nonsense", bare(document(id="e" * (ID_LENGTH_MAX - 6)))], ids=["malformed", "id too long"]
+    "edited",
+    [
+        b"nonsense",
+        to_json(make_event("failed platform", event_id=LONG_ID)),
+        to_json(make_event("failed platform", "job-2")),
+        to_json(make_event("failed platform", event_id=LONG_ID, source="another")),
+    ],
+    ids=["malformed", "id too long", "of another event", "of another source"],
 )
-def test_a_correction_that_is_no_event_changes_nothing(scene: Scene, edited: bytes) -> None:
-    """Whoever corrects a message wrongly is told so, and the letter stays as it was."""
+def test_a_correction_that_is_none_of_this_letter_changes_nothing(scene: Scene, edited: bytes) -> None:
+    """Whoever corrects a message wrongly is told so, and the letter stays as it was: it may guard a job's credits."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else"))
+    scene.charged("job-2")
+    settle(scene, make_event("failed platform", account_id="somebody else", event_id=LONG_ID))
+    settle(scene, make_event("failed platform", "job-2"))
     before = scene.everything()
 
     with pytest.raises(MalformedMessage):
         replay(scene, edited=edited)
 
     assert scene.everything() == before
+
+
+def test_a_correction_of_a_message_without_an_id_is_of_its_job(scene: Scene) -> None:
+    """Where only the job can be read from a letter, that is what keeps a correction from closing another letter."""
+    scene.charged()
+    scene.charged("job-2")
+    record(scene, malformed(bare({**document(), "id": 7})))
+    assert scene.rows("SELECT event_id, job_id FROM kino.dead_letter") == [(None, "job-1")]
+
+    with pytest.raises(MalformedMessage, match="the letter's is 'job-1'"):
+        replay(scene, edited=to_json(make_event("failed platform", "job-2")))
+    replayed = replay(scene, edited=to_json(make_event("failed platform")))
+
+    assert (replayed.outcome, replayed.closed) == ("refunded", True)
+
+
+def test_a_letter_that_was_corrected_is_not_corrected_again(scene: Scene) -> None:
+    """The second of two people hears what the first did, instead of settling something else for the same job."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+    replay(scene, edited=to_json(make_event("timeout", event_id="e")))
+    before = scene.everything()
+
+    with pytest.raises(DeadLetterClosed, match="dead letter 1 was replayed by anna at "):
+        replay(scene, edited=to_json(make_event("completed", event_id="e")))
+
+    assert scene.everything() == before
+
+
+def test_two_corrections_at_once_are_one(scene: Scene) -> None:
+    """Of two people who correct the same letter differently at the same instant one settles it, the other is told."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+    together = threading.Barrier(2)
+
+    def at_once(kind: str) -> str:
+        together.wait(30)
+        try:
+            return replay(scene, edited=to_json(make_event(kind, event_id="e"))).outcome
+        except DeadLetterClosed:
+            return "told"
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = set(pool.map(at_once, ("completed", "timeout")))
+
+    assert outcomes in ({"captured", "told"}, {"refunded", "told"})
+    assert scene.breaks() == []
+    assert len(scene.story().inbox) == 1
 
 
 def test_a_correction_that_fails_is_not_closed(scene: Scene) -> None:
@@ -427,7 +487,7 @@ def test_a_number_that_nobody_has_is_an_error(scene: Scene) -> None:
     with pytest.raises(DeadLetterNotFound, match="there is no dead letter 7; see `kino-refunds dead-letters list`"):
         replay(scene, 7)
     with scene.worker.begin() as connection, pytest.raises(DeadLetterNotFound):
-        set_letter_status(connection, 7, "discarded", actor="anna", now=NOW, entry={})
+        discard_letter(connection, 7, note="x", actor="anna", now=NOW)
     with scene.worker.begin() as connection, pytest.raises(DeadLetterNotFound):
         note_letter(connection, 7, "text", actor="anna", now=NOW)
 
@@ -441,7 +501,7 @@ def test_what_people_did_is_kept(scene: Scene) -> None:
 
     with scene.worker.begin() as connection:
         note_letter(connection, 1, "the pipeline is asked \U0001f3ac", actor="anna", now=NOW)
-        set_letter_status(connection, 1, "discarded", actor="bob", now=NOW, entry={"note": "a test"})
+        discard_letter(connection, 1, note="a test", actor="bob", now=NOW)
         note_letter(connection, 1, "no, it is real", actor="eve", now=NOW)
     discarded = letters(scene)
     replay(scene)
@@ -477,6 +537,62 @@ def test_a_letter_that_came_again_is_open_unless_somebody_judged_it(scene: Scene
         Letter(1, None, "bad_json", 2, "open", "anna"),
         Letter(2, None, "bad_json", 3, "discarded", "anna"),
     ]
+
+
+def test_a_discarded_letter_whose_replay_fails_is_open_again(scene: Scene) -> None:
+    """A person took it up once more: while it fails it is somebody's business, and guards its job."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+    record(scene, malformed(b"nonsense"))
+    with scene.worker.begin() as connection:
+        discard_letter(connection, 1, note="x", actor="bob", now=NOW)
+        discard_letter(connection, 2, note="x", actor="bob", now=NOW)
+
+    replay(scene, 1)
+    replay(scene, 2)
+
+    assert [(each.number, each.status, each.actor) for each in letters(scene)] == [
+        (1, "open", "anna"),
+        (2, "open", "anna"),
+    ]
+
+
+@pytest.mark.parametrize("how", ["replayed", "discarded"])
+def test_a_letter_that_is_closed_is_not_discarded(scene: Scene, how: str) -> None:
+    """Whoever comes second is told; a letter whose credits have moved never says that it was thrown away."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    if how == "replayed":
+        replay(scene)
+    else:
+        with scene.worker.begin() as connection:
+            discard_letter(connection, 1, note="x", actor="anna", now=NOW)
+    before = scene.everything()
+
+    with scene.worker.begin() as connection, pytest.raises(DeadLetterClosed, match=f"was {how} by anna at "):
+        discard_letter(connection, 1, note="y", actor="bob", now=LATER)
+
+    assert scene.everything() == before
+
+
+def test_a_letter_that_is_being_replayed_is_not_discarded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its event settles a letter is in somebody's hands."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    told: list[str] = []
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        with scene.worker.begin() as connection, pytest.raises(DeadLetterClosed) as caught:
+            discard_letter(connection, 1, note="y", actor="bob", now=LATER)
+        told.append(str(caught.value))
+        return settle_events(*arguments, **options)
+
+    monkeypatch.setattr(batch, "settle", meanwhile)
+    replayed = replay(scene)
+
+    assert replayed.outcome == "refunded"
+    assert told == ["dead letter 1 is being replayed by somebody else; nothing was done, look at it again"]
+    assert [each.status for each in letters(scene)] == ["replayed"]
 
 
 def test_two_replays_at_once_refund_once(scene: Scene) -> None:
