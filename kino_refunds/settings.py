@@ -9,6 +9,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Annotated, Literal
 
+import psycopg
 import redis
 import sqlalchemy as sa
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -22,6 +23,8 @@ PREFIX = "KINO_"
 NOT_OURS = frozenset({"KINO_TRACE"})
 """Names that belong to the tests and the Makefile."""
 
+DAY_S = 86_400
+"""What is longer than this was meant in another unit."""
 ALIVE_MARGIN_S = 5.0
 """Beyond the sum of the session's limits: a round trip to Redis on a slow day."""
 
@@ -42,7 +45,7 @@ class Settings(BaseSettings):
     intake_batch: Annotated[int, Field(ge=1, le=CLAIM_LIMIT_MAX)] = Field(
         500, description="Events a claim takes at most: past some hundreds the throughput no longer grows."
     )
-    intake_batch_bytes: Annotated[int, Field(ge=1)] = Field(
+    intake_batch_bytes: Annotated[int, Field(ge=1, le=2**30)] = Field(
         8 * 2**20,
         description="Bytes a claim takes at most, so that a batch of large messages fits in memory.",
     )
@@ -53,10 +56,10 @@ class Settings(BaseSettings):
     lot_grace_days: Annotated[int, Field(ge=0, le=365)] = Field(
         7, description="What a refund returns can be spent for at least this long, whatever its lot's expiry."
     )
-    retry_every_s: Annotated[float, Field(ge=1)] = Field(
+    retry_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         2.0, description="Pause between retry sweeps: an event whose charge has come settles well within 5 s."
     )
-    expiry_every_s: Annotated[float, Field(ge=1)] = Field(
+    expiry_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         60.0,
         description="Pause between expiry sweeps; an expired lot is not drawn from before its sweep either.",
     )
@@ -73,42 +76,42 @@ class Settings(BaseSettings):
     job_source_timeout_s: Annotated[float, Field(gt=0, le=60)] = Field(
         10.0, description="A source that does not answer within this has not answered; the sweep asks again."
     )
-    overdue_every_s: Annotated[float, Field(ge=1)] = Field(
+    overdue_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         60.0, description="Pause between overdue sweeps: with three asks a verdict stays within P9's 5 min."
     )
     relay_queue: str | None = Field(
         None, description="Where the product hears of refunds (`kino.credits-refunded`). Unset: nobody is told."
     )
-    relay_every_s: Annotated[float, Field(ge=1)] = Field(
+    relay_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         5.0, description="Pause between relay rounds: the balance is right at once, this is only the news of it."
     )
-    overdue_grace_s: Annotated[float, Field(ge=0)] = Field(
+    overdue_grace_s: Annotated[float, Field(ge=0, le=30 * DAY_S)] = Field(
         60.0, description="A job's event may come this long after its deadline before anybody asks."
     )
-    overdue_asks: Annotated[int, Field(ge=1)] = Field(
+    overdue_asks: Annotated[int, Field(ge=1, le=1_000)] = Field(
         3, description="The source must not know a job this many times before we say that it timed out."
     )
-    overdue_ask_window_s: Annotated[float, Field(ge=0)] = Field(
+    overdue_ask_window_s: Annotated[float, Field(ge=0, le=DAY_S)] = Field(
         180.0,
         description="Those asks are spread over this time, so that one bad minute of the source is not a verdict.",
     )
-    overdue_running_max_h: Annotated[float, Field(gt=0)] = Field(
+    overdue_running_max_h: Annotated[float, Field(gt=0, le=365 * 24)] = Field(
         24.0, description="A job that is still running this long after its deadline is a break."
     )
-    lock_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+    lock_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
         500,
         description="Below Postgres' `deadlock_timeout` (1 s): contention ends as `busy`, not as a deadlock.",
     )
-    statement_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+    statement_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
         15_000, description="A batch takes tens of milliseconds; this bounds a sick disk."
     )
-    idle_in_transaction_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+    idle_in_transaction_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
         5_000, description="A worker that was stopped inside a transaction loses its locks after this."
     )
-    transaction_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+    transaction_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
         30_000, description="The bound on a whole transaction, where the server has one (Postgres 17)."
     )
-    tcp_user_timeout_ms: Annotated[int, Field(gt=0)] = Field(
+    tcp_user_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
         10_000, description="A connection whose packets nobody answers is dead after this."
     )
     log_format: Literal["auto", "console", "json"] = Field(
@@ -172,9 +175,13 @@ class Settings(BaseSettings):
         example = "redis://HOST:6379/0"
         url = _require(self.redis_url, "KINO_REDIS_URL", example)
         try:
-            redis.ConnectionPool.from_url(url)
-        except ValueError as error:
-            raise BadSettings(f"KINO_REDIS_URL cannot be read: {error}; for example {example}") from None
+            pool = redis.ConnectionPool.from_url(url)
+            local = issubclass(pool.connection_class, redis.UnixDomainSocketConnection)
+            pool.make_connection()  # nothing connects, but an option that there is not is refused
+        except (ValueError, TypeError):  # their texts may quote the password
+            raise BadSettings(f"KINO_REDIS_URL {_UNREADABLE}; for example {example}") from None
+        if local:
+            raise BadSettings(f"KINO_REDIS_URL is a Unix socket; connect by redis:// or rediss://, such as {example}")
         return url
 
 
@@ -187,12 +194,20 @@ def _require(value: SecretStr | None, name: str, example: str) -> str:
 def _require_postgres(value: SecretStr | None, name: str, example: str) -> str:
     url = _require(value, name, example)
     try:
-        driver = driver_url(url).drivername
+        read = driver_url(url)
     except (sa.exc.ArgumentError, ValueError):  # their texts may quote the password
-        raise BadSettings(f"{name} cannot be read as a URL; for example {example}") from None
-    if driver != "postgresql+psycopg":
-        raise BadSettings(f"{name} is not Postgres by psycopg but {driver}; for example {example}")
+        raise BadSettings(f"{name} {_UNREADABLE}; for example {example}") from None
+    if read.drivername != "postgresql+psycopg":
+        raise BadSettings(f"{name} is not Postgres by psycopg but {read.drivername}; for example {example}")
+    if "@" in (read.host or ""):  # the rest of a password, which an error would print as the host
+        raise BadSettings(f"{name} {_UNREADABLE}; for example {example}")
+    unknown = read.query.keys() - {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+    if unknown:
+        raise BadSettings(f"{name} has options that Postgres does not know: {', '.join(sorted(unknown))}")
     return url
+
+
+_UNREADABLE = "cannot be read: look at its options, and write special characters of a password as %XX"
 
 
 def load_settings() -> Settings:
@@ -218,5 +233,5 @@ def unknown_names() -> list[tuple[str, str | None]]:
 
 
 def redacted(url: str) -> str:
-    """Return a URL without its password, for logs and messages."""
-    return sa.make_url(url).render_as_string(hide_password=True)
+    """Return a URL without its password, for logs and messages; nor its options, which may hold one too."""
+    return sa.make_url(url).set(query={}).render_as_string(hide_password=True)

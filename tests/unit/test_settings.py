@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -174,6 +175,8 @@ def test_urls_are_not_shown_with_their_passwords(monkeypatch: pytest.MonkeyPatch
         ("postgresql://kino_worker:hunter2@db:5432/kino", "postgresql://kino_worker:***@db:5432/kino"),
         ("postgresql://kino_worker@db/kino", "postgresql://kino_worker@db/kino"),
         ("redis://:hunter2@redis:6379/0", "redis://:***@redis:6379/0"),
+        ("redis://redis:6379/0?password=hunter2", "redis://redis:6379/0"),
+        ("postgresql://kino_worker@db/kino?password=hunter2", "postgresql://kino_worker@db/kino"),
     ],
 )
 def test_redacted_url_lacks_the_password_only(url: str, shown: str) -> None:
@@ -203,6 +206,9 @@ def test_missing_url_says_how_to_set_it(monkeypatch: pytest.MonkeyPatch, name: s
         ("REDIS_URL", "localhost:6379"),
         ("REDIS_URL", "redis://:hunter2@redis:port/0"),
         ("REDIS_URL", "redis://:hunter2@redis:99999/0"),
+        ("REDIS_URL", "redis://:hun/ter2@redis:6379/0"),
+        ("REDIS_URL", "redis://:hunter2@redis:6379/0?foo=1"),
+        ("DATABASE_URL", "postgresql://kino_worker:p@hunter2@db/kino"),
     ],
 )
 def test_url_that_cannot_be_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -213,6 +219,41 @@ def test_url_that_cannot_be_used_is_refused_by_its_name(monkeypatch: pytest.Monk
         getattr(load_settings(), f"require_{name.lower()}")()
 
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("DATABASE_URL", "postgresql://kino_worker@db/kino?foo=1", "has options that Postgres does not know: foo"),
+        ("REDIS_URL", "unix:///run/redis.sock", "is a Unix socket; connect by redis:// or rediss://"),
+    ],
+)
+def test_url_with_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
+    """What would fail at the first connection is named before it."""
+    monkeypatch.setenv(f"KINO_{name}", value)
+
+    with pytest.raises(BadSettings, match=rf"^KINO_{name} {re.escape(says)}"):
+        getattr(load_settings(), f"require_{name.lower()}")()
+
+
+def test_url_may_name_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the runbook gives for a failover is taken as it is."""
+    url = "postgresql://kino_worker:x@/kino?host=a:5432&host=b:5432&target_session_attrs=read-write&sslmode=require"
+    monkeypatch.setenv("KINO_DATABASE_URL", url)
+
+    assert load_settings().require_database_url() == url
+
+
+DURATIONS = [name for name in Settings.model_fields if name.endswith(("_s", "_ms", "_h", "_days"))]
+
+
+@pytest.mark.parametrize("name", DURATIONS)
+def test_duration_that_no_clock_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A number meant in another unit is named at the start, instead of failing somewhere in a sweep."""
+    monkeypatch.setenv(f"{PREFIX}{name.upper()}", "99999999999")
+
+    with pytest.raises(BadSettings, match=rf"^{PREFIX}{name.upper()}: "):
+        load_settings()
 
 
 @pytest.mark.parametrize(
