@@ -18,7 +18,7 @@ from kino_refunds.events.envelope import parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
-from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
+from kino_refunds.reconciliation.overdue import EVENT_SOURCE, OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
@@ -93,6 +93,21 @@ def test_everything_malformed_at_once_is_kept_and_the_neighbours_settle(scene: S
     assert set(kept(scene)) <= raws
     assert scene.rows("SELECT CAST(sum(seen) AS bigint) FROM kino.dead_letter") == [(len(raws),)]
     assert depths(redis) == EMPTY
+
+
+def test_nobody_publishes_under_our_own_name(scene: Scene, redis: Redis) -> None:
+    """An event on a queue that says it is the reconciler's is kept, and does not take a verdict's place."""
+    charge(scene, "job-1")
+    raw = to_json(make_event("completed", event_id="overdue:1:timed_out", source=EVENT_SOURCE))
+    redis.lpush("generation.job-completed", raw)
+
+    make_intake(scene, redis).run_once()
+
+    assert kept(scene) == [raw]
+    assert scene.rows("SELECT reason, detail FROM kino.dead_letter") == [
+        ("invalid_event", "source 'kino-reconciler' is this system's own")
+    ]
+    assert scene.rows("SELECT count(*) FROM kino.inbox_event") == [(0,)]
 
 
 VALUES: Sequence[Any] = (
