@@ -48,6 +48,10 @@ class ForeignKey(KinoError):
     """A Redis key of our own name holds a value that is not ours; nothing was moved."""
 
 
+class TransferNotFound(KinoError):
+    """The account has no transfer with this id to go on behind."""
+
+
 class DeadLetterNotFound(KinoError):
     """No dead letter has this number."""
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 import typer
 from rich.text import Text
 
-from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection
+from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, said
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, shown
 from kino_refunds.settlement.breaks import accept_break
 
@@ -79,7 +79,10 @@ def show(number: Number, as_json: AsJson = False) -> int:
 
 
 def accept(
-    number: Number, by: By, note: Annotated[str, typer.Option(help="Why it is fine as it is.")], yes: Yes = False
+    number: Number,
+    by: By,
+    note: Annotated[str, typer.Option(help="Why it is fine as it is.", callback=said)],
+    yes: Yes = False,
 ) -> None:
     """Close a break as it stands; the ledger is not changed.
 

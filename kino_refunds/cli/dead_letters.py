@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 import typer
 
-from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, warn_if_paused
+from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, said, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.policy.document import published_policy
@@ -88,7 +88,7 @@ def list_letters(
 
 def show(
     number: Number,
-    save: Annotated[Path | None, typer.Option(help="Write the exact bytes of the message to this file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the exact bytes of the message to this new file.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Show a dead letter whole: reason, history, notes and the message.
@@ -108,7 +108,8 @@ def show(
     letter["message_bytes"] = len(raw)
     letter["message"] = storable(raw.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
     if save is not None:
-        save.write_bytes(raw)
+        with save.open("xb") as file:  # what is there is somebody's
+            file.write(raw)
     if as_json:
         print_json(letter)
         return 0
@@ -122,7 +123,7 @@ def show(
             print_table([{key: entry.get(key) for key in names} for entry in entries])
     if exception:
         console.print("\nexception", style="bold")
-        console.print(exception, markup=False)
+        console.print(exception)
     return 0
 
 
@@ -188,7 +189,7 @@ def _show_replays(replays: list[Replay], *, as_json: bool) -> None:
 def discard(
     number: Number,
     by: By,
-    note: Annotated[str, typer.Option(help="Why it needs nobody.")],
+    note: Annotated[str, typer.Option(help="Why it needs nobody.", callback=said)],
     yes: Yes = False,
 ) -> None:
     """Close a dead letter without replaying it; it is kept.
@@ -202,7 +203,9 @@ def discard(
 
 
 def note(
-    number: Number, by: By, text: Annotated[str, typer.Argument(help="What the next one should know.", metavar="TEXT")]
+    number: Number,
+    by: By,
+    text: Annotated[str, typer.Argument(help="What the next one should know.", metavar="TEXT", callback=said)],
 ) -> None:
     """Write a note on a dead letter.
 

@@ -215,7 +215,7 @@ def _keep(stage: Stage, tell: Console) -> None:
     for name, text in files.items():
         (KEPT_IN / name).write_text(text, encoding="utf-8")
     with stopping() as stop:
-        tell.print(_TRY_NEXT, markup=False, soft_wrap=True)
+        tell.print(_TRY_NEXT, soft_wrap=True)
         while not stop.wait(LOOK_EVERY_S):
             stage.require_alive()
     tell.print("stopping")

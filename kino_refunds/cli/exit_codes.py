@@ -6,29 +6,40 @@ import redis
 import sqlalchemy as sa
 
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import BadSettings, BadTrace, DependencyAway, KinoError, ServerFailed, SourceUnavailable
+from kino_refunds.errors import (
+    BadSettings,
+    BadTrace,
+    DependencyAway,
+    KinoError,
+    ServerFailed,
+    SourceUnavailable,
+    TransferNotFound,
+)
 
 FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
+_CHECK = "check that it runs and can be reached, and user, password and database in its URL (`kino-refunds doctor`)"
 
 
 def explained(error: Exception) -> tuple[int, str]:
     """Say in one line what went wrong and what to do next, with the exit code that belongs to it."""
     first_line = str(getattr(error, "orig", None) or error).partition("\n")[0]
     match error:
-        case BadSettings() | BadTrace():
+        case BadSettings() | BadTrace() | TransferNotFound():
             return USAGE, first_line
         case DependencyAway() | ServerFailed() | SourceUnavailable():
             return AWAY, str(error)
         case KinoError():
             return FINDING, str(error)
         case redis.RedisError():
-            return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; check that it runs and can be reached"
+            return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; {_CHECK}"
         case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:
             return AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
         case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) == "42501":
             return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
         case sa.exc.SQLAlchemyError() if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
-            return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; check that it runs and can be reached"
+            return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; {_CHECK}"
+        case OSError() if error.filename is not None:
+            return USAGE, f"{error.filename}: {error.strerror}"
         case sa.exc.ArgumentError():
             return USAGE, f"a database URL cannot be read: {first_line}"
         case _:

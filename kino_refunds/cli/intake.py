@@ -8,7 +8,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
-from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection
+from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, said
 from kino_refunds.cli.output import console, print_facts, print_json, print_table
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.queues import depths
@@ -74,7 +74,7 @@ def status(as_json: AsJson = False) -> int:
 
 def pause(
     by: By,
-    reason: Annotated[str, typer.Option(help="Why; whoever looks next reads it.")],
+    reason: Annotated[str, typer.Option(help="Why; whoever looks next reads it.", callback=said)],
     yes: Yes = False,
 ) -> None:
     """Stop taking events, in every worker, until somebody resumes.
@@ -89,7 +89,7 @@ def pause(
     console.print("intake is paused" if paused else "intake was paused already; see `kino-refunds intake status`")
 
 
-def resume(by: By, reason: Annotated[str, typer.Option(help="Why.")] = "resumed by hand") -> None:
+def resume(by: By, reason: Annotated[str, typer.Option(help="Why.", callback=said)] = "resumed by hand") -> None:
     """Take events again.
 
     Example: kino-refunds intake resume

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -72,6 +73,7 @@ COMPLETING = "_KINO_REFUNDS_COMPLETE"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 fine, 1 a finding, 2 usage, 3 a dependency is away, 130 interrupted."""
+    _open_closed_streams()
     # By default structlog writes to standard output, which is the answer's alone: `--json | jq` must work.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     # Between two presses of TAB whatever is said lands in the middle of the line that is being typed.
@@ -82,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code = _run(arguments)
     _say(sys.argv[1:] if arguments is None else arguments, code, time.monotonic() - started)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Stand in for streams that our parent closed (`>&-`): Python has None there, and libraries write to it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for as long as we live
 
 
 def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
@@ -107,6 +116,9 @@ def _run(arguments: Sequence[str] | None) -> int:
             return USAGE
     try:
         result: Any = app(args=arguments, standalone_mode=False)
+    except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+        errors.print("\ninterrupted")
+        return INTERRUPTED
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
         _show_usage_error(error)
         return USAGE
@@ -125,7 +137,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _show_usage_error(error: Any) -> None:
     """Say what is wrong with the command line, in one line; a command that lacks everything shows its help."""
     if "\n" in (message := error.format_message()):
-        errors.print(message, soft_wrap=True, markup=False)
+        errors.print(message, soft_wrap=True)
     else:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "kino-refunds"
         print_error(f"{message.rstrip('.')}; see {command} --help")

@@ -13,6 +13,7 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
+from kino_refunds.cli.exit_codes import FINDING
 from kino_refunds.cli.output import errors, shown
 from kino_refunds.db.engine import create_engine
 from kino_refunds.settings import Settings, load_settings
@@ -70,10 +71,17 @@ def _login() -> str:
         return f"uid {os.getuid()}"
 
 
+def said(text: str) -> str:
+    """Refuse a text of blanks: whoever looks next must find a word there."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; say it for whoever looks next")
+    return text
+
+
 def _person(name: str) -> str:
     if name == TRIPWIRE:
         raise typer.BadParameter(f"{TRIPWIRE} is not a person: what it closes opens by itself")
-    return name
+    return said(name)
 
 
 By = Annotated[
@@ -90,4 +98,6 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
-    typer.confirm(question, abort=True, err=True)
+    if not typer.confirm(question, err=True):
+        errors.print("nothing was done")
+        raise typer.Exit(FINDING)

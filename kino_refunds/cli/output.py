@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
@@ -40,8 +41,9 @@ class _Console(Console):
         _reader_left()
 
 
-console = _Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# Nothing is markup: what is printed holds ids and texts of whoever publishes.
+console = _Console(highlight=False, markup=False)
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 def plain(value: Any) -> Any:
@@ -76,7 +78,7 @@ def print_items(items: Sequence[Mapping[str, Any]], *, next_cursor: Any, as_json
         return
     print_table(items)
     if next_cursor is not None:
-        console.print(f"more: --after {next_cursor}", style="dim")
+        console.print(shown(f"more: --after {shlex.quote(str(next_cursor))}"), style="dim")
 
 
 def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:

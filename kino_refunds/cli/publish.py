@@ -58,7 +58,8 @@ def publish(
         with EventPublisher(load_settings().require_redis_url()) as publisher:
             count = publisher.publish_many(events)
     except DependencyAway as error:
-        raise DependencyAway(f"{error}; part of the events may be published: publish all of them again") from error
+        advice = "see `kino-refunds doctor`; part of the events may be published: publish all of them again"
+        raise DependencyAway(f"{error}; {advice}") from error
     if as_json:
         print_json({"published": count})
     else:

@@ -81,7 +81,7 @@ def _progress() -> Iterator[Report]:
         def say(stage: str, _done: int, _total: int) -> None:
             if stage not in said:
                 said.add(stage)
-                errors.print(stage, markup=False)
+                errors.print(stage)
 
         yield say
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -20,8 +21,8 @@ _LIST = sa.text("""
     SELECT p.event_id, p.source, p.job_id, p.outcome, p.attempts, p.first_seen_at, p.next_attempt_at,
            coalesce(c.credits, 0) AS credits
     FROM kino.pending_event p LEFT JOIN kino.charge c USING (job_id)
-    WHERE CAST(:after AS text) IS NULL OR p.event_id || ' ' || p.source > :after
-    ORDER BY p.event_id || ' ' || p.source LIMIT :limit
+    WHERE CAST(:after_event AS text) IS NULL OR (p.event_id, p.source) > (:after_event, :after_source)
+    ORDER BY p.event_id, p.source LIMIT :limit
 """)
 _SHOW = sa.text("""
     SELECT event_id, source, job_id, outcome, attempts, queue, first_seen_at, next_attempt_at, leased_until,
@@ -42,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_waiting(
-    after: Annotated[str | None, typer.Option(help="Go on behind this event id.")] = None,
+    after: Annotated[str | None, typer.Option(help="Go on behind this event: the page's `next`, as it is.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
@@ -50,14 +51,27 @@ def list_waiting(
 
     Example: kino-refunds retries list --json
     """
+    event_id, source = (None, None) if after is None else _read_cursor(after)
+    wanted = {"after_event": event_id, "after_source": source, "limit": limit}
     with ledger_connection() as connection:
-        rows = [dict(row) for row in connection.execute(_LIST, {"after": after, "limit": limit}).mappings()]
+        rows = [dict(row) for row in connection.execute(_LIST, wanted).mappings()]
     print_items(
         rows,
-        next_cursor=" ".join((rows[-1]["event_id"], rows[-1]["source"])) if len(rows) == limit else None,
+        next_cursor=json.dumps([rows[-1]["event_id"], rows[-1]["source"]]) if len(rows) == limit else None,
         as_json=as_json,
         empty="no event waits for another try",
     )
+
+
+def _read_cursor(text: str) -> tuple[str, str]:
+    """Read an event's id and source; both may hold any character that a separator could be."""
+    try:
+        event_id, source = json.loads(text)
+    except ValueError:
+        event_id = source = None
+    if not isinstance(event_id, str) or not isinstance(source, str):
+        raise typer.BadParameter(f"{text!r} is no cursor; give the `next` of the page before, as it is")
+    return event_id, source
 
 
 def show(

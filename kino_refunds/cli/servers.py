@@ -132,7 +132,7 @@ def dev(
         try:
             for name, value in settings.items():
                 console.print(f"{name}={value}", soft_wrap=True)
-            console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True, markup=False)
+            console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True)
             while not stop.wait(LOOK_EVERY_S):
                 worker.require_alive()
                 beat.require_alive()

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Annotated, Any
 
 import redis
@@ -25,6 +27,8 @@ from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.gate import read_gate
 
 WATCH_EVERY_S = 2.0
+HANGS_AFTER_S = 3.0
+"""Everything is read in milliseconds; what takes longer must not look as if it were now."""
 
 # Everything here is counted over what is open or of the last hour, so that a large ledger answers as fast.
 _NOW = sa.text("""
@@ -67,7 +71,7 @@ def status(
         if as_json:
             print_json(read_status(engine, client, settings))
         elif watch:
-            _watch(lambda: _screen(read_status(engine, client, settings)))
+            _watch(lambda: _screen(read_status(engine, client, settings), rows_max=console.height - 1))
         else:
             print_whole(_screen(read_status(engine, client, settings)))
 
@@ -94,20 +98,52 @@ def read_status(engine: sa.Engine, client: redis.Redis, settings: Settings) -> d
 
 
 def _watch(screen: Callable[[], Table]) -> None:
-    """Look again and again; a server that is away is what on-call wants to see coming back, so it ends nothing."""
+    """Look again and again; a server that is away is what on-call wants to see coming back, so it ends nothing.
+
+    Looked at in a thread of its own: a server that hangs must not leave the last picture standing as if it were
+    true, nor hold up Ctrl-C.
+    """
+    seen: SimpleQueue[Table | Text | Exception] = SimpleQueue()
+
+    def look() -> None:
+        try:
+            seen.put(screen())
+        except (sa.exc.SQLAlchemyError, redis.RedisError) as error:
+            seen.put(_bad(explained(error)[1]))
+        except Exception as error:  # noqa: BLE001 - raised again where somebody waits for it
+            seen.put(error)
+
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         while True:
-            try:
-                seen: Table | Text = screen()
-            except (sa.exc.SQLAlchemyError, redis.RedisError) as error:
-                seen = Text.assemble(shown(datetime.now(UTC)), "  ", shown(explained(error)[1]), style="bold red")
-            if live is not None:
-                live.update(seen, refresh=True)
-            elif isinstance(seen, Table):
-                print_whole(seen)
-            else:
-                console.print(seen, soft_wrap=True)
+            Thread(target=look, name="status", daemon=True).start()
+            answer = _patiently(seen, lambda text: _draw(_bad(text), live))
+            if isinstance(answer, Exception):
+                raise answer
+            _draw(answer, live)
             time.sleep(WATCH_EVERY_S)
+
+
+def _patiently(seen: SimpleQueue[Any], tell: Callable[[str], None]) -> Any:
+    """Wait for what comes, and say now and then that nothing has."""
+    since = time.monotonic()
+    while True:
+        try:
+            return seen.get(timeout=HANGS_AFTER_S)
+        except Empty:
+            tell(f"no answer for {time.monotonic() - since:.0f} s: Postgres or Redis hangs")
+
+
+def _bad(text: str) -> Text:
+    return Text.assemble(shown(datetime.now(UTC)), "  ", shown(text), style="bold red")
+
+
+def _draw(seen: Table | Text, live: Live | None) -> None:
+    if live is not None:
+        live.update(seen, refresh=True)
+    elif isinstance(seen, Table):
+        print_whole(seen)
+    else:
+        console.print(seen, soft_wrap=True)
 
 
 _NAMES = {"intake_reason": "reason", "intake_paused_by": "paused by"}
@@ -115,10 +151,9 @@ _ONLY_WHERE_SO = frozenset({"intake_reason", "intake_paused_by"})
 _BAD_ABOVE_ZERO = frozenset({"breaks_open", "charges_overdue", "dead_letters_open", "missed_runs", "late_runs"})
 
 
-def _screen(found: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _screen(found: dict[str, Any], *, rows_max: int = 1_000) -> Table:
+    """Draw one line a thing, in a fixed order; where there is no room for all, what is bad comes first."""
+    rows = []
     for name, value in found.items():
         if name in _ONLY_WHERE_SO and value is None:
             continue
@@ -128,5 +163,12 @@ def _screen(found: dict[str, Any]) -> Table:
             text = shown(value)
         bad = value == "paused" or (name == "workers_alive" and not value) or (name in _BAD_ABOVE_ZERO and bool(value))
         label = _NAMES.get(name, name.replace("_", " "))
-        table.add_row(label, text if value != {} else shown(None), style="bold red" if bad else None)
+        rows.append((label, text if value != {} else shown(None), bad))
+    if len(rows) > rows_max:
+        rows.sort(key=lambda row: not row[2])
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text, bad in rows:
+        table.add_row(label, text, style="bold red" if bad else None)
     return table

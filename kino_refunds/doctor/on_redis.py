@@ -196,18 +196,18 @@ def _misspelt(client: redis.Redis) -> Finding:
 
 
 def _queues(client: redis.Redis) -> Iterator[Finding]:
-    foreign = [key for key in QUEUE_KEYS if client.type(key) not in {b"list", b"none"}]
+    found = waiting(client)
+    foreign = [*found.unreadable, *_foreign_bindings(client)]
     yield judge(
         "queue keys",
         not foreign,
-        f"not a list: {', '.join(map(ascii, foreign))}" if foreign else "all lists",
-        "somebody else writes under a queue's name: RENAME that key away, as admin, and look at what it is",
+        f"they hold something foreign: {', '.join(map(ascii, foreign))}" if foreign else "all are what they must be",
+        "somebody else writes under our names: RENAME that key away, as admin, and look at what it is",
     )
     waits = {name: count for name, count in depths(client).items() if count}
     if not waits:
         yield Finding("queues", "ok", "nothing waits")
         return
-    found = waiting(client)
     age = _oldest_age([message.raw for message in found.messages])
     oldest = "no age can be read" if age is None else f"the oldest event is {age.total_seconds():,.0f} s old"
     yield judge(
@@ -218,6 +218,17 @@ def _queues(client: redis.Redis) -> Iterator[Finding]:
         "see `kino-refunds intake status`: is intake open, are workers alive? Then start more of them",
         level="warn",
     )
+
+
+def _foreign_bindings(client: redis.Redis) -> Iterator[str]:
+    """Name kombu's bindings that are no sets: a publisher cannot declare its queue then."""
+    for queue in SERVED:
+        try:
+            client.smembers(f"_kombu.binding.{queue}")
+        except redis.exceptions.NoPermissionError:
+            continue  # said as `redis rights`
+        except redis.ResponseError:
+            yield f"_kombu.binding.{queue}"
 
 
 def _oldest_age(raws: list[bytes]) -> timedelta | None:

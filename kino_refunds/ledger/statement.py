@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from kino_refunds.errors import TransferNotFound
 from kino_refunds.ledger.lots import require_instant
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ _BALANCE_AT = sa.text("""
 """)
 
 
+_OF_ACCOUNT = sa.text("SELECT true FROM kino.transfer WHERE transfer_id = :transfer_id AND account_id = :account_id")
+
+
 def statement(
     connection: sa.Connection, account_id: str, *, after: int | None = None, limit: int = 100
 ) -> list[StatementLine]:
@@ -77,7 +81,12 @@ def statement(
     Only what lies below the transaction horizon, in the order of transactions and within one of transfer
     ids: a transaction that is still open has a higher id than every one below the horizon, but its
     transfers may have lower ids than theirs, and a reader that pages by those alone would never see them.
+    Raises TransferNotFound if `after` is no transfer of this account: to begin anew would count lines twice.
     """
+    if after is not None:
+        known = connection.execute(_OF_ACCOUNT, {"transfer_id": after, "account_id": account_id}).scalar_one_or_none()
+        if known is None:
+            raise TransferNotFound(f"account {account_id!r} has no transfer {after} to go on behind")
     rows = connection.execute(
         sa.text("""
             SELECT t.transfer_id, t.created_at, t.kind, t.credits, t.reason, c.job_id,

@@ -149,6 +149,7 @@ def lease_due(
                   AND p.job_id IN (
                       SELECT d.job_id FROM kino.pending_event d
                       WHERE coalesce(d.leased_until, '-infinity') <= :now
+                        AND (CAST(:event_id AS text) IS NULL OR d.event_id = :event_id)
                         AND (d.next_attempt_at <= :now
                              OR (d.outcome = 'charge_not_found'
                                  AND EXISTS (SELECT FROM kino.charge c WHERE c.job_id = d.job_id)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -224,7 +225,7 @@ def test_server_that_is_away_is_exit_3_and_named(bare: Run, tmp_path: Path) -> N
         assert name in result.err
         assert "hunter2" not in result.err
         assert "psycopg" not in result.err
-    assert "check that it runs and can be reached" in results["KINO_DATABASE_URL"].err
+    assert "check that it runs and can be reached, and user, password" in results["KINO_DATABASE_URL"].err
     assert "check that it runs and can be reached" in results["KINO_MIGRATION_DATABASE_URL"].err
     assert "publish all of them again" in results["Redis"].err
 
@@ -763,6 +764,43 @@ def test_reader_that_leaves_early_is_no_error(database: Database, scene: Scene, 
     program.stderr.close()
 
     assert (program.wait(60), said) == (0, b"")
+
+
+@pytest.mark.parametrize(("answer", "code", "says"), [(b"n\n", 1, b"nothing was done"), (b"\x04", 130, b"interrupted")])
+def test_no_is_an_answer(database: Database, answer: bytes, code: int, says: bytes) -> None:
+    """Whoever is asked and does not mean it gets one word, and nothing has happened."""
+    ours, theirs = pty.openpty()
+    program = subprocess.Popen(
+        [SCRIPT, "intake", "pause", "--reason", "x"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=outside() | {"KINO_DATABASE_URL": database.url()},
+    )
+    os.close(theirs)
+    os.write(ours, answer)
+
+    out, err = program.communicate(timeout=60)
+
+    os.close(ours)
+    assert (program.returncode, out.strip()) == (code, b"")  # the blank behind a question is readline's
+    assert err.endswith(says + b"\n")
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_stream_is_no_traceback(closed: str) -> None:
+    """A parent that closes a stream (cron, some supervisors) gets its exit code all the same."""
+    command = f'"$0" publish - --json {closed}'
+    ran = subprocess.run(
+        ["sh", "-c", command, SCRIPT],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=outside() | {"KINO_REDIS_URL": f"redis://127.0.0.1:{AWAY_PORT}/0"},
+        check=False,
+    )
+
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (0, False), ran.stderr
 
 
 def ended_by(

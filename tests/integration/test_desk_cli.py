@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -174,6 +175,11 @@ def test_what_others_feel_needs_yes_without_a_terminal(lonely_cli: Cli, argument
         ["dead-letters", "discard", "1", "--yes"],
         ["breaks", "list", "--status", "opne"],
         ["breaks", "accept", "1", "--yes"],
+        ["breaks", "accept", "1", "--note", " ", "--yes"],
+        ["dead-letters", "discard", "1", "--note", "", "--yes"],
+        ["dead-letters", "note", "1", " "],
+        ["intake", "pause", "--reason", "", "--yes"],
+        ["intake", "resume", "--by", ""],
         ["retries", "show"],
     ],
     ids=lambda arguments: ascii(" ".join(arguments[:4]))[:60],
@@ -345,6 +351,31 @@ def test_run_now_tries_the_event_it_was_told(cli: Cli, scene: Scene) -> None:
     assert waits == {"told": Waits("job-1", "charge_not_found", 1), "not told": Waits("job-2", "charge_not_found", 0)}
 
 
+def test_an_event_is_tried_however_many_others_are_due(cli: Cli, scene: Scene) -> None:
+    """A sweep takes some hundreds at a time; the one that a person names is among them."""
+    scene.settle(*(make_event("timeout", f"job-{n}") for n in range(600)))
+    scene.as_superuser("UPDATE kino.pending_event SET next_attempt_at = now() - interval '1 hour'")
+
+    said = cli("retries", "run-now", "job-599 timeout", "--json")
+
+    assert (said.code, said.document) == (0, {"tried": 1, "outcomes": {"charge_not_found": 1}})
+
+
+def test_a_cursor_is_what_it_says(cli: Cli, scene: Scene) -> None:
+    """What is printed to go on with can be pasted, whatever is in an id; what is no cursor is refused."""
+    for event_id, source in (("[/red]", "a b"), ("a", "b c"), ("a b", "c")):
+        scene.settle(make_event("timeout", event_id=event_id, source=source))
+
+    first = cli("retries", "list", "--limit", "1")
+    pasted = shlex.split(first.out.splitlines()[-1].removeprefix("more: "))
+    second = cli("retries", "list", "--limit", "1", *pasted, "--json")
+    wrong = cli("retries", "list", "--after", "a")
+
+    assert pasted == ["--after", '["[/red]", "a b"]']
+    assert second.document["next"] == '["a", "b c"]'
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+
+
 def test_no_page_of_retries_leaves_one_out(cli: Cli, scene: Scene) -> None:
     """Paging through a list shows every row once, also events of several sources under one id."""
     sources = ["one", "two", "three"]
@@ -438,6 +469,43 @@ def test_a_correction_that_fails_exits_1(cli: Cli, scene: Scene, tmp_path: Path)
     assert said.code == 1
 
 
+def test_the_correction_of_another_letter_is_refused(cli: Cli, scene: Scene, tmp_path: Path) -> None:
+    """Who takes the wrong file is told by one line that names it, and no letter is closed by it."""
+    for job_id in ("job-1", "job-2"):
+        scene.charged(job_id)
+        scene.settle(make_event("failed platform", job_id, account_id="somebody else"))
+    edited = tmp_path / "edited.json"
+    edited.write_bytes(to_json(make_event("failed platform", "job-2")))
+
+    wrong = cli("dead-letters", "replay", "1", "--edited", str(edited))
+    missing = cli("dead-letters", "replay", "1", "--edited", str(tmp_path / "none"))
+    right = cli("dead-letters", "replay", "2", "--edited", str(edited))
+    again = cli("dead-letters", "replay", "2", "--edited", str(edited))
+    thrown_away = cli("dead-letters", "discard", "2", "--note", "x", "--yes")
+
+    assert (wrong.code, wrong.out) == (2, "")
+    assert f"{edited}: invalid_event: its id is 'job-2 failed platform', the letter's is 'job-1" in wrong.err
+    assert (missing.code, missing.err) == (2, f"error: {tmp_path / 'none'}: No such file or directory\n")
+    assert right.code == 0
+    assert [each.code for each in (again, thrown_away)] == [1, 1]
+    assert again.err == thrown_away.err
+    assert again.err.startswith("error: dead letter 2 was replayed by anna at ")
+    assert statuses(scene) == [("open", None), ("replayed", "anna")]
+
+
+def test_settling_by_hand_during_a_pause_says_so(cli: Cli, scene: Scene) -> None:
+    """A pause stops workers; whoever settles all the same is told by whom and why there is one."""
+    scene.charged()
+    unread(scene)
+    cli("intake", "pause", "--reason", MARKUP, "--by", "bob", "--yes")
+
+    replayed = cli("dead-letters", "replay", "1", "--json")
+    tried = cli("retries", "run-now", "--json")
+
+    warning = f"warning: intake is paused by bob ({MARKUP}); what you run settles all the same\n"
+    assert (replayed.code, replayed.err, tried.code, tried.err) == (0, warning, 0, warning)
+
+
 def test_replaying_several_says_what_was_done_before_it_failed(cli: Cli, scene: Scene) -> None:
     """When one number of several is wrong, what has been replayed by then is not left unsaid."""
     scene.charged()
@@ -455,12 +523,15 @@ def test_the_exact_bytes_can_be_saved(cli: Cli, scene: Scene, tmp_path: Path) ->
     keep(scene, letter(raw))
 
     saved = cli("dead-letters", "show", "1", "--save", str(tmp_path / "message.bin"))
+    again = cli("dead-letters", "show", "1", "--save", str(tmp_path / "message.bin"))
     refused = cli("dead-letters", "show", "1", "--save", str(tmp_path / "no" / "such" / "folder"))
 
     assert saved.code == 0
     assert harmless(saved)
     assert (tmp_path / "message.bin").read_bytes() == raw
-    assert refused.code == 1
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert "File exists" in again.err
+    assert refused.code == 2
     assert re.fullmatch(r"error: [^\n]+\n", refused.err)
 
 

@@ -218,7 +218,7 @@ def test_wrong_value_is_a_finding_and_wrong_usage(doctor: Doctor) -> None:
     [
         ("KINO_DATABASE_URL", None, "KINO_DATABASE_URL is not set", "postgresql://kino_worker@HOST/DATABASE"),
         ("KINO_REDIS_URL", None, "KINO_REDIS_URL is not set", "redis://HOST:6379/0"),
-        ("KINO_DATABASE_URL", "db:hunter2@x", "KINO_DATABASE_URL cannot be read as a URL", "postgresql://kino_worker@"),
+        ("KINO_DATABASE_URL", "db:hunter2@x", "KINO_DATABASE_URL cannot be read: ", "postgresql://kino_worker@"),
         ("KINO_DATABASE_URL", "mysql://x/y", "KINO_DATABASE_URL is not Postgres by psycopg but mysql", "postgresql://"),
         ("KINO_REDIS_URL", "sentinel://x:hunter2@y", "KINO_REDIS_URL cannot be read: ", "redis://HOST:6379/0"),
     ],
@@ -930,6 +930,8 @@ def test_relay_needs_a_right_to_its_queue(doctor: Doctor, own_valkey: EmbeddedVa
 
 # --- queues
 
+FOREIGN = "somebody else writes under our names: RENAME that key away, as admin, and look at what it is"
+
 
 @pytest.mark.usefixtures("well")
 def test_key_that_is_not_a_queue_is_found(doctor: Doctor, redis: Redis) -> None:
@@ -938,9 +940,28 @@ def test_key_that_is_not_a_queue_is_found(doctor: Doctor, redis: Redis) -> None:
 
     found = doctor()
 
-    advice = "somebody else writes under a queue's name: RENAME that key away, as admin, and look at what it is"
-    says = r"not a list: 'generation.job-failed\x06\x163'"
-    assert found == Diagnosis(1, [Found("queue keys", "fail", says, advice)])
+    says = r"they hold something foreign: 'generation.job-failed\x06\x163'"
+    assert found == Diagnosis(1, [Found("queue keys", "fail", says, FOREIGN)])
+
+
+@pytest.mark.usefixtures("well")
+def test_key_of_ours_that_holds_something_else_is_found(doctor: Doctor, redis: Redis) -> None:
+    """Every script of intake refuses then, and kombu's publishers too, while nothing seems to wait."""
+    redis.sadd("kino:workers", "w")
+    redis.set("kino:inflight:w:generation.timeout", "x")
+    redis.set("kino:recovered:generation.job-failed", "x")
+    redis.set("_kombu.binding.generation.timeout", "x")
+
+    found = doctor()
+    redis.set("kino:workers", "x")
+    registry = doctor()
+
+    says = (
+        "they hold something foreign: 'kino:inflight:w:generation.timeout', 'kino:recovered:generation.job-failed',"
+        " '_kombu.binding.generation.timeout'"
+    )
+    assert found == Diagnosis(1, [Found("queue keys", "fail", says, FOREIGN)])
+    assert "'kino:workers'" in registry.bad[0].found
 
 
 @pytest.mark.usefixtures("well")

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
+from kino_refunds.errors import TransferNotFound
 from kino_refunds.ledger import (
     Balance,
     StatementLine,
@@ -190,6 +191,14 @@ class TestStatement:
         found = [ids(statement(product, account_id)) for account_id in ("ada", "bob", "eve")]
 
         assert found == [[1, 3], [2], []]
+
+    @pytest.mark.parametrize("after", [3, 99, -1])
+    def test_a_place_that_is_not_in_the_statement_is_refused(self, product: sa.Connection, after: int) -> None:
+        """To begin anew behind a cursor that is wrong, or somebody else's, would count lines twice."""
+        give(product, SOLD, replace(SOLD, reference="c"), replace(SOLD, reference="b", account_id="bob"))
+
+        with pytest.raises(TransferNotFound, match=f"account 'ada' has no transfer {after} to go on behind"):
+            statement(product, "ada", after=after)
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 100])
     def test_pages_together_are_the_statement(self, product: sa.Connection, limit: int) -> None:

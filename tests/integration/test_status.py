@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +12,13 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from redis import Redis
 
+from kino_refunds.cli import status
 from kino_refunds.embedded import LOOPBACK
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
@@ -137,7 +142,7 @@ def test_what_does_not_apply_is_not_on_the_screen(run: Run) -> None:
 
 
 def test_schedule_that_stands_still_is_a_finding(run: Run, scene: Scene) -> None:
-    """After an hour without a run `missed` is 0; that nothing runs is exit code 1 all the same."""
+    """What ran once and has not for three of its periods is exit code 1, also where no whole slot was missed."""
     scene.as_superuser(
         "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by)"
         " VALUES ('kino.expire_lots', clock_timestamp() - interval '20 minutes', 'beat')",
@@ -205,6 +210,46 @@ def test_watch_outlives_a_server_that_is_away(run: Run, scene: Scene, monkeypatc
     assert result.code == 130
     assert [line.split("  ")[0] for line in (looks[0], looks[2])] == ["intake"] * 2
     assert looks[1].endswith("  the database has no ledger yet; run `kino-refunds migrate` as kino_owner")
+
+
+def test_watch_says_that_a_server_hangs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a look gets no answer the screen says so, instead of showing the last one as if it were now."""
+    told = Event()
+    read, draw = status.read_status, status._draw
+
+    def hang(*arguments: Any) -> dict[str, Any]:
+        assert told.wait(60)
+        return read(*arguments)
+
+    def drawn(seen: Any, live: Any) -> None:
+        draw(seen, live)
+        if "no answer for" in str(seen):
+            told.set()
+
+    monkeypatch.setattr(status, "HANGS_AFTER_S", 0.05)
+    monkeypatch.setattr(status, "read_status", hang)
+    monkeypatch.setattr(status, "_draw", drawn)
+    result = watched(run, monkeypatch)
+
+    first, *_, last = result.out.splitlines()
+    assert result.code == 130
+    assert re.fullmatch(r"[\d: Z-]+  no answer for 0 s: Postgres or Redis hangs", first)
+    assert last.startswith("late runs")
+
+
+def test_short_screen_has_what_is_bad_first(run: Run, scene: Scene) -> None:
+    """Where not everything fits, a dead letter is not what is cut off; with room enough nothing moves."""
+    scene.as_superuser(
+        "INSERT INTO kino.dead_letter (message_key, raw, queue, reason, detail, group_fingerprint, build)"
+        " VALUES ('x', 'x', 'generation.timeout', 'bad_json', 'x', 'x', 'x')"
+    )
+    found = json.loads(run("status", "--json").out)
+
+    def names(rows_max: int) -> list[str]:
+        return [str(cell) for cell in status._screen(found, rows_max=rows_max).columns[0].cells]
+
+    assert names(10)[:2] == ["workers alive", "dead letters open"]
+    assert names(100) == [name.replace("_", " ") for name in found if found[name] is not None or "intake" not in name]
 
 
 def test_installed_script_stops_watching_on_ctrl_c(database: Database, redis_url: str) -> None:
