@@ -23,8 +23,9 @@ def main() -> None:
 
 def _leave(*_: object) -> None:
     """Leave at once: nothing was started that would have to be put away."""
-    sys.stderr.write("interrupted\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
     os._exit(INTERRUPTED)
 
 

@@ -178,7 +178,7 @@ class Settings(BaseSettings):
             pool = redis.ConnectionPool.from_url(url)
             local = issubclass(pool.connection_class, redis.UnixDomainSocketConnection)
             pool.make_connection()  # nothing connects, but an option that there is not is refused
-        except (ValueError, TypeError):  # their texts may quote the password
+        except (ValueError, TypeError, redis.RedisError):  # their texts may quote the password
             raise BadSettings(f"KINO_REDIS_URL {_UNREADABLE}; for example {example}") from None
         if local:
             raise BadSettings(f"KINO_REDIS_URL is a Unix socket; connect by redis:// or rediss://, such as {example}")

@@ -67,7 +67,7 @@ app.conf.update(
 
 
 class AloneStep(bootsteps.Step):
-    """Workers have nothing to say to each other, however they are started: no gossip, mingling or heartbeats.
+    """Workers have nothing to say to each other, however they are started: no gossip, mingling, heartbeats or events.
 
     All of it would go through Redis, where users.acl does not let a worker PUBLISH: it would end at its start.
     """
@@ -75,6 +75,7 @@ class AloneStep(bootsteps.Step):
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
         # Read when the consumer is made, which is after every step of the worker.
+        parent.task_events = False
         parent.options |= {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
 
 

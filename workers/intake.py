@@ -20,10 +20,8 @@ import sqlalchemy as sa
 
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import DependencyAway, ForeignKey, MalformedMessage
-from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
 from kino_refunds.log import get_logger
-from kino_refunds.reconciliation.overdue import EVENT_SOURCE as RECONCILER
 from kino_refunds.settlement.batch import Part, settle_batch
 from kino_refunds.settlement.dead_letters import (
     DeadLetter,
@@ -248,18 +246,10 @@ def read_claim(claim: Claim) -> tuple[list[Delivery], list[DeadLetter]]:
     deliveries, dead = [], []
     for message in claim.messages:
         try:
-            deliveries.append(_read_foreign(message.raw, message.queue.value))
+            deliveries.append(read_delivery(message.raw, message.queue.value))
         except MalformedMessage as error:
             dead.append(malformed_letter(message.raw, message.queue.value, error))
     return deliveries, dead
-
-
-def _read_foreign(raw: bytes, queue: str) -> Delivery:
-    """Read an event that somebody published: under our own name it would take the place of a verdict of ours."""
-    delivery = read_delivery(raw, queue)
-    if delivery.event.source == RECONCILER:
-        raise MalformedMessage(MalformedReason.INVALID_EVENT, f"source {RECONCILER!r} is this system's own")
-    return delivery
 
 
 def one_line(error: BaseException) -> str:

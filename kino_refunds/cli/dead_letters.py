@@ -11,7 +11,7 @@ import typer
 
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, said, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
-from kino_refunds.errors import MalformedMessage
+from kino_refunds.errors import DeadLetterClosed, MalformedMessage
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
@@ -160,7 +160,10 @@ def replay(
         try:
             for number in dict.fromkeys(numbers):
                 now = datetime.now(UTC)
-                replays += [replay_letter(engine, number, terms, now, actor=by, edited=corrected, dry_run=dry_run)]
+                try:
+                    replays += [replay_letter(engine, number, terms, now, actor=by, edited=corrected, dry_run=dry_run)]
+                except DeadLetterClosed as error:  # somebody's; the others are not
+                    print_error(str(error))
         except MalformedMessage as error:  # only a correction can be one here
             raise typer.BadParameter(f"{edited}: {error.code}: {error.text}; nothing was settled") from error
         finally:
@@ -169,7 +172,7 @@ def replay(
                 _show_replays(replays, as_json=as_json)
     if dry_run and not as_json:
         console.print("dry run: nothing was written", style="dim")
-    return 0 if all(each.closed for each in replays) else 1
+    return 0 if all(each.closed for each in replays) and len(replays) == len(set(numbers)) else 1
 
 
 def _show_replays(replays: list[Replay], *, as_json: bool) -> None:

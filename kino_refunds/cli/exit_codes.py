@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import redis
 import sqlalchemy as sa
 
@@ -17,6 +19,8 @@ from kino_refunds.errors import (
 )
 
 FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
+_WRONGLY_NAMED = {errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+"""What a person's file name can be wrong by; a full disk, for one, is no wrong usage."""
 _CHECK = "check that it runs and can be reached, and user, password and database in its URL (`kino-refunds doctor`)"
 
 
@@ -38,7 +42,7 @@ def explained(error: Exception) -> tuple[int, str]:
             return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
         case sa.exc.SQLAlchemyError() if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
             return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; {_CHECK}"
-        case OSError() if error.filename is not None:
+        case OSError() if error.filename is not None and error.errno in _WRONGLY_NAMED:
             return USAGE, f"{error.filename}: {error.strerror}"
         case sa.exc.ArgumentError():
             return USAGE, f"a database URL cannot be read: {first_line}"

@@ -119,6 +119,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.Abort:  # Ctrl-C or Ctrl-D at a question
         errors.print("\ninterrupted")
         return INTERRUPTED
+    except KeyboardInterrupt:  # before typer looks out for it
+        errors.print("interrupted")
+        return INTERRUPTED
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
         _show_usage_error(error)
         return USAGE

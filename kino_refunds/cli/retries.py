@@ -66,12 +66,14 @@ def list_waiting(
 def _read_cursor(text: str) -> tuple[str, str]:
     """Read an event's id and source; both may hold any character that a separator could be."""
     try:
-        event_id, source = json.loads(text)
-    except ValueError:
-        event_id = source = None
-    if not isinstance(event_id, str) or not isinstance(source, str):
-        raise typer.BadParameter(f"{text!r} is no cursor; give the `next` of the page before, as it is")
-    return event_id, source
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    match read:
+        case [str(event_id), str(source)] if (event_id + source).isprintable():
+            return event_id, source
+        case _:
+            raise typer.BadParameter(f"{text!a} is no cursor; give the `next` of the page before, as it is")
 
 
 def show(

@@ -71,7 +71,7 @@ def status(
         if as_json:
             print_json(read_status(engine, client, settings))
         elif watch:
-            _watch(lambda: _screen(read_status(engine, client, settings), rows_max=console.height - 1))
+            _watch(lambda: _screen(read_status(engine, client, settings), lines_max=console.height - 1))
         else:
             print_whole(_screen(read_status(engine, client, settings)))
 
@@ -151,7 +151,7 @@ _ONLY_WHERE_SO = frozenset({"intake_reason", "intake_paused_by"})
 _BAD_ABOVE_ZERO = frozenset({"breaks_open", "charges_overdue", "dead_letters_open", "missed_runs", "late_runs"})
 
 
-def _screen(found: dict[str, Any], *, rows_max: int = 1_000) -> Table:
+def _screen(found: dict[str, Any], *, lines_max: int | None = None) -> Table:
     """Draw one line a thing, in a fixed order; where there is no room for all, what is bad comes first."""
     rows = []
     for name, value in found.items():
@@ -164,8 +164,13 @@ def _screen(found: dict[str, Any], *, rows_max: int = 1_000) -> Table:
         bad = value == "paused" or (name == "workers_alive" and not value) or (name in _BAD_ABOVE_ZERO and bool(value))
         label = _NAMES.get(name, name.replace("_", " "))
         rows.append((label, text if value != {} else shown(None), bad))
-    if len(rows) > rows_max:
-        rows.sort(key=lambda row: not row[2])
+    table = _table(rows)
+    if lines_max is not None and len(console.render_lines(table)) > lines_max:
+        return _table(sorted(rows, key=lambda row: not row[2]))
+    return table
+
+
+def _table(rows: list[tuple[str, Text, bool]]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-from kino_refunds.reconciliation.overdue import EVENT_SOURCE as RECONCILER
+from kino_refunds.settlement.deliveries import RECONCILER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

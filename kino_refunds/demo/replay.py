@@ -25,9 +25,10 @@ from kino_refunds.events.schema import queue_of, to_json
 from kino_refunds.ledger import ChargeRequest, grant_lots, open_charges
 from kino_refunds.policy.document import published_policy
 from kino_refunds.processes import CeleryProcess, settings_for, start_worker
-from kino_refunds.reconciliation.overdue import EVENT_SOURCE, OverdueRules, sweep_overdue
+from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
+from kino_refunds.settlement.deliveries import RECONCILER
 from kino_refunds.settlement.settle import Terms
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ _REASONS = sa.text("""
 
 
 def _figures(connection: sa.Connection, seconds: float, events_per_second: float) -> Figures:
-    row = connection.execute(_FIGURES, {"reconciler": EVENT_SOURCE}).mappings().one()
+    row = connection.execute(_FIGURES, {"reconciler": RECONCILER}).mappings().one()
     counts = {name: int(value) for name, value in row.items()}
     return Figures(**counts, seconds=round(seconds, 2), events_per_second=round(events_per_second, 1))
 

@@ -26,8 +26,8 @@ from kino_refunds.errors import ServerFailed
 from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Queue
-from kino_refunds.reconciliation.overdue import EVENT_SOURCE as RECONCILER
 from kino_refunds.settings import Settings
+from kino_refunds.settlement.deliveries import RECONCILER
 
 if TYPE_CHECKING:
     from collections.abc import Callable

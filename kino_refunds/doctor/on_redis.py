@@ -25,7 +25,10 @@ MEMORY_SHARE_MAX: Final = 0.8
 OLDEST_MAX: Final = timedelta(minutes=1)
 """Events are settled within seconds; one that waits for a minute means that nobody takes them."""
 _SHOWN = 3
-_SCAN_STEP = 1_000
+_SCAN_STEP, _SCANS_MAX = 1_000, 1_000
+"""A million keys, in about a second beside the server; who keeps more there than events is told how far we looked."""
+_ALMOST = 0.85
+"""A letter or two: `generation.jobs` is a name of its own."""
 _OURS: Final = ("kino:", "kino.", "_kombu.")
 """What keys begin with that we write, some of which end with a queue's name."""
 
@@ -53,7 +56,7 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
             "set both by NTP",
             level="warn",
         )
-        yield _misspelt(client)
+        yield _misspelt(client, settings.relay_queue)
         yield from _queues(client)
 
 
@@ -175,22 +178,33 @@ def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
     )
 
 
-def _misspelt(client: redis.Redis) -> Finding:
+def _misspelt(client: redis.Redis, relay_queue: str | None) -> Finding:
     """Look for lists whose names are almost a queue's: nobody reads what a publisher writes there."""
-    if client.get_connection_kwargs().get("username"):
+    name = "queue names"
+    if client.get_connection_kwargs().get("username") not in {None, "default"}:
         # By deploy/users.acl no publisher may write there, and `worker` may not list keys: a refusal would be logged.
-        return Finding("queue names", "ok", "not looked at: the ACL says where a publisher may write")
-    lists = {key.decode(errors="backslashreplace") for key in client.scan_iter(count=_SCAN_STEP, _type="list")}
+        return Finding(name, "ok", "not looked at: the ACL says where a publisher may write")
+    lists, cursor = set[str](), 0
+    for _ in range(_SCANS_MAX):
+        try:
+            cursor, keys = client.scan(cursor, count=_SCAN_STEP, _type="list")
+        except redis.exceptions.NoPermissionError:
+            return Finding(name, "ok", "not looked at: this user may not list keys")
+        lists |= {key.decode(errors="backslashreplace") for key in keys if isinstance(key, bytes)}
+        if not cursor:
+            break
     meant = {}
-    for name in sorted(lists - set(QUEUE_KEYS)):
-        if not name.startswith(_OURS) and (nearest := get_close_matches(name, SERVED, n=1)):
-            meant[name] = nearest[0]
+    for key in sorted(lists - {*QUEUE_KEYS, relay_queue}):
+        if not key.startswith(_OURS) and (nearest := get_close_matches(key, SERVED, n=1, cutoff=_ALMOST)):
+            meant[key] = nearest[0]
     return judge(
-        "queue names",
+        name,
         not meant,
-        f"nobody reads {_listed([ascii(name) for name in meant])}" if meant else "no list has a name like theirs",
-        "if those are events, their publisher means"
-        f" {_listed(sorted(set(meant.values())))}: mend it, then move each there, as admin, by LMOVE … RIGHT LEFT",
+        f"nobody reads {_listed([ascii(key) for key in meant])}"
+        if meant
+        else "no list has a name like theirs" + ("" if not cursor else ", of the keys that were looked at"),
+        "if those are events: mend their publisher, then move each, as admin: "
+        + _listed([f"LMOVE {key!a} {queue} RIGHT LEFT" for key, queue in meant.items()]),
         level="warn",
     )
 

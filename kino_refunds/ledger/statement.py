@@ -83,7 +83,7 @@ def statement(
     transfers may have lower ids than theirs, and a reader that pages by those alone would never see them.
     Raises TransferNotFound if `after` is no transfer of this account: to begin anew would count lines twice.
     """
-    if after is not None:
+    if after:  # 0 never was a transfer: a reader whose cursor is a number begins with it
         known = connection.execute(_OF_ACCOUNT, {"transfer_id": after, "account_id": account_id}).scalar_one_or_none()
         if known is None:
             raise TransferNotFound(f"account {account_id!r} has no transfer {after} to go on behind")

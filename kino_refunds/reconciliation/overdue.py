@@ -22,7 +22,7 @@ from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import Break, raise_breaks
-from kino_refunds.settlement.deliveries import delivery_of
+from kino_refunds.settlement.deliveries import RECONCILER, delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-EVENT_SOURCE = "kino-reconciler"
 PAGE = 500
 ASK_BATCH = 100
 """Small enough for a query string or an IN list of any source."""
@@ -308,7 +307,7 @@ def _raise_running(
 def event_of(charge: OverdueCharge, answer: Answer) -> Event:
     """Write the event that should have come, from charge and answer alone: two sweeps write the same one."""
     common: dict[str, Any] = {
-        "source": EVENT_SOURCE,
+        "source": RECONCILER,
         "time": charge.due_at,
         "job_id": charge.job_id,
         "account_id": charge.account_id,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kino_refunds.events.envelope import parse
+from kino_refunds.errors import MalformedMessage
+from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.schema import Event, fingerprint, queue_of, to_json
 
 if TYPE_CHECKING:
     from datetime import datetime
+
+
+RECONCILER = "kino-reconciler"
+"""The source of the events that we write ourselves, where nobody else says how a job ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +36,14 @@ class Delivery:
         return self.event.identity
 
 
-def read_delivery(raw: bytes, queue: str) -> Delivery:
-    """Parse a message; raises MalformedMessage."""
+def read_delivery(raw: bytes, queue: str, *, ours: bool = False) -> Delivery:
+    """Parse a message; raises MalformedMessage, also for an event under our own name that is not `ours`.
+
+    Whoever publishes one could take the place of a verdict of the reconciler's, which would then be a conflict.
+    """
     event = parse(raw)
+    if event.source == RECONCILER and not ours:
+        raise MalformedMessage(MalformedReason.INVALID_EVENT, f"source {RECONCILER!r} is this system's own")
     return Delivery(event, fingerprint(event), raw, queue)
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.schema import ID_LENGTH_MAX
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, malformed_letter, record_dead_letters
-from kino_refunds.settlement.deliveries import Delivery, delivery_of, read_delivery
+from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_delivery
 from kino_refunds.settlement.inbox import read_record
 from kino_refunds.settlement.outcomes import Disposition, disposition
 from kino_refunds.settlement.settle import decide, read_charges
@@ -84,12 +84,22 @@ def _alone_with(engine: sa.Engine, dead_letter_id: int) -> Iterator[None]:
         try:
             yield
         finally:
-            connection.execute(_UNLOCK, key)
+            _unlock(connection, key)
 
 
 _TRY_LOCK = sa.text("SELECT pg_try_advisory_lock(:class, :id)")
 _TRY_LOCK_HERE = sa.text("SELECT pg_try_advisory_xact_lock(:class, :id)")
 _UNLOCK = sa.text("SELECT pg_advisory_unlock(:class, :id)")
+
+
+def _unlock(connection: sa.Connection, key: dict[str, int]) -> None:
+    """Give the letter free; a session that is gone has taken its lock along, and must not hide what was settled."""
+    try:
+        unlocked = connection.execute(_UNLOCK, key).scalar_one()
+    except sa.exc.DBAPIError:
+        unlocked = False
+    if not unlocked:
+        connection.invalidate()
 
 
 def _lock_key(dead_letter_id: int) -> dict[str, int]:
@@ -120,7 +130,12 @@ def _replay(
             set_letter_status(connection, dead_letter_id, status, actor=actor, now=now, entry=entry)
 
     try:
-        delivery = read_delivery(letter.raw, letter.queue) if edited is None else _edited(edited, letter)
+        ours = _is_ours(letter)
+        delivery = (
+            _edited(edited, letter, ours=ours)
+            if edited is not None
+            else read_delivery(letter.raw, letter.queue, ours=ours)
+        )
     except MalformedMessage as error:
         if edited is not None:
             raise
@@ -145,17 +160,22 @@ def _replay(
 
 
 _LETTER = sa.text("""
-    SELECT raw, queue, message_key, source, event_id, job_id, status, status_actor, status_at,
+    SELECT raw, queue, reason, message_key, source, event_id, job_id, status, status_actor, status_at,
            (SELECT count(*) FROM jsonb_array_elements(history) h WHERE h ? 'as') AS edits
     FROM kino.dead_letter WHERE dead_letter_id = :dead_letter_id
 """)
 
 
-def _edited(message: bytes, letter: Any) -> Delivery:
-    event = parse(message)
+def _is_ours(letter: Any) -> bool:
+    """Tell an event that we wrote ourselves from one that somebody published under our name."""
+    return letter.source == RECONCILER and letter.reason not in {reason.value for reason in MalformedReason}
+
+
+def _edited(message: bytes, letter: Any, *, ours: bool) -> Delivery:
+    event = read_delivery(message, letter.queue, ours=ours).event
     known = {"source": letter.source, "id": letter.event_id}
-    if letter.event_id is None:  # then the job is all that can tell two letters apart
-        known["job_id"] = letter.job_id
+    if letter.event_id is None or (letter.source == RECONCILER and not ours):
+        known = {"job_id": letter.job_id}  # all that can tell two letters apart
     for name, value in known.items():
         if value is not None and getattr(event, name) != value:
             found = f"its {name} is {getattr(event, name)!r}, the letter's is {value!r}"

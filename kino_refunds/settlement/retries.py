@@ -156,11 +156,12 @@ def lease_due(
                       ORDER BY d.next_attempt_at LIMIT :limit)
                 FOR UPDATE SKIP LOCKED
             )
-            UPDATE kino.pending_event p SET leased_until = :until FROM due
+            UPDATE kino.pending_event p
+            SET leased_until = greatest(:now, clock_timestamp()) + make_interval(secs => :lease_s) FROM due
             WHERE p.source = due.source AND p.event_id = due.event_id
             RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts
         """),
-        {"now": now, "until": now + lease, "limit": limit, "event_id": event_id},
+        {"now": now, "lease_s": lease.total_seconds(), "limit": limit, "event_id": event_id},
     )
     return [
         delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)

@@ -18,10 +18,11 @@ from kino_refunds.events.envelope import parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
-from kino_refunds.reconciliation.overdue import EVENT_SOURCE, OverdueRules, sweep_overdue
+from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
+from kino_refunds.settlement.deliveries import RECONCILER
 from kino_refunds.settlement.settle import settle
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
@@ -98,7 +99,7 @@ def test_everything_malformed_at_once_is_kept_and_the_neighbours_settle(scene: S
 def test_nobody_publishes_under_our_own_name(scene: Scene, redis: Redis) -> None:
     """An event on a queue that says it is the reconciler's is kept, and does not take a verdict's place."""
     charge(scene, "job-1")
-    raw = to_json(make_event("completed", event_id="overdue:1:timed_out", source=EVENT_SOURCE))
+    raw = to_json(make_event("completed", event_id="e-1", source=RECONCILER))
     redis.lpush("generation.job-completed", raw)
 
     make_intake(scene, redis).run_once()

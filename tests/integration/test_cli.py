@@ -322,6 +322,7 @@ def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: 
     page = run("statement", "acme", "--limit", "1", "--json")
     rest = run("statement", "acme", "--after", str(page.json["next"]), "--json")
     end = run("statement", "acme", "--after", str(rest.json["items"][-1]["transfer_id"]), "--json")
+    nowhere = run("statement", "acme", "--after", "99", "--json")
 
     def line(of: Result, kind: str, credits: int, job_id: str | None, reason: str | None) -> dict[str, Any]:
         (item,) = of.json["items"]
@@ -335,6 +336,7 @@ def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: 
     assert page.json == {"items": [granted], "next": granted["transfer_id"]}
     assert rest.json == {"items": [line(rest, "hold", -8, "job-1", None)], "next": None}
     assert end.json == {"items": [], "next": None}
+    assert nowhere == error("account 'acme' has no transfer 99 to go on behind", 2)
 
 
 def test_people_read_tables(run: Run, scene: Scene) -> None:
@@ -868,6 +870,19 @@ def test_interrupt_while_it_is_loaded_is_no_traceback() -> None:
     assert said.splitlines()[-1] == b"interrupted"
     assert b"Traceback" not in said
     assert b"kino_refunds.cli.main" not in said
+
+
+def test_interrupt_that_is_ignored_stays_ignored() -> None:
+    """Started in the background of a script (SIGINT ignored), it goes on to its own end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        program = script("balance", "acme", PYTHONPROFILEIMPORTTIME="1")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    code, said = ended_by(signal.SIGINT, program, once=lambda said: b" redis\n" in said)
+
+    assert code == 2
+    assert b"KINO_DATABASE_URL is not set" in said
 
 
 def processes_of(folder: Path) -> list[str]:

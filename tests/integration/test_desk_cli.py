@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from kino_refunds.cli.main import _run, main
 from kino_refunds.events.envelope import message_key
 from kino_refunds.events.schema import to_json
 from kino_refunds.schedule import Entry, claim_slot
+from kino_refunds.settings import load_settings
+from kino_refunds.settlement import replays
 from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter, record_dead_letters
 from tests.conftest import Database
 from tests.malformed import bare
@@ -351,6 +353,49 @@ def test_run_now_tries_the_event_it_was_told(cli: Cli, scene: Scene) -> None:
     assert waits == {"told": Waits("job-1", "charge_not_found", 1), "not told": Waits("job-2", "charge_not_found", 0)}
 
 
+def test_what_is_tried_by_hand_is_leased_as_by_a_sweep(cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is killed in the middle holds its events no longer than a worker that died."""
+    scene.settle(make_event("timeout"))
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr("kino_refunds.cli.retries.settle_batch", killed)
+    ttl = timedelta(seconds=load_settings().alive_ttl_s)
+    before = datetime.now(UTC)
+    with pytest.raises(SystemExit):
+        cli("retries", "run-now")
+    after = datetime.now(UTC)
+
+    ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")
+    assert before + ttl <= leased_until <= after + ttl
+
+
+def test_a_letter_in_somebody_s_hands_does_not_keep_the_others(
+    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several letters the one that is being replayed elsewhere is named, and the others settle."""
+    scene.charged()
+    keep(scene, letter(b"nonsense"))
+    unread(scene)
+    monkeypatch.setattr(replays, "HELD_FOR_S_MAX", 0.1)
+
+    with replays._alone_with(scene.worker, 1):
+        said = cli("dead-letters", "replay", "1", "2", "--json")
+
+    assert said.code == 1
+    assert said.err.startswith("error: dead letter 1 is being replayed by somebody else")
+    assert [(each["number"], each["outcome"]) for each in said.document["items"]] == [(2, "refunded")]
+
+
+@pytest.mark.parametrize("cursor", ["a", "5", "null", '["a"]', '["\\u0000", "x"]', '["\\ud800", "x"]', "[" * 100_000])
+def test_what_is_no_cursor_is_refused(cli: Cli, cursor: str) -> None:
+    """Whatever is given to go on behind, what is not of our making is one line and exit 2."""
+    said = cli("retries", "list", "--after", cursor)
+
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+
+
 def test_an_event_is_tried_however_many_others_are_due(cli: Cli, scene: Scene) -> None:
     """A sweep takes some hundreds at a time; the one that a person names is among them."""
     scene.settle(*(make_event("timeout", f"job-{n}") for n in range(600)))
@@ -369,11 +414,9 @@ def test_a_cursor_is_what_it_says(cli: Cli, scene: Scene) -> None:
     first = cli("retries", "list", "--limit", "1")
     pasted = shlex.split(first.out.splitlines()[-1].removeprefix("more: "))
     second = cli("retries", "list", "--limit", "1", *pasted, "--json")
-    wrong = cli("retries", "list", "--after", "a")
 
     assert pasted == ["--after", '["[/red]", "a b"]']
     assert second.document["next"] == '["a", "b c"]'
-    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
 
 
 def test_no_page_of_retries_leaves_one_out(cli: Cli, scene: Scene) -> None:

@@ -23,7 +23,7 @@ from kino_refunds.doctor import findings, on_postgres, on_redis
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.errors import LedgerInconsistent
 from kino_refunds.events import client as redis_clients
-from kino_refunds.events.queues import QUEUE_KEYS
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
 from kino_refunds.server_guard import Orders
 from kino_refunds.settlement.gate import TRIPWIRE, pause_intake
@@ -950,15 +950,16 @@ def test_key_of_ours_that_holds_something_else_is_found(doctor: Doctor, redis: R
     redis.sadd("kino:workers", "w")
     redis.set("kino:inflight:w:generation.timeout", "x")
     redis.set("kino:recovered:generation.job-failed", "x")
-    redis.set("_kombu.binding.generation.timeout", "x")
+    for queue in SERVED:
+        redis.set(f"_kombu.binding.{queue}", "x")
 
     found = doctor()
     redis.set("kino:workers", "x")
     registry = doctor()
 
     says = (
-        "they hold something foreign: 'kino:inflight:w:generation.timeout', 'kino:recovered:generation.job-failed',"
-        " '_kombu.binding.generation.timeout'"
+        "they hold something foreign: 'kino:inflight:w:generation.timeout', 'kino:recovered:generation.job-failed', "
+        + ", ".join(f"'_kombu.binding.{queue}'" for queue in SERVED)
     )
     assert found == Diagnosis(1, [Found("queue keys", "fail", says, FOREIGN)])
     assert "'kino:workers'" in registry.bad[0].found
@@ -968,16 +969,42 @@ def test_key_of_ours_that_holds_something_else_is_found(doctor: Doctor, redis: R
 def test_queue_whose_name_is_misspelt_is_found(doctor: Doctor, redis: Redis) -> None:
     """A publisher's typo is a list that nobody reads; lists of other people are none of our business."""
     redis.lpush("generation.job-complete", "{}")
-    redis.lpush("jobs.to-do", "{}")
-    redis.lpush("kino:inflight:w:generation.job-failed", "{}")
+    redis.lpush("generation.time-out", "{}")
+    for name in ("jobs.to-do", "generation.jobs", "generation.timeouts", "kino:inflight:w:generation.job-failed"):
+        redis.lpush(name, "{}")
 
-    found = doctor()
+    found = doctor(KINO_RELAY_QUEUE="generation.timeouts")
 
     advice = (
-        "if those are events, their publisher means generation.job-completed: mend it, then move each there, as admin,"
-        " by LMOVE … RIGHT LEFT"
+        "if those are events: mend their publisher, then move each, as admin: LMOVE 'generation.job-complete'"
+        " generation.job-completed RIGHT LEFT, LMOVE 'generation.time-out' generation.timeout RIGHT LEFT"
     )
-    assert found == Diagnosis(0, [Found("queue names", "warn", "nobody reads 'generation.job-complete'", advice)])
+    says = "nobody reads 'generation.job-complete', 'generation.time-out'"
+    assert [each for each in found.bad if each.check != "beat"] == [Found("queue names", "warn", says, advice)]
+
+
+@pytest.mark.usefixtures("well")
+@pytest.mark.parametrize(("user", "level"), [("default", "warn"), ("worker", "ok"), ("", "ok")])
+def test_queue_names_are_looked_at_where_the_user_may(
+    run: Run, own_valkey: EmbeddedValkey, user: str, level: str
+) -> None:
+    """Who says that it is `default` may list keys as a rule; who may not is told that nothing was looked at."""
+    with Redis.from_url(own_valkey.url()) as admin:
+        admin.lpush("generation.job-complete", "{}")
+        admin.acl_setuser("worker", enabled=True, nopass=True, keys=["*"], channels=["*"], categories=["+@all"])
+        if not user:
+            admin.execute_command("ACL", "SETUSER", "default", "-scan")
+        url = own_valkey.url().replace("//", f"//{user}:x@" if user else "//")
+        try:
+            items = run("doctor", "--json", KINO_REDIS_URL=url).json["items"]
+        finally:
+            admin.execute_command("ACL", "SETUSER", "default", "+@all")
+            admin.flushall()
+
+    ((found, told),) = [(each["level"], each["found"]) for each in items if each["check"] == "queue names"]
+    assert found == level
+    assert ("not looked at" in told) == (level == "ok")
+    assert [each["level"] for each in items if each["check"] == "queue keys"] == ["ok"]
 
 
 @pytest.mark.usefixtures("well")

@@ -19,6 +19,7 @@ from redis import Redis
 from kino_refunds import embedded as module
 from kino_refunds.embedded import EmbeddedPostgres, EmbeddedValkey, Servers, servers
 from kino_refunds.errors import ServerFailed
+from kino_refunds.server_guard import IN_USE, remove_scratch
 from tests.scenario import until
 
 LOOPBACK_IN_PROC = "0100007F"
@@ -174,6 +175,23 @@ def test_killed_owner_leaves_nothing_behind() -> None:
 
         until(lambda: not processes_of(folder))
         until(lambda: not folder.exists())
+
+
+def test_last_server_of_a_scratch_folder_takes_it_along(tmp_path: Path) -> None:
+    """A folder with another server in it, and that server's, stay; when the last one goes so does everything."""
+    around = tmp_path / "kino-x"
+    for name in ("postgres", "valkey"):
+        (around / name).mkdir(parents=True)
+        (around / name / IN_USE).touch()
+    (around / "worker.log").touch()
+
+    remove_scratch(around / "postgres")
+    first = sorted(path.name for path in around.iterdir())
+    remove_scratch(around / "valkey")
+
+    assert first == ["valkey", "worker.log"]
+    assert not around.exists()
+    assert tmp_path.exists()
 
 
 @pytest.mark.faults

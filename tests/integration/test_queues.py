@@ -726,7 +726,9 @@ def test_a_batch_in_flight_is_seen_whole_or_not_at_all(redis: Redis) -> None:
     with ThreadPoolExecutor(1) as pool:
         claiming = pool.submit(claim_and_release)
         try:
-            seen = Counter(tuple(sorted(in_flight(redis, A))) for _ in range(1_000))
+            seen: Counter[tuple[bytes, ...]] = Counter()
+            while seen.total() < 1_000 or len(seen) < 2:
+                seen[tuple(sorted(in_flight(redis, A)))] += 1
         finally:
             stop.set()
         claiming.result()

@@ -15,10 +15,10 @@ from kino_refunds.demo.promises import violations
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
 from kino_refunds.ledger import Balance
-from kino_refunds.settlement import batch
+from kino_refunds.settlement import batch, replays
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter, record_dead_letters
-from kino_refunds.settlement.deliveries import delivery_of, read_delivery
+from kino_refunds.settlement.deliveries import RECONCILER, delivery_of, read_delivery
 from kino_refunds.settlement.replays import Replay, discard_letter, note_letter, replay_letter, set_letter_status
 from kino_refunds.settlement.settle import settle as settle_events
 from tests.conftest import Database
@@ -322,24 +322,31 @@ LONG_ID = "e" * (ID_LENGTH_MAX - 6)
 
 
 @pytest.mark.parametrize(
-    "edited",
+    ("event_id", "edited", "says"),
     [
-        b"nonsense",
-        to_json(make_event("failed platform", event_id=LONG_ID)),
-        to_json(make_event("failed platform", "job-2")),
-        to_json(make_event("failed platform", event_id=LONG_ID, source="another")),
+        ("e", b"nonsense", "expected ident"),
+        (LONG_ID, to_json(make_event("failed platform", event_id=LONG_ID)), "is over 128 characters"),
+        (
+            "e",
+            to_json(make_event("failed platform", "job-2")),
+            "its id is 'job-2 failed platform', the letter's is 'e'",
+        ),
+        ("e", to_json(make_event("failed platform", event_id="e", source="x")), "its source is 'x', the letter's is "),
+        ("e", to_json(make_event("failed platform", event_id="e", source=RECONCILER)), "is this system's own"),
     ],
-    ids=["malformed", "id too long", "of another event", "of another source"],
+    ids=["malformed", "id too long", "of another event", "of another source", "of our own"],
 )
-def test_a_correction_that_is_none_of_this_letter_changes_nothing(scene: Scene, edited: bytes) -> None:
+def test_a_correction_that_is_none_of_this_letter_changes_nothing(
+    scene: Scene, event_id: str, edited: bytes, says: str
+) -> None:
     """Whoever corrects a message wrongly is told so, and the letter stays as it was: it may guard a job's credits."""
     scene.charged()
     scene.charged("job-2")
-    settle(scene, make_event("failed platform", account_id="somebody else", event_id=LONG_ID))
+    settle(scene, make_event("failed platform", account_id="somebody else", event_id=event_id))
     settle(scene, make_event("failed platform", "job-2"))
     before = scene.everything()
 
-    with pytest.raises(MalformedMessage):
+    with pytest.raises(MalformedMessage, match=says):
         replay(scene, edited=edited)
 
     assert scene.everything() == before
@@ -357,6 +364,34 @@ def test_a_correction_of_a_message_without_an_id_is_of_its_job(scene: Scene) -> 
     replayed = replay(scene, edited=to_json(make_event("failed platform")))
 
     assert (replayed.outcome, replayed.closed) == ("refunded", True)
+
+
+def test_an_event_under_our_name_is_nobody_s_to_replay(scene: Scene) -> None:
+    """What was published as the reconciler's settles only as somebody's own event: corrected, under another source."""
+    scene.charged()
+    forged = make_event("failed platform", event_id="overdue:1:failed.platform", source=RECONCILER)
+    record(scene, malformed(to_json(forged)))
+
+    as_it_came = replay(scene)
+    with pytest.raises(MalformedMessage, match="is this system's own"):
+        replay(scene, edited=to_json(forged))
+    corrected = replay(scene, edited=to_json(make_event("failed platform", event_id="e")))
+
+    assert (as_it_came.outcome, as_it_came.closed) == ("invalid_event", False)
+    assert (corrected.event_id, corrected.outcome, corrected.closed) == ("e+edit.1", "refunded", True)
+    assert scene.story().settlement == Settled("refunded", "generation_failure", "2.failure", "e+edit.1")
+
+
+def test_an_event_of_our_own_is_replayed(scene: Scene, bug: Callable[[str], None]) -> None:
+    """A verdict of the reconciler's that failed in our own code settles when the code is mended."""
+    scene.charged()
+    bug("on")
+    settle(scene, make_event("timeout", event_id="overdue:1:timed_out", source=RECONCILER))
+    bug("off")
+
+    replayed = replay(scene)
+
+    assert (replayed.event_id, replayed.outcome, replayed.closed) == ("overdue:1:timed_out", "refunded", True)
 
 
 def test_a_letter_that_was_corrected_is_not_corrected_again(scene: Scene) -> None:
@@ -592,6 +627,61 @@ def test_a_letter_that_is_being_replayed_is_not_discarded(scene: Scene, monkeypa
 
     assert replayed.outcome == "refunded"
     assert told == ["dead letter 1 is being replayed by somebody else; nothing was done, look at it again"]
+    assert [each.status for each in letters(scene)] == ["replayed"]
+
+
+def test_a_letter_that_somebody_sits_on_is_not_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay that stands still, such as a stopped terminal, holds up nobody for long."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    monkeypatch.setattr(replays, "HELD_FOR_S_MAX", 0.1)
+
+    with replays._alone_with(scene.worker, 1), pytest.raises(DeadLetterClosed, match="is being replayed by somebody"):
+        replay(scene)
+    afterwards = replay(scene)
+
+    assert afterwards.outcome == "refunded"
+
+
+def test_a_replay_waits_in_no_transaction(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who keeps a letter for itself holds no snapshot meanwhile, and no limit on idle transactions ends it."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    idle: list[int] = []
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        ((count,),) = scene.rows(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND state LIKE 'idle in transaction%' AND pid <> pg_backend_pid()"
+        )
+        idle.append(count)
+        return settle_events(*arguments, **options)
+
+    monkeypatch.setattr(batch, "settle", look)
+    replay(scene)
+
+    assert idle == [0]
+
+
+def test_a_lost_lock_does_not_hide_what_was_settled(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session that kept the letter ends while its event settles: the outcome is told, and the letter closed."""
+    scene.charged()
+    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+
+    def end_the_others(*arguments: Any, **options: Any) -> Any:
+        settled = settle_events(*arguments, **options)
+        scene.as_superuser(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        return settled
+
+    monkeypatch.setattr(batch, "settle", end_the_others)
+    replayed = replay(scene)
+    monkeypatch.setattr(batch, "settle", settle_events)
+    again = replay(scene)
+
+    assert (replayed.outcome, replayed.closed, again.outcome) == ("refunded", True, "duplicate")
     assert [each.status for each in letters(scene)] == ["replayed"]
 
 

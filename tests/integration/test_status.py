@@ -19,6 +19,7 @@ import pytest
 from redis import Redis
 
 from kino_refunds.cli import status
+from kino_refunds.cli.output import console
 from kino_refunds.embedded import LOOPBACK
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
@@ -233,7 +234,7 @@ def test_watch_says_that_a_server_hangs(run: Run, monkeypatch: pytest.MonkeyPatc
 
     first, *_, last = result.out.splitlines()
     assert result.code == 130
-    assert re.fullmatch(r"[\d: Z-]+  no answer for 0 s: Postgres or Redis hangs", first)
+    assert re.fullmatch(r"[\d: Z-]+  no answer for \d+ s: Postgres or Redis hangs", first)
     assert last.startswith("late runs")
 
 
@@ -244,12 +245,44 @@ def test_short_screen_has_what_is_bad_first(run: Run, scene: Scene) -> None:
         " VALUES ('x', 'x', 'generation.timeout', 'bad_json', 'x', 'x', 'x')"
     )
     found = json.loads(run("status", "--json").out)
+    fixed = [name.replace("_", " ") for name in found if found[name] is not None or "intake" not in name]
 
-    def names(rows_max: int) -> list[str]:
-        return [str(cell) for cell in status._screen(found, rows_max=rows_max).columns[0].cells]
+    def names(lines_max: int) -> list[str]:
+        return [str(cell) for cell in status._screen(found, lines_max=lines_max).columns[0].cells]
 
-    assert names(10)[:2] == ["workers alive", "dead letters open"]
-    assert names(100) == [name.replace("_", " ") for name in found if found[name] is not None or "intake" not in name]
+    assert names(len(fixed) - 1)[:2] == ["workers alive", "dead letters open"]
+    assert names(100) == fixed
+
+    # The queues take two lines on 80 columns, so as many lines as rows are too few.
+    assert names(len(fixed))[:2] == ["workers alive", "dead letters open"]
+
+
+def test_watch_knows_how_high_the_screen_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is known from the terminal itself."""
+    heights: list[int | None] = []
+    screen = status._screen
+
+    def seen(found: dict[str, Any], *, lines_max: int | None = None) -> Any:
+        heights.append(lines_max)
+        return screen(found, lines_max=lines_max)
+
+    monkeypatch.setattr(status, "_screen", seen)
+    monkeypatch.setattr(console, "_height", 33)
+    watched(run, monkeypatch)
+
+    assert heights == [32]
+
+
+def test_watch_ends_with_a_mistake_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a server that is away is waited for; anything else ends the command, and is not shown as a picture."""
+
+    def fall(*_: Any) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(status, "read_status", fall)
+
+    with pytest.raises(ZeroDivisionError):
+        watched(run, monkeypatch)
 
 
 def test_installed_script_stops_watching_on_ctrl_c(database: Database, redis_url: str) -> None:
