@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,9 +158,8 @@ def replay(
                 warn_if_paused(connection)
         try:
             for number in dict.fromkeys(numbers):
-                now = datetime.now(UTC)
                 try:
-                    replays += [replay_letter(engine, number, terms, now, actor=by, edited=corrected, dry_run=dry_run)]
+                    replays += [replay_letter(engine, number, terms, actor=by, edited=corrected, dry_run=dry_run)]
                 except DeadLetterClosed as error:  # somebody's; the others are not
                     print_error(str(error))
         except MalformedMessage as error:  # only a correction can be one here
@@ -201,7 +199,7 @@ def discard(
     """
     confirm(f"Discard dead letter {number}?", yes=yes)
     with ledger_connection() as connection:
-        discard_letter(connection, number, note=note, actor=by, now=datetime.now(UTC))
+        discard_letter(connection, number, note=note, actor=by)
     console.print(f"dead letter {number} is discarded; it is kept")
 
 
@@ -215,5 +213,5 @@ def note(
     Example: kino-refunds dead-letters note 7 "the pipeline team is on it"
     """
     with ledger_connection() as connection:
-        note_letter(connection, number, text, actor=by, now=datetime.now(UTC))
+        note_letter(connection, number, text, actor=by)
     console.print(f"noted on dead letter {number}")

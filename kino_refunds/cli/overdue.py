@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -52,7 +51,6 @@ def run(
             source,
             Terms(published_policy(), settings.lot_grace, settings.build),
             rules_of(settings),
-            now=datetime.now(UTC),
             dry_run=dry_run,
             progress=_show_progress,
         )

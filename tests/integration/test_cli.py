@@ -27,7 +27,8 @@ from kino_refunds.events.queues import waiting
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.settings import PREFIX
-from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import malformed_letter
+from tests.clock import record_dead_letters
 from tests.command_line import Result, Run
 from tests.conftest import Database
 from tests.scenario import NOW, Scene, make_event, until

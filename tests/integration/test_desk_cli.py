@@ -17,10 +17,11 @@ from redis import Redis
 from kino_refunds.cli.main import _run, main
 from kino_refunds.events.envelope import message_key
 from kino_refunds.events.schema import to_json
-from kino_refunds.schedule import Entry, claim_slot
+from kino_refunds.schedule import Entry
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement import replays
-from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter
+from tests.clock import claim_slot, record_dead_letters
 from tests.conftest import Database
 from tests.malformed import bare
 from tests.scenario import NOW, Broken, Scene, Waits, make_event
