@@ -373,7 +373,9 @@ class World:
         """Try everything that waits, as beat would some minutes from now."""
         with suppress(sa.exc.SQLAlchemyError):
             with self.engine.begin() as connection:
-                connection.exec_driver_sql("UPDATE kino.pending_event SET next_attempt_at = kino.clock()")
+                connection.exec_driver_sql(
+                    "UPDATE kino.pending_event SET next_attempt_at = kino.clock(), leased_until = NULL"
+                )
             sweep_retries(
                 self.engine,
                 lambda due: outcomes_of(settle_batch(self.engine, due, self.terms)),
