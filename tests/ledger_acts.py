@@ -38,7 +38,8 @@ def end(
     now: datetime | None = NOW,
     lot_grace: timedelta = GRACE,
 ) -> None:
-    """Settle charges in one batch, as the settlement does, at `now` (None: as it is), in the connection's transaction."""
+    """Settle charges in one batch, in the connection's transaction, at `now` (None: as it is)."""
+    event_at = (now or NOW) - DAY
     reason, clause = {"refunded": ("timeout", "2.timeout"), "captured": ("completed", "1")}[kind]
     for opened in charges:
         connection.execute(
@@ -57,8 +58,7 @@ def end(
             },
         )
     endings = [
-        Ending(c.charge_id, c.account_id, c.credits, c.lines, kind == "refunded", reason, (now or NOW) - DAY)
-        for c in charges
+        Ending(c.charge_id, c.account_id, c.credits, c.lines, kind == "refunded", reason, event_at) for c in charges
     ]
     end_charges(connection, endings, now=now, lot_grace=lot_grace, actor="test")
 
