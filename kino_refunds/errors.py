@@ -72,6 +72,10 @@ class DependencyAway(KinoError):
     """Postgres, Redis or the job source cannot be reached (exit code 3)."""
 
 
+class WrongEncoding(DependencyAway):
+    """The database is not encoded in UTF8, so that it cannot keep every id as it came."""
+
+
 class BadSettings(KinoError):
     """A setting is missing or cannot be what it says."""
 

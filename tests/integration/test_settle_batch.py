@@ -196,12 +196,10 @@ def test_a_charge_whose_lines_do_not_add_up_moves_nothing(scene: Scene) -> None:
 # What is not the events' fault.
 
 
-def read_only(scene: Scene) -> None:
-    scene.as_superuser(f"ALTER DATABASE {scene.worker.url.database} SET default_transaction_read_only = on")
-
-
 KEPT: dict[str, Callable[[Scene], None]] = {
-    "read-only": read_only,
+    "read-only": lambda scene: refuse(
+        scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'"
+    ),
     "no right to the inbox": lambda scene: scene.as_superuser("REVOKE INSERT ON kino.inbox_event FROM kino_worker"),
     "no right to lots": lambda scene: scene.as_superuser(
         "REVOKE UPDATE (remaining) ON kino.credit_lot FROM kino_worker"
