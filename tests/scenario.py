@@ -286,7 +286,7 @@ class Scene:
         def settle_due(due: Sequence[Delivery], at: datetime) -> list[Outcome]:
             return outcomes_of(settle_batch(self.worker, due, terms or make_terms(), at))
 
-        return sweep_retries(self.worker, settle_due, now=now, lease=LEASE, limit=limit).outcomes
+        return sweep_retries(self.worker, settle_due, now=now, lease=LEASE, build="test", limit=limit).outcomes
 
     # Assert.
 

@@ -82,6 +82,7 @@ def sweep_retries() -> None:
             lambda due, at: outcomes_of(settle_batch(_engine(), due, terms, at)),
             now=now,
             lease=settings.retry_lease,
+            build=terms.build,
         )
         return {"tried": swept.tried, "outcomes": swept.outcomes}
 

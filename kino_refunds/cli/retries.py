@@ -128,6 +128,7 @@ def run_now(
                 lambda due, at: outcomes_of(settle_batch(engine, due, terms, at)),
                 now=now,
                 lease=settings.retry_lease,
+                build=terms.build,
                 event_id=event_id,
             )
             if not swept.tried:

@@ -156,7 +156,9 @@ class Bench:
                 if time.monotonic() - started > DEADLINE_S:
                     raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
                 now = datetime.now(UTC)
-                tried += sweep_retries(engine, settle_again, now=now, lease=settings.retry_lease).tried
+                tried += sweep_retries(
+                    engine, settle_again, now=now, lease=settings.retry_lease, build=terms.build
+                ).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:
             print(f"  {tried:,} jobs were busy, and settled by the retry sweep")

@@ -375,6 +375,7 @@ class World:
                 lambda due, at: outcomes_of(settle_batch(self.engine, due, self.terms, at)),
                 now=datetime.now(UTC) + timedelta(minutes=20),
                 lease=timedelta(minutes=1),
+                build=self.terms.build,
             )
 
     def sweep_overdue(self, source: JobSource | None, *, asks: int = 1, later_s: float = 0.0) -> OverdueReport:

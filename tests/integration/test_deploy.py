@@ -808,9 +808,7 @@ def test_healthcheck_does_not_blame_a_worker_for_a_ledger_that_takes_no_writes(
             "CREATE FUNCTION kino.planted() RETURNS trigger LANGUAGE plpgsql"
             " AS $$ BEGIN RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'; END $$"
         )
-        superuser.execute(
-            "CREATE TRIGGER planted BEFORE UPDATE ON kino.intake_worker EXECUTE FUNCTION kino.planted()"
-        )
+        superuser.execute("CREATE TRIGGER planted BEFORE UPDATE ON kino.intake_worker EXECUTE FUNCTION kino.planted()")
 
     done = healthcheck(KINO_DATABASE_URL=database.url())
 

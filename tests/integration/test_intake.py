@@ -345,6 +345,7 @@ def test_a_job_whose_credits_somebody_holds_waits_alone(brisk_scene: Scene, redi
         lambda due, now: outcomes_of(settle_batch(scene.worker, due, make_terms(), now)),
         now=datetime.now(UTC) + timedelta(minutes=1),
         lease=LEASE,
+        build="test",
     )
 
     assert sizes == [3]
