@@ -36,6 +36,10 @@ class AccountNotActive(KinoError):
     """The account is suspended, terminated or unknown, so it cannot be charged."""
 
 
+class UnfitSession(KinoError):
+    """The caller's database session is in autocommit, or in an encoding that cannot carry every id."""
+
+
 class LedgerInconsistent(KinoError):
     """The ledger's own rows contradict each other; nothing is moved until a person has looked."""
 
