@@ -26,6 +26,8 @@ PINNED = {
     "TimeZone": "UTC",
     "bytea_output": "hex",
     "standard_conforming_strings": "on",
+    # An array of nothing but None goes as text, in which NULL would be a word.
+    "array_nulls": "on",
     # For statements outside a transaction; within one, each BEGIN names its level.
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
