@@ -36,6 +36,10 @@ class AccountNotActive(KinoError):
     """The account is suspended, terminated or unknown, so it cannot be charged."""
 
 
+class UnfitSession(KinoError):
+    """The caller's database session is in autocommit, or in an encoding that cannot carry every id."""
+
+
 class LedgerInconsistent(KinoError):
     """The ledger's own rows contradict each other; nothing is moved until a person has looked."""
 
@@ -70,6 +74,10 @@ class SourceUnavailable(KinoError):
 
 class DependencyAway(KinoError):
     """Postgres, Redis or the job source cannot be reached (exit code 3)."""
+
+
+class WrongEncoding(DependencyAway):
+    """The database is not encoded in UTF8, so that it cannot keep every id as it came."""
 
 
 class BadSettings(KinoError):

@@ -21,12 +21,13 @@ from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import DependencyAway, ForeignKey, MalformedMessage
 from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
 from kino_refunds.log import get_logger
-from kino_refunds.settlement.batch import Part, settle_batch
+from kino_refunds.settlement.batch import Part, keep_letters, settle_batch
 from kino_refunds.settlement.dead_letters import (
+    APPLY_ERROR,
     DeadLetter,
     malformed_letter,
     poison_letter,
-    record_dead_letters,
+    unread_letter,
 )
 from kino_refunds.settlement.deliveries import Delivery, read_delivery
 from kino_refunds.settlement.gate import TRIPWIRE, Gate, pause_intake, read_gate, resume_intake
@@ -109,14 +110,15 @@ class Intake:
         self._unfinished = claim.token
         deliveries, dead = read_claim(claim)
         try:
+            # Before their letters: a build that can read nothing must not turn all that waits into dead letters.
+            self._watch(Part(0, sum(letter.reason == APPLY_ERROR for letter in dead), 0))
             decisions = settle_batch(self._engine, deliveries, self._terms, watch=self._watch)
         except _Tripped:
             self._trip()
             return len(claim.messages)
         if dead:
             # After the neighbours: they settle even while no dead letter can be written.
-            with self._engine.begin() as connection:
-                record_dead_letters(connection, dead, build=self._terms.build)
+            keep_letters(self._engine, dead, build=self._terms.build)
         dropped = self._queues.drop(claim.token)
         self._unfinished = None
         if gate.paused:
@@ -241,13 +243,28 @@ def read_claim(claim: Claim) -> tuple[list[Delivery], list[DeadLetter]]:
     if claim.crashes >= POISON_CRASHES:
         (message,) = claim.messages
         return [], [poison_letter(message.raw, message.queue.value, claim.crashes)]
-    deliveries, dead = [], []
+    deliveries: list[Delivery] = []
+    dead: list[DeadLetter] = []
     for message in claim.messages:
-        try:
-            deliveries.append(read_delivery(message.raw, message.queue.value))
-        except MalformedMessage as error:
-            dead.append(malformed_letter(message.raw, message.queue.value, error))
+        read = _read(message.raw, message.queue.value)
+        if isinstance(read, Delivery):
+            deliveries.append(read)
+        else:
+            dead.append(read)
     return deliveries, dead
+
+
+def _read(raw: bytes, queue: str) -> Delivery | DeadLetter:
+    """Read one message; whatever our own reading fails on is this message's affair and no other's."""
+    try:
+        try:
+            return read_delivery(raw, queue)
+        except MalformedMessage as error:
+            return malformed_letter(raw, queue, error)
+    except Exception as error:
+        if classify(error) is Fault.KEEP:
+            raise
+        return unread_letter(raw, queue, error)
 
 
 def one_line(error: BaseException) -> str:

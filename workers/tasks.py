@@ -81,6 +81,7 @@ def sweep_retries() -> None:
             _engine(),
             lambda due: outcomes_of(settle_batch(_engine(), due, terms)),
             lease=settings.retry_lease,
+            build=terms.build,
         )
         return {"tried": swept.tried, "outcomes": swept.outcomes}
 

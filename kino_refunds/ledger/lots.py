@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import GrantConflict
 from kino_refunds.events.schema import ID_LENGTH_MAX
+from kino_refunds.ledger.callers import instant_or_none, microseconds, savepoint
 from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
 if TYPE_CHECKING:
@@ -124,7 +125,10 @@ def require_instant(name: str, value: datetime) -> datetime:
         raise ValueError(message) from error
 
 
-_LOT_COLUMNS = "lot_id, reference, account_id, class, granted, remaining, priority, expires_at, state"
+_LOT_COLUMNS = (
+    "lot_id, reference, account_id, class, granted, remaining, priority, state,"
+    f" {microseconds('expires_at')} AS expires_us"
+)
 
 
 def _lot(row: Any) -> Lot:
@@ -136,7 +140,7 @@ def _lot(row: Any) -> Lot:
         row.granted,
         row.remaining,
         row.priority,
-        row.expires_at,
+        instant_or_none(row.expires_us),
         LotState(row.state),
     )
 
@@ -147,7 +151,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
     Idempotent on `reference`: the same grant again returns its lot as it stands now. Raises GrantConflict
     if a reference already names other terms (clause 1: a customer must be able to trust what was bought).
     The account is created by its first grant. Runs in a savepoint: an error that the caller catches
-    leaves nothing behind.
+    leaves nothing behind. Raises UnfitSession if the connection is in autocommit or its encoding lacks an id.
     """
     wanted: dict[str, Grant] = {}
     order: list[str] = []
@@ -160,7 +164,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
     if not by_reference:
         return []
 
-    with connection.begin_nested():
+    with savepoint(connection):
         lots = _insert_lots(connection, by_reference)
         lots |= _same_grants(connection, {r: g for r, g in wanted.items() if r not in lots})
     return [lots[reference] for reference in order]
@@ -214,7 +218,8 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
         return {}
     rows = connection.execute(
         sa.text(
-            f"SELECT {_LOT_COLUMNS}, purchase_id, coalesce(extended_from, expires_at) AS expiry_granted"  # noqa: S608 - a constant of this file
+            f"SELECT {_LOT_COLUMNS}, purchase_id,"  # noqa: S608 - a constant of this file
+            f" {microseconds('coalesce(extended_from, expires_at)')} AS expiry_granted_us"
             " FROM kino.credit_lot WHERE reference = ANY(CAST(:references AS text[]))"
         ),
         {"references": list(grants)},
@@ -227,7 +232,7 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
             lot.account_id,
             lot.granted,
             lot.lot_class,
-            row.expiry_granted,
+            instant_or_none(row.expiry_granted_us),
             lot.priority,
             row.purchase_id,
         )

@@ -131,7 +131,7 @@ def source_of(settings: Settings) -> Iterator[JobSource | None]:
                 raise BadSettings("KINO_JOB_SOURCE=sql needs KINO_JOB_SOURCE_QUERY with the parameter :job_ids")
             limit_ms = int(settings.job_source_timeout_s * 1000)
             limits = SessionLimits(statement_timeout_ms=limit_ms, transaction_timeout_ms=limit_ms)
-            engine = create_engine(url, limits=limits, application_name="kino-job-source")
+            engine = create_engine(url, limits=limits, application_name="kino-job-source", holds_ledger=False)
             try:
                 yield SqlSource(engine, query)
             finally:

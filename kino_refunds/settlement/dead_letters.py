@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from secrets import token_bytes
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,31 @@ def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str
         event.job_id,
         delivery.attempts,
     )
+
+
+def failed_letter(delivery: Delivery, error: Exception) -> DeadLetter:
+    """An event that our own code, or the database, fails on; the exception goes along."""
+    trace = "".join(traceback.format_exception(error))
+    return event_letter(delivery, APPLY_ERROR, _said(error), exception=trace)
+
+
+def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
+    """A message on which our own reading of messages fails: nothing but its bytes is known."""
+    trace = "".join(traceback.format_exception(error))
+    return DeadLetter(sha256(raw).digest(), raw, queue, APPLY_ERROR, _said(error), trace)
+
+
+def _said(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an exception that cannot say what it is must not keep its letter away
+        return type(error).__name__
+
+
+def bare_letter(letter: DeadLetter) -> DeadLetter:
+    """The same letter with nothing in it that a database could refuse: the bytes, and why, in ASCII."""
+    detail = letter.detail.encode("ascii", "backslashreplace").decode()
+    return replace(letter, detail=detail, exception=None, source=None, event_id=None, job_id=None)
 
 
 def storable(text: str, length_max: int) -> str:

@@ -154,7 +154,7 @@ class Bench:
             while waiting(engine):
                 if time.monotonic() - started > DEADLINE_S:
                     raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
-                tried += sweep_retries(engine, settle_again, lease=settings.retry_lease).tried
+                tried += sweep_retries(engine, settle_again, lease=settings.retry_lease, build=terms.build).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:
             print(f"  {tried:,} jobs were busy, and settled by the retry sweep")

@@ -380,6 +380,7 @@ class World:
                 self.engine,
                 lambda due: outcomes_of(settle_batch(self.engine, due, self.terms)),
                 lease=timedelta(minutes=1),
+                build=self.terms.build,
             )
 
     def sweep_overdue(self, source: JobSource | None, *, asks: int = 1, later_s: float = 0.0) -> OverdueReport:

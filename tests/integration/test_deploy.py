@@ -803,8 +803,12 @@ def test_healthcheck_does_not_blame_a_worker_for_a_ledger_that_takes_no_writes(
             {"host": socket.gethostname()},
         )
     blamed = healthcheck(KINO_DATABASE_URL=database.url())
-    with database.servers.postgres.connect() as superuser:
-        superuser.execute(f'ALTER DATABASE "{database.name}" SET default_transaction_read_only = on'.encode())
+    with database.servers.postgres.connect(database.name) as superuser:
+        superuser.execute(
+            "CREATE FUNCTION kino.planted() RETURNS trigger LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'; END $$"
+        )
+        superuser.execute("CREATE TRIGGER planted BEFORE UPDATE ON kino.intake_worker EXECUTE FUNCTION kino.planted()")
 
     done = healthcheck(KINO_DATABASE_URL=database.url())
 

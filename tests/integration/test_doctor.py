@@ -394,16 +394,6 @@ def test_commit_that_does_not_wait_is_found(doctor: Doctor, well: Scene, databas
     assert found.bad[0].found == "fsync on, synchronous_commit off, full_page_writes on"
 
 
-def test_read_only_database_is_found(doctor: Doctor, well: Scene, database: Database) -> None:
-    """Where nothing can be written nothing settles; the URL may lead to what was the primary."""
-    well.as_superuser(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
-
-    found = doctor()
-
-    advice = "workers keep their batches and wait; let the URL lead to the primary (target_session_attrs=read-write)"
-    assert found == Diagnosis(1, [Found("postgres writable", "fail", "read-only", advice)])
-
-
 def test_standby_is_found(doctor: Doctor, own_postgres: OwnPostgres) -> None:
     """A standby answers every question and takes no settlement."""
     signal = own_postgres.data / "standby.signal"
