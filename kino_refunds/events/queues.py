@@ -183,7 +183,7 @@ class Queues:
 
     def _run(self, script: Any, *arguments: str | int) -> Any:
         try:
-            return script(keys=QUEUE_KEYS, args=(self._worker_id, *arguments))
+            return _answer(script, self._worker_id, *arguments)
         except redis.ResponseError as error:
             if str(error).startswith("FOREIGN "):
                 raise ForeignKey(str(error).removeprefix("FOREIGN ")) from error
@@ -196,7 +196,7 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
     asks needs to know no more.
     """
-    complete, unreadable, lists = client.register_script(_WAITING)(keys=QUEUE_KEYS, args=(limit, max_bytes))
+    complete, unreadable, lists = _answer(client.register_script(_WAITING), limit, max_bytes)
     return Waiting(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
@@ -210,8 +210,19 @@ def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
 
 def depths(client: redis.Redis) -> dict[str, int]:
     """Count the messages on each base queue, and under `in-flight` and `recovered`, at one instant."""
-    counts = client.register_script(_DEPTHS)(keys=QUEUE_KEYS)
+    counts = _answer(client.register_script(_DEPTHS))
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
+
+
+def _answer(script: Any, *arguments: str | int) -> Any:
+    """Run a script; redis-py loads it where it is missing.
+
+    But only once: in a failover it may load the script at the old primary, and then be led to the new one.
+    """
+    try:
+        return script(keys=QUEUE_KEYS, args=arguments)
+    except redis.exceptions.NoScriptError:
+        return script(keys=QUEUE_KEYS, args=arguments)
 
 
 def _messages(lists: Iterator[Iterator[bytes]] | Sequence[Sequence[bytes]]) -> Iterator[Message]:

@@ -68,6 +68,10 @@ class Proxy:
         self._thread.join(PATIENCE_S)
         self._loop.close()
 
+    def lead_to(self, port: int) -> None:
+        """Take new connections to another server, as an address that was switched; open ones stay where they are."""
+        self._server_port = port
+
     def cut(self) -> None:
         """End every connection at once; new ones are taken."""
         self._call(self._cut())
