@@ -8,20 +8,23 @@ one finds what it left. Every option that touches delivery is written out, with 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, NoReturn
 
 from celery import Celery, bootsteps
 from celery.signals import setup_logging
 
+from kino_refunds.errors import BadSettings
 from kino_refunds.events.connection import celery_settings
 from kino_refunds.log import configure_logging, get_logger
-from kino_refunds.settings import load_settings, unknown_names
+from kino_refunds.settings import Settings, load_settings, unknown_names
 from workers.bootstep import IntakeStep
 from workers.schedule import beat_schedule
 
-settings = load_settings()
 log = get_logger(__name__)
 
+USAGE = 2
+"""The exit code of every command here that was called wrongly."""
 COPIED_BY_CELERY = {"BROKER_URL", "RESULT_BACKEND", "LOADER", "CONFIG_MODULE"}
 """Variables that Celery's command line copies to `CELERY_…` before it imports this module."""
 
@@ -50,6 +53,29 @@ class KinoCelery(Celery):
         raise ValueError(f"this app takes no {namespace} settings on its command line ({len(argv)} given); use KINO_*")
 
 
+def read_settings() -> tuple[Settings, dict[str, Any]]:
+    """Read the settings and what Celery's connections come to; one that is wrong ends this process with one line.
+
+    Celery would show a traceback for an error while it imports this module.
+    """
+    try:
+        settings = load_settings()
+        broker = celery_settings(
+            settings.require_redis_url(),
+            # Celery's own keys keep apart from the queues of the pipeline.
+            global_keyprefix="kino:celery:",
+            # Longer than any sweep: after this, a task that was fetched and not acknowledged comes again.
+            visibility_timeout=3600,
+            # Restored at the next look and not after the default of about 100 s.
+            unacked_restore_throttle=1,
+        )
+    except BadSettings as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(USAGE) from None
+    return settings, broker
+
+
+settings, broker = read_settings()
 ignored_variables = forget_celery_variables()
 app = KinoCelery(
     "kino-refunds",
@@ -60,15 +86,7 @@ app = KinoCelery(
 )
 app.conf.update(
     # Celery's own connections follow the primary too, and verify certificates as ours do.
-    **celery_settings(
-        settings.require_redis_url(),
-        # Celery's own keys keep apart from the queues of the pipeline.
-        global_keyprefix="kino:celery:",
-        # Longer than any sweep: after this, a task that was fetched and not acknowledged comes again.
-        visibility_timeout=3600,
-        # Restored at the next look and not after the default of about 100 s.
-        unacked_restore_throttle=1,
-    ),
+    **broker,
     # Threads: the intake is a thread already, sweeps wait for Postgres, and a forked pool would share sockets.
     worker_pool="threads",
     worker_concurrency=2,

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from celery import bootsteps
 
 from kino_refunds.db.engine import create_engine
+from kino_refunds.errors import BadSettings
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues
 from kino_refunds.log import get_logger
@@ -59,12 +60,18 @@ class IntakeStep(bootsteps.StartStopStep):
         self._thread: threading.Thread | None = None
 
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Open connections and start the thread; nothing here waits for Postgres or Redis."""
+        """Open connections and start the thread; nothing here waits for Postgres or Redis.
+
+        A setting that is wrong ends the worker with one line and exit code 2.
+        """
         settings = load_settings()
         worker_id = str(uuid4())
-        engine = create_engine(
-            settings.require_database_url(), limits=settings.session_limits, application_name="kino-intake"
-        )
+        try:
+            database_url = settings.require_database_url()
+        except BadSettings as error:
+            log.critical("the worker cannot start", error=str(error))
+            raise SystemExit(2) from None
+        engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
         queues = Queues(redis_client(settings.require_redis_url()), worker_id, alive_ttl_s=settings.alive_ttl_s)
         intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
         heartbeat = Heartbeat(engine, intake, worker_id, settings.build)

@@ -142,6 +142,20 @@ class _FollowsPrimary(redis.connection.AbstractConnection):
 
     drop_idle: Callable[[], None] = staticmethod(lambda: None)
 
+    def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
+        """Connect; whatever redis-py raises over a host's name, a file or an odd answer is a RedisError."""
+        try:
+            super().connect_check_health(*args, **kwargs)
+        except redis.TimeoutError as error:
+            if isinstance(self, redis.SSLConnection):
+                raise redis.TimeoutError(f"{error}: does this port speak TLS, as rediss:// says?") from error
+            raise
+        except (redis.RedisError, OSError):
+            raise
+        except Exception as error:
+            self.disconnect()  # type: ignore[no-untyped-call]  # of redis-py
+            raise redis.ConnectionError(f"no Redis answers there as Redis does: {error}") from error
+
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
             response = super().read_response(*args, **kwargs)
@@ -149,6 +163,10 @@ class _FollowsPrimary(redis.connection.AbstractConnection):
             if not _is_not_primary(error):
                 raise
             refused: object = error
+        except (redis.RedisError, OSError):
+            raise
+        except Exception as error:
+            raise redis.exceptions.InvalidResponse(f"this is not Redis' protocol: {error}") from error
         else:
             # A transaction's answers, in which a script's error is one of the values.
             answers = response if isinstance(response, list) else ()
@@ -224,8 +242,10 @@ def read_url(url: str, *, name: str = "KINO_REDIS_URL") -> RedisUrl:
         raise _unreadable(name)
     options = _options(given, name, tls=parts.scheme == "rediss")
     path = unquote(parts.path).removeprefix("/")
-    if path and not path.isdecimal():
-        raise _refused(name, "has a path that is no number: it says which database, such as /0")
+    try:
+        db = _OPTIONS["db"](path or "0")
+    except ValueError as error:
+        raise _refused(name, f"has a path that is no database's number: it {error}") from None
     said_twice = [
         option
         for option, elsewhere in (("db", path), ("username", parts.username), ("password", parts.password))
@@ -236,7 +256,7 @@ def read_url(url: str, *, name: str = "KINO_REDIS_URL") -> RedisUrl:
     return RedisUrl(
         host=unquote(host) if host else "localhost",
         port=port or 6379,
-        db=options.pop("db", int(path or 0)),
+        db=options.pop("db", db),
         username=options.pop("username", unquote(parts.username or "") or None),
         password=options.pop("password", unquote(parts.password or "") or None),
         tls=MappingProxyType(_starting_with("ssl_", options)) if parts.scheme == "rediss" else None,
@@ -267,7 +287,7 @@ def _refused(name: str, why: str) -> BadSettings:
 
 
 def _whole(text: str, low: int, high: int) -> int:
-    if not text.isdecimal() or not low <= int(text) <= high:
+    if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
         raise ValueError(f"must be a whole number from {low} to {high}")
     return int(text)
 
@@ -363,6 +383,8 @@ def _options(given: Iterable[tuple[str, str]], name: str, *, tls: bool) -> dict[
     if not_taken:
         why = f"has options that are not taken, leave them out: {', '.join(not_taken)}"
         raise _refused(name, f"{why}; taken are {', '.join(taken)}")
+    if "ssl_certfile" not in read and (alone := _starting_with("ssl_key", read) | _starting_with("ssl_password", read)):
+        wrong.append(f"{' and '.join(alone)} without ssl_certfile")
     if wrong:
         raise _refused(name, f"has options that cannot be: {', '.join(wrong)}")
     return read
