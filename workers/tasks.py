@@ -11,7 +11,7 @@ from celery import shared_task
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import BadSettings
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.adapters import source_of

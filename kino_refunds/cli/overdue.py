@@ -8,7 +8,7 @@ import typer
 
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue

@@ -76,10 +76,22 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What one recovery did; `skipped` names own keys of dead workers that hold something foreign."""
+    """What one recovery did.
+
+    `workers` are those that had messages in flight: an idle one that ended needs nobody's attention. `skipped`
+    names own keys of dead workers that hold something foreign.
+    """
 
     workers: tuple[str, ...]
     messages: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Queues whose kombu binding was missing and is back, and the keys of bindings that hold something foreign."""
+
+    restored: tuple[str, ...]
     skipped: tuple[str, ...]
 
 
@@ -107,6 +119,7 @@ class Queues:
         self._drop = client.register_script(_OWN + _DROP)
         self._release = client.register_script(_OWN + _RELEASE)
         self._refresh = client.register_script(_OWN + _REFRESH)
+        self._bind = client.register_script(_OWN + _BIND)
         self._leave = client.register_script(_OWN + _LEAVE)
         self._recover = client.register_script(_OWN + _RECOVER)
 
@@ -150,6 +163,15 @@ class Queues:
         """Say that this worker lives, for another alive TTL; between sub-batches, and while it backs off."""
         self._run(self._refresh, self._alive_ms)
 
+    def bind(self) -> Bound:
+        """Put back kombu's bindings of our queues that are missing; writes nothing where none is.
+
+        Without its binding, which a FLUSHALL takes, a live kombu `SimpleQueue` drops what it is given without
+        an error. A binding's key that holds something foreign is left alone and named.
+        """
+        restored, skipped = self._run(self._bind, self._alive_ms)
+        return Bound(restored=_names(restored), skipped=_names(skipped))
+
     def leave(self) -> None:
         """Say that this worker ends. What is still in flight is recovered at once and counts as no crash."""
         self._run(self._leave)
@@ -161,7 +183,7 @@ class Queues:
 
     def _run(self, script: Any, *arguments: str | int) -> Any:
         try:
-            return script(keys=QUEUE_KEYS, args=(self._worker_id, *arguments))
+            return _answer(script, self._worker_id, *arguments)
         except redis.ResponseError as error:
             if str(error).startswith("FOREIGN "):
                 raise ForeignKey(str(error).removeprefix("FOREIGN ")) from error
@@ -174,7 +196,7 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
     asks needs to know no more.
     """
-    complete, unreadable, lists = client.register_script(_WAITING)(keys=QUEUE_KEYS, args=(limit, max_bytes))
+    complete, unreadable, lists = _answer(client.register_script(_WAITING), limit, max_bytes)
     return Waiting(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
@@ -188,8 +210,19 @@ def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
 
 def depths(client: redis.Redis) -> dict[str, int]:
     """Count the messages on each base queue, and under `in-flight` and `recovered`, at one instant."""
-    counts = client.register_script(_DEPTHS)(keys=QUEUE_KEYS)
+    counts = _answer(client.register_script(_DEPTHS))
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
+
+
+def _answer(script: Any, *arguments: str | int) -> Any:
+    """Run a script; redis-py loads it where it is missing.
+
+    But only once: in a failover it may load the script at the old primary, and then be led to the new one.
+    """
+    try:
+        return script(keys=QUEUE_KEYS, args=arguments)
+    except redis.exceptions.NoScriptError:
+        return script(keys=QUEUE_KEYS, args=arguments)
 
 
 def _messages(lists: Iterator[Iterator[bytes]] | Sequence[Sequence[bytes]]) -> Iterator[Message]:
@@ -214,6 +247,13 @@ local function inflight(worker, queue) return 'kino:inflight:' .. worker .. ':' 
 local function recovered(queue) return 'kino:recovered:' .. queue end
 
 local function type_of(key) return redis.call('TYPE', key).ok end
+
+-- Also for what only reads: a primary that was demoted while a connection was open may never catch up with the new
+-- one, and an idle worker would poll it for ever. redis-py asks for the address anew at this answer.
+local role = redis.pcall('INFO', 'replication')
+if type(role) == 'string' and role:find('role:slave', 1, true) then
+  return redis.error_reply('READONLY this server is a replica')
+end
 """
 
 # For the scripts of one worker, ARGV[1]: what it owns is what it should be, or nothing happens at all.
@@ -370,6 +410,41 @@ redis.call('SET', alive(me), '1', 'PX', ARGV[2])
 redis.call('SADD', registry, me)
 """
 
+# As kombu writes them, for an exchange of the queue's name (kombu.transport.redis, `_queue_bind`): in the second
+# set stands what an expiring queue's end must not take away.
+_BIND: Final = """
+local separator = string.char(6, 22)
+local missing, restored, skipped = {}, {}, {}
+for _, queue in ipairs(queues) do
+  local member = queue .. separator .. separator .. queue
+  for _, prefix in ipairs({'_kombu.binding.', '_kombu.binding_permanent.'}) do
+    local key = prefix .. queue
+    local members = redis.pcall('SMEMBERS', key)
+    if members.err then
+      table.insert(skipped, key)
+    else
+      local found = false
+      for _, each in ipairs(members) do found = found or each == member end
+      if not found then
+        table.insert(missing, {key, member})
+        restored[queue] = true
+      end
+    end
+  end
+end
+
+if #missing > 0 then
+  redis.call('DEL', alive(me))
+  redis.call('SET', alive(me), '1', 'PX', ARGV[2])
+  redis.call('SADD', registry, me)
+  for _, each in ipairs(missing) do redis.call('SADD', each[1], each[2]) end
+end
+
+local names = {}
+for queue in pairs(restored) do table.insert(names, queue) end
+return {names, skipped}
+"""
+
 # A worker with messages in flight stays registered, or nobody would find them. Without its token it no longer
 # says that one was alone: to leave is not to crash.
 _LEAVE: Final = """
@@ -391,6 +466,7 @@ for _, worker in ipairs(redis.call('SMEMBERS', registry)) do
       table.insert(skipped, key)
     else
       local alone = is_alone(redis.call('GET', token_of(worker)))
+      local held_before = count
       redis.call('DEL', token_of(worker))
       for _, queue in ipairs(queues) do
         if alone and redis.call('EXISTS', inflight(worker, queue)) == 1 then
@@ -403,7 +479,7 @@ for _, worker in ipairs(redis.call('SMEMBERS', registry)) do
         end
       end
       redis.call('SREM', registry, worker)
-      table.insert(workers, worker)
+      if count > held_before then table.insert(workers, worker) end
     end
   end
 end

@@ -36,7 +36,7 @@ import sqlalchemy as sa
 from kino_refunds.demo.promises import violations
 from kino_refunds.demo.replay import scratch
 from kino_refunds.embedded import DATABASE, Servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Event, queue_of, to_json
 from kino_refunds.processes import CeleryProcess, settings_for, start_worker

@@ -35,8 +35,8 @@ from kino_refunds.db.migrate import migrate
 from kino_refunds.doctor.on_redis import refused_commands
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.events.envelope import MalformedReason, parse
-from kino_refunds.events.publisher import EventPublisher, declare_queues
-from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Bound, Queues, depths, waiting
 from kino_refunds.events.schema import Queue
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
@@ -607,15 +607,14 @@ def test_script_of_a_worker_has_no_more_rights_than_the_worker(valkey: DeployedV
 
 
 def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis) -> None:
-    """Claim, drop, release, recovery, the poison count, reading and leaving all run as the user `worker`."""
-    url = valkey.url_of("worker")
+    """Claim, drop, release, recovery, the poison count, bindings, reading and leaving all run as the user `worker`."""
     with valkey.client("worker") as client:
-        declare_queues(url)
         admin.lpush(Queue.TIMEOUT, "one")
         admin.lpush(QUEUE_KEYS[1], "two")
         workers = [Queues(client, f"worker-{number}", alive_ttl_s=60) for number in range(5)]
         first, *others = workers
 
+        bound = first.bind()
         released = first.release(first.claim().token)
         first.refresh()
         dropped = first.drop(first.claim().token)
@@ -631,6 +630,7 @@ def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis)
         for each in workers:
             each.leave()
 
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
     assert (released, dropped, settled) == (2, True, True)
     assert crashes == [(1, True, 0), (1, True, 1), (1, True, 2), (1, True, 3)]
     assert seen == (1, 1)

@@ -22,7 +22,7 @@ from kino_refunds.db.migrate import head_revision
 from kino_refunds.doctor import findings, on_postgres, on_redis
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.errors import LedgerInconsistent
-from kino_refunds.events import client as redis_clients
+from kino_refunds.events import connection as redis_connections
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
@@ -228,7 +228,7 @@ def test_wrong_value_is_a_finding_and_wrong_usage(doctor: Doctor) -> None:
         ("KINO_REDIS_URL", None, "KINO_REDIS_URL is not set", "redis://HOST:6379/0"),
         ("KINO_DATABASE_URL", "db:hunter2@x", "KINO_DATABASE_URL cannot be read: ", "postgresql://kino_worker@"),
         ("KINO_DATABASE_URL", "mysql://x/y", "KINO_DATABASE_URL is not Postgres by psycopg but mysql", "postgresql://"),
-        ("KINO_REDIS_URL", "sentinel://x:hunter2@y", "KINO_REDIS_URL cannot be read: ", "redis://HOST:6379/0"),
+        ("KINO_REDIS_URL", "sentinel://x:hunter2@y", "KINO_REDIS_URL is a Sentinel URL, ", "redis://HOST:6379/0"),
     ],
 )
 @pytest.mark.usefixtures("well")
@@ -305,7 +305,7 @@ def silent_server() -> Iterator[int]:
 
 def test_server_that_swallows_everything_is_away(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own time-outs end the wait for a server that accepts and does not answer."""
-    monkeypatch.setattr(redis_clients, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_connections, "ANSWER_TIMEOUT_S", 0.1)
     with silent_server() as port:
         found = doctor(
             KINO_DATABASE_URL=f"postgresql://kino_worker@{LOOPBACK}:{port}/kino",
@@ -863,7 +863,7 @@ def test_replica_is_found(doctor: Doctor, own_valkey: EmbeddedValkey) -> None:
             client.replicaof("NO", "ONE")
 
     advice = "a replica takes no writes: give KINO_REDIS_URL an address that follows the primary"
-    assert found == Diagnosis(1, [Found("redis role", "fail", "replica", advice)])
+    assert found == Diagnosis(1, [Found("redis role", "fail", "replica; rights and queues were not looked at", advice)])
 
 
 @pytest.mark.parametrize(
@@ -926,7 +926,7 @@ RIGHTS = "connect as the user `worker` of this build's deploy/users.acl; `ACL LO
         ("+@all ~* -script|load", "refused: SCRIPT LOAD return 0"),
         ("+@all ~generation.* ~_kombu.* ~kino:celery:*", "refused: LMOVE generation.job-failed,"),
         ("+@all ~generation.* ~_kombu.* ~kino:*", None),
-        ("+@all ~generation.* ~kino:*", "refused: SADD _kombu.binding.generation.job-failed,"),
+        ("+@all ~generation.* ~kino:*", "refused: SMEMBERS _kombu.binding.generation.job-failed,"),
         ("+@all ~* -zadd", "refused: ZADD kino:celery:unacked_index"),
         ("+@all ~* -time", "refused: TIME"),
     ],
@@ -1025,7 +1025,7 @@ def test_queue_whose_name_is_misspelt_is_found(doctor: Doctor, redis: Redis) -> 
         "if those are events: mend their publisher, then move each, as admin: LMOVE 'generation.job-complete'"
         " generation.job-completed RIGHT LEFT, LMOVE 'generation.time-out' generation.timeout RIGHT LEFT"
     )
-    says = "nobody reads 'generation.job-complete', 'generation.time-out'"
+    says = "no worker reads 'generation.job-complete', 'generation.time-out'"
     assert [each for each in found.bad if each.check != "beat"] == [Found("queue names", "warn", says, advice)]
 
 

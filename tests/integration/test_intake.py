@@ -20,8 +20,8 @@ from kino_refunds.db.engine import SessionLimits
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import DATABASE, Servers, servers
 from kino_refunds.errors import ForeignKey
-from kino_refunds.events.client import redis_client
-from kino_refunds.events.publisher import EventPublisher, declare_queues
+from kino_refunds.events.connection import redis_client
+from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
 from kino_refunds.events.schema import Event, Queue, to_json
 from kino_refunds.ledger.lots import lock_lots
@@ -35,7 +35,7 @@ from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, o
 from tests.scenario import Scene, Waits, make_event, make_terms, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
-from workers.bootstep import Chores, terms_of
+from workers.bootstep import Binding, Chores, terms_of
 from workers.intake import Intake, read_claim
 
 FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
@@ -844,23 +844,31 @@ def test_the_thread_outlives_every_error(
     assert ledger(scene) == {"job-1": REFUNDED}
 
 
-def test_declaring_the_queues_cannot_keep_intake_from_settling(
+def test_foreign_binding_cannot_keep_intake_from_settling(
     scene: Scene, redis: Redis, said: CapturingLogger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Redis that refuses kombu's bindings is drained all the same."""
+    """A binding's key that holds something else is named once, the other bindings are put back, and events settle."""
     monkeypatch.setattr(intake_module, "BACK_OFF_MAX_S", 0.01)
     open_jobs(scene, "job-1")
     push(redis, *failures(["job-1"]))
     redis.set("_kombu.binding.generation.job-failed", "foreign")
     intake = make_intake(scene, redis)
-    url = "redis://{host}:{port}/{db}".format(**redis.connection_pool.connection_kwargs)
-    declare = Chores({"declare queues": (30, lambda: declare_queues(url))})
+    looks = 0
+    bind = Binding(Queues(redis, A, alive_ttl_s=60))
 
-    with running(intake, chores=declare):
-        until(lambda: depths(redis) == EMPTY)
+    def chore() -> None:
+        nonlocal looks
+        bind()
+        looks += 1
 
+    with running(intake, chores=Chores({"bind": (0.0, chore)})):
+        until(lambda: depths(redis) == EMPTY and looks > 1)
+
+    (named,) = [call for call in said.calls if call.method_name == "error"]
+    assert named.kwargs == {"keys": ("_kombu.binding.generation.job-failed",)}
+    assert redis.exists(*(f"_kombu.binding.{queue}" for queue in SERVED)) == 4
+    assert redis.get("_kombu.binding.generation.job-failed") == b"foreign"
     assert ledger(scene) == {"job-1": REFUNDED}
-    assert "chore failed" in [call.args[0] for call in said.calls]
 
 
 def test_a_stop_in_a_long_search_releases_the_batch(scene: Scene, redis: Redis) -> None:

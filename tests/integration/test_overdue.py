@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.demo.promises import violations
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, waiting
 from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage, to_json
 from kino_refunds.ledger import Charge, ChargeRequest, open_charges

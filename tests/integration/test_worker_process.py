@@ -16,7 +16,7 @@ from redis import Redis
 
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import DATABASE, Servers, servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Queues, Recovered, depths, waiting
 from kino_refunds.events.schema import Event, queue_of, to_json
