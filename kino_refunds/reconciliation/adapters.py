@@ -126,12 +126,12 @@ class SqlSource:
         rows_max = ROWS_EACH_MAX * len(job_ids)
         # By a cursor in the server: without one, psycopg would hold an endless result before we see its first row.
         options: dict[str, Any] = {"stream_results": True, "max_row_buffer": rows_max + 1}
-        result = connection.execute(self._query, {"job_ids": list(job_ids)}, execution_options=options)
-        # Checked also where there are no rows: such a query would say of every job that it is unknown.
-        missing = sorted({"job_id", "state"} - set(result.keys()))
-        if missing:
-            raise BadSettings(f"KINO_JOB_SOURCE_QUERY gives no column {' and no '.join(missing)}")
-        rows = result.mappings().fetchmany(rows_max + 1)
+        with connection.execute(self._query, {"job_ids": list(job_ids)}, execution_options=options) as result:
+            # Checked also where there are no rows: such a query would say of every job that it is unknown.
+            missing = sorted({"job_id", "state"} - set(result.keys()))
+            if missing:
+                raise BadSettings(f"KINO_JOB_SOURCE_QUERY gives no column {' and no '.join(missing)}")
+            rows = result.mappings().fetchmany(rows_max + 1)
         if len(rows) > rows_max:
             raise ForeignAnswer(f"the job source gives over {rows_max:,} rows for {len(job_ids):,} jobs")
         return [dict(row) for row in rows]
