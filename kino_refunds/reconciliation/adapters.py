@@ -16,6 +16,7 @@ from kino_refunds.db.engine import SessionLimits, create_engine
 from kino_refunds.errors import (
     BadSettings,
     ForeignAnswer,
+    KinoError,
     SourceBroken,
     SourceTimeout,
     SourceUnavailable,
@@ -36,7 +37,8 @@ ROWS_EACH_MAX = 100
 """Rows of a query for each job that was asked for: a join doubles them, a missing condition gives the whole table."""
 QUERY_REFUSED = ("42", "25006", "0A000")
 """SQLSTATEs of a query that Postgres runs for no job: it is no query, its names or rights are wrong, or it writes."""
-CANCELED = "57014"
+TIMED_OUT = {"57014", "25P04"}
+"""Of a statement, and of the whole transaction, whose session Postgres ends."""
 
 
 NOT_CHOSEN = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open for good"
@@ -98,13 +100,13 @@ class SqlSource:
 
     def __init__(self, engine: sa.Engine, query: str) -> None:
         self._engine = engine
-        self._query = sa.text(query)
+        self._query = sa.text(f"DECLARE answer NO SCROLL CURSOR FOR {query}")
 
     def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
         """Answer by one query.
 
-        Raises BadSettings for a query that can run for no job, SourceUnreachable, SourceTimeout, ForeignAnswer
-        and SourceBroken for rows that are no answer, and what the database raises otherwise.
+        Raises BadSettings for a query that can run for no job, SourceUnavailable (SourceUnreachable where no
+        connection was had, SourceTimeout), ForeignAnswer and SourceBroken for rows that are no answer.
         """
         connection = self._connect()
         with connection, connection.begin():
@@ -112,8 +114,7 @@ class SqlSource:
                 connection.execute(sa.text("SET TRANSACTION READ ONLY"))
                 rows = self._read(connection, job_ids)
             except sa.exc.DBAPIError as error:
-                _raise_explained(error)
-                raise
+                raise _explained(error) from error
         return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN)) | read_answers(rows, job_ids)
 
     def _connect(self) -> sa.Connection:
@@ -124,28 +125,29 @@ class SqlSource:
 
     def _read(self, connection: sa.Connection, job_ids: Sequence[str]) -> list[dict[str, Any]]:
         rows_max = ROWS_EACH_MAX * len(job_ids)
-        # By a cursor in the server: without one, psycopg would hold an endless result before we see its first row.
-        options: dict[str, Any] = {"stream_results": True, "max_row_buffer": rows_max + 1}
-        with connection.execute(self._query, {"job_ids": list(job_ids)}, execution_options=options) as result:
-            # Checked also where there are no rows: such a query would say of every job that it is unknown.
-            missing = sorted({"job_id", "state"} - set(result.keys()))
-            if missing:
-                raise BadSettings(f"KINO_JOB_SOURCE_QUERY gives no column {' and no '.join(missing)}")
-            rows = result.mappings().fetchmany(rows_max + 1)
+        # By a cursor: without one, psycopg would hold an endless result before we see its first row.
+        connection.execute(self._query, {"job_ids": list(job_ids)})
+        result = connection.execute(sa.text(f"FETCH FORWARD {rows_max + 1} FROM answer"))
+        # Checked also where there are no rows: such a query would say of every job that it is unknown.
+        missing = sorted({"job_id", "state"} - set(result.keys()))
+        if missing:
+            raise BadSettings(f"KINO_JOB_SOURCE_QUERY gives no column {' and no '.join(missing)}")
+        rows = result.mappings().all()
         if len(rows) > rows_max:
             raise ForeignAnswer(f"the job source gives over {rows_max:,} rows for {len(job_ids):,} jobs")
         return [dict(row) for row in rows]
 
 
-def _raise_explained(error: sa.exc.DBAPIError) -> None:
-    """Raise what an error of the database means for the asking, unless it may be due to one job's id."""
-    code = getattr(error.orig, "sqlstate", None) or ""
-    if code == CANCELED:
-        raise SourceTimeout(f"the job source's query did not end in time: {_first_line(error)}") from error
+def _explained(error: sa.exc.DBAPIError) -> KinoError:
+    """Return what an error of the database means for the asking; SourceUnavailable where it may be one job's."""
+    code, text = getattr(error.orig, "sqlstate", None) or "", _first_line(error)
+    if code in TIMED_OUT:
+        return SourceTimeout(f"the job source's query did not end in time: {text}")
     if code.startswith(QUERY_REFUSED):
-        raise BadSettings(f"KINO_JOB_SOURCE_QUERY cannot run: {_first_line(error)}") from error
+        return BadSettings(f"KINO_JOB_SOURCE_QUERY cannot run: {text}")
     if error.connection_invalidated:
-        raise SourceUnreachable(f"the job source's database went away: {_first_line(error)}") from error
+        return SourceUnreachable(f"the job source's database went away: {text}")
+    return SourceUnavailable(f"the job source's query failed: {text}")
 
 
 def _first_line(error: Exception) -> str:

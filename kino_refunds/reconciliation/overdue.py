@@ -47,6 +47,8 @@ worker's two threads. The price: four slow jobs at a batch's head keep those beh
 MARK_BEHIND = timedelta(hours=1)
 """Twice as long as a product transaction may live (db/roles.sql): a charge that is committed late is still
 in front of the mark."""
+PROBLEM_MAX = 300
+"""Characters of what a source raised: some raise a whole page."""
 RUNNING_PAST_CAP = "running_past_cap"
 
 
@@ -254,7 +256,9 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
 def _note_problem(error: Exception, part: Sequence[str], report: OverdueReport) -> None:
     """Count the jobs that have no answer, and log and keep the reason once, not for each of 600 jobs."""
     broken = isinstance(error, SourceBroken)
-    text = str(error) if isinstance(error, KinoError) else f"{type(error).__name__}: {error}"
+    said = str(error) if isinstance(error, KinoError) else f"{type(error).__name__}: {error}"
+    # It is stored as jsonb, which has no NUL and no half a surrogate: an error of any text must not cost the slot.
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in said[:PROBLEM_MAX])
     if text != report.source_problem:
         log.warning("the job source failed", jobs=len(part), first_job_id=part[0], broken=broken, error=text)
     if broken or not report.source_broken:

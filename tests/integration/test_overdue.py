@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -506,13 +507,13 @@ def test_an_answer_for_another_job_is_no_verdict_on_any(
     charged(scene, "not overdue", due=NOW + HOUR)
     source = Careless({foreign: COMPLETED, **others})
 
-    for number in range(4):
-        came_to = sweep(scene, redis, source, now=NOW + number * SPACING)
+    sweeps = [sweep(scene, redis, source, now=NOW + number * SPACING) for number in range(4)]
 
-    assert (came_to["source_broken"], came_to["source_errors"], came_to["answers"]) == (2, 0, {})
-    assert "not asked for" in came_to["source_problem"]
-    assert came_to["source_problem"].isprintable()
-    assert len(came_to["source_problem"]) < 250
+    assert [(each["source_broken"], each["source_errors"], each["answers"]) for each in sweeps] == [(2, 0, {})] * 4
+    problem = sweeps[-1]["source_problem"]
+    assert "not asked for" in problem
+    assert problem.isprintable()
+    assert len(problem) < 250
     assert source.asked == [["job-1", "job-2"]] * 4
     assert asks(scene) == {}
     assert statuses(scene) == {"job-1": "open", "job-2": "open", "not overdue": "open"}
@@ -550,6 +551,19 @@ def test_halving_makes_no_verdict_of_an_answer_for_another_job(scene: Scene, red
         "job-5": "open",
         **dict.fromkeys(job_ids[6:], "refunded"),
     }
+
+
+def test_any_error_of_a_source_can_be_kept_and_shown(scene: Scene, redis: Redis) -> None:
+    """What a source raises is kept on one short printable line, which jsonb can hold whatever it was."""
+    charged(scene, "job-1")
+    error = ValueError("<html>\n\x00\x1b[2J\ud800" + "x" * 10_000)
+
+    came_to = sweep(scene, redis, Source({}, fails_for="job-1", error=error))
+
+    problem = came_to["source_problem"]
+    assert problem.startswith(r"ValueError: <html>\n\x00\x1b[2J\ud800xxx")
+    assert len(problem) < 400
+    assert scene.rows("SELECT CAST(:result AS jsonb)", result=json.dumps(came_to)) == [(came_to,)]
 
 
 def test_a_mended_source_is_believed_at_once(scene: Scene, redis: Redis) -> None:

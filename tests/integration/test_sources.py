@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -15,7 +17,15 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from kino_refunds.db.engine import SessionLimits, create_engine
-from kino_refunds.errors import BadSettings, SourceUnavailable
+from kino_refunds.errors import (
+    BadSettings,
+    ForeignAnswer,
+    KinoError,
+    SourceBroken,
+    SourceTimeout,
+    SourceUnavailable,
+    SourceUnreachable,
+)
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.reconciliation.adapters import ANSWER_BYTES_MAX, HttpSource, SqlSource, read_answers, source_of
 from kino_refunds.reconciliation.contract import JobSourceContract
@@ -24,29 +34,45 @@ from kino_refunds.settings import Settings
 from tests.conftest import Database
 
 UNKNOWN, COMPLETED, FAILED = Answer(JobState.UNKNOWN), Answer(JobState.COMPLETED), Answer(JobState.FAILED)
-JOBS: dict[str, tuple[str, str | None, str | None]] = {
-    "completed": ("completed", None, None),
-    "failed": ("failed", None, None),
-    "failed by the user": ("failed", "user", None),
-    "timed out": ("timed_out", None, None),
-    "rejected": ("rejected", None, None),
-    "rejected late": ("rejected", None, "after_generation"),
-    "running": ("running", None, None),
-    "named unknown": ("unknown", None, None),
-    "it's 100% :odd": ("completed", None, None),
-}
+ENDED_AT = datetime(2026, 11, 1, 12, 30, 15, 123456, tzinfo=UTC)
+JOBS: list[dict[str, Any]] = [
+    {"job_id": "completed", "state": "completed"},
+    {"job_id": "completed at", "state": "completed", "finished_at": "2026-11-01T12:30:15.123456Z"},
+    {"job_id": "failed", "state": "failed"},
+    {"job_id": "failed by the user", "state": "failed", "origin": "user"},
+    {"job_id": "failed at", "state": "failed", "finished_at": "2026-11-01T05:30:15.123456-07:00"},
+    {"job_id": "timed out", "state": "timed_out"},
+    {"job_id": "timed out with a result", "state": "timed_out", "result_produced": True},
+    {"job_id": "timed out without", "state": "timed_out", "result_produced": False},
+    {"job_id": "rejected", "state": "rejected"},
+    {"job_id": "rejected late", "state": "rejected", "stage": "after_generation"},
+    {"job_id": "running", "state": "running"},
+    {"job_id": "named unknown", "state": "unknown"},
+    {"job_id": "it's 100% :odd", "state": "completed"},
+    {"job_id": "twenty characters it", "state": "completed"},
+    {"job_id": "l" * 128, "state": "completed"},
+    {"job_id": "Case", "state": "completed"},
+]
 KNOWN = {
     "completed": COMPLETED,
+    "completed at": Answer(JobState.COMPLETED, finished_at=ENDED_AT),
     "failed": FAILED,
     "failed by the user": Answer(JobState.FAILED, origin=ErrorOrigin.USER),
+    "failed at": Answer(JobState.FAILED, finished_at=ENDED_AT),
     "timed out": Answer(JobState.TIMED_OUT),
+    "timed out with a result": Answer(JobState.TIMED_OUT, result_produced=True),
+    "timed out without": Answer(JobState.TIMED_OUT, result_produced=False),
     "rejected": Answer(JobState.REJECTED, stage=SafetyStage.DURING_GENERATION),
     "rejected late": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
     "running": Answer(JobState.RUNNING),
     "named unknown": UNKNOWN,
     "it's 100% :odd": COMPLETED,
+    "twenty characters it": COMPLETED,
+    "l" * 128: COMPLETED,
+    "Case": COMPLETED,
 }
-QUERY = "SELECT job_id, state, origin, stage FROM public.job WHERE job_id = ANY(CAST(:job_ids AS text[]))"
+COLUMNS = "job_id, state, origin, stage, result_produced, finished_at"
+QUERY = f"SELECT {COLUMNS} FROM public.job WHERE job_id = ANY(CAST(:job_ids AS text[]))"
 TEN_KB = "x" * 10_000
 
 
@@ -58,12 +84,16 @@ def jobs(database: Database) -> Iterator[sa.Engine]:
     """The pipeline's own table, and a session that could write it."""
     engine = create_engine(database.url("postgres"), limits=SessionLimits(statement_timeout_ms=500))
     with engine.begin() as connection:
-        connection.execute(sa.text("CREATE TABLE public.job (job_id text, state text, origin text, stage text)"))
-        for job_id, (state, origin, stage) in JOBS.items():
-            connection.execute(
-                sa.text("INSERT INTO public.job VALUES (:job_id, :state, :origin, :stage)"),
-                {"job_id": job_id, "state": state, "origin": origin, "stage": stage},
+        connection.execute(
+            sa.text(
+                "CREATE TABLE public.job (job_id text, state text, origin text, stage text, result_produced boolean,"
+                " finished_at timestamptz)"
             )
+        )
+        connection.execute(
+            sa.text("INSERT INTO public.job SELECT * FROM jsonb_populate_recordset(NULL::public.job, :jobs)"),
+            {"jobs": json.dumps(JOBS)},
+        )
     yield engine
     engine.dispose()
 
@@ -96,7 +126,7 @@ WRITES = {
 def asked(source: SqlSource, *job_ids: str) -> dict[str, Answer] | type[Exception]:
     try:
         return dict(source.ask(job_ids))
-    except (SourceUnavailable, sa.exc.DBAPIError) as error:
+    except KinoError as error:
         return type(error)
 
 
@@ -114,41 +144,56 @@ def test_a_query_that_hangs_ends(jobs: sa.Engine) -> None:
     """A query that takes too long is no answer, and the connection serves the next ask."""
     hanging = SqlSource(jobs, "SELECT j AS job_id, pg_sleep(60)::text AS state FROM unnest(CAST(:job_ids AS text[])) j")
 
-    with pytest.raises(sa.exc.OperationalError, match="statement timeout"):
+    with pytest.raises(SourceTimeout, match="statement timeout"):
         hanging.ask(["completed"])
 
     assert SqlSource(jobs, QUERY).ask(["completed"]) == {"completed": COMPLETED}
 
 
-UNREADABLE = (
-    "(VALUES ('a', 'gone fishing')) v (job_id, state)",
-    "(VALUES ('a', NULL)) v (job_id, state)",
-    "(VALUES ('a', 'failed', 'the intern')) v (job_id, state, origin)",
-    "(VALUES ('a', 'rejected', 'sometime')) v (job_id, state, stage)",
-    "(VALUES (NULL, 'completed')) v (job_id, state)",
-    "(VALUES (1, 'completed')) v (job_id, state)",
-    "(VALUES ('a')) v (job_id)",
-    "(VALUES ('completed')) v (state)",
-    "(VALUES ('a', 'completed'), ('a', 'failed')) v (job_id, state)",
-    "(VALUES ('a', 'failed', 'user'), ('a', 'failed', 'platform')) v (job_id, state, origin)",
-)
+BROKEN, FOREIGN = SourceBroken, ForeignAnswer
+ROWS: dict[str, type[Exception]] = {
+    "(VALUES ('a', 'gone fishing')) v (job_id, state)": BROKEN,
+    "(VALUES ('a', NULL)) v (job_id, state)": BROKEN,
+    "(VALUES ('a', 1)) v (job_id, state)": BROKEN,
+    "(VALUES ('a', 'failed', 'the intern')) v (job_id, state, origin)": BROKEN,
+    "(VALUES ('a', 'rejected', 'sometime')) v (job_id, state, stage)": BROKEN,
+    "(VALUES ('a', 'completed'), ('a', 'failed')) v (job_id, state)": BROKEN,
+    "(VALUES ('a', 'failed', 'user'), ('a', 'failed', 'platform')) v (job_id, state, origin)": BROKEN,
+    "(VALUES ('a', 'timed_out', 1)) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'timed_out', 'false')) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'timed_out', 't')) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'timed_out', true), ('a', 'timed_out', false)) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'completed', timestamp '2026-11-01 12:00')) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', date '2026-11-01')) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', '2026-11-01 12:00')) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', 1793534400)) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', 'NaN'::float8)) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', 'infinity'::timestamptz)) v (job_id, state, finished_at)": SourceUnavailable,
+    "(VALUES ('a', 'completed'), ('a ', 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('a'::char(20), 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('A', 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('a', 'completed'), ('c', 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('c', NULL)) v (job_id, state)": FOREIGN,
+    "(VALUES (NULL, NULL)) v (job_id, state)": FOREIGN,
+    "(VALUES (NULL, 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES (1, 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('NaN'::float8, 'completed')) v (job_id, state)": FOREIGN,
+    "public.job": FOREIGN,
+    "(SELECT 'a' AS job_id, 'completed' AS state, generate_series(1, 1000000000)) v": FOREIGN,
+    "(VALUES ('a')) v (job_id)": BadSettings,
+    "(VALUES ('completed')) v (state)": BadSettings,
+    "(VALUES ('a', 'completed')) v (\"JOB_ID\", state)": BadSettings,
+    "(SELECT WHERE false) v": BadSettings,
+    "public.elsewhere": BadSettings,
+}
 
 
-def test_an_unreadable_row_is_an_error_and_not_an_answer(jobs: sa.Engine) -> None:
-    """Words that the contract does not have, missing columns and two answers for one job settle nothing."""
-    answers = {
-        rows: asked(SqlSource(jobs, f"SELECT * FROM {rows} WHERE CAST(:job_ids AS text[]) IS NOT NULL"), "a", "b")
-        for rows in UNREADABLE
-    }
+@pytest.mark.parametrize(("rows", "error"), ROWS.items(), ids=ROWS)
+def test_what_is_no_row_of_the_contract_is_no_answer(jobs: sa.Engine, rows: str, error: type[Exception]) -> None:
+    """A row that cannot be read is its job's error, one of another job everybody's, other columns the setting's."""
+    source = SqlSource(jobs, f"SELECT * FROM {rows} WHERE CAST(:job_ids AS text[]) IS NOT NULL")
 
-    assert answers == dict.fromkeys(UNREADABLE, SourceUnavailable)
-
-
-def test_rows_of_other_jobs_are_ignored(jobs: sa.Engine) -> None:
-    """A query that gives the whole table answers only for those who were asked for."""
-    source = SqlSource(jobs, "SELECT * FROM public.job WHERE CAST(:job_ids AS text[]) IS NOT NULL")
-
-    assert source.ask(["failed", "nobody"]) == {"failed": FAILED, "nobody": UNKNOWN}
+    assert asked(source, "a", "b") is error
 
 
 def test_the_same_answer_twice_is_one_answer(jobs: sa.Engine) -> None:
@@ -163,7 +208,7 @@ def test_ids_of_any_length_and_kind_are_asked_for(jobs: sa.Engine) -> None:
     source = SqlSource(jobs, QUERY)
 
     assert source.ask([TEN_KB, "\x1b[31m", "failed"]) == {TEN_KB: UNKNOWN, "\x1b[31m": UNKNOWN, "failed": FAILED}
-    with pytest.raises(sa.exc.DBAPIError):
+    with pytest.raises(SourceUnavailable, match="0x00"):
         source.ask(["a\x00b"])
 
 
@@ -181,11 +226,11 @@ def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **head
 
 
 def honest(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-    jobs = []
-    for job_id in asked["job_ids"]:
-        state, origin, stage = JOBS.get(job_id, ("unknown", None, None))
-        jobs.append({"job_id": job_id, "state": state, "origin": origin, "stage": stage, "more": {"is": "ignored"}})
-    send(handler, json.dumps({"jobs": jobs, "took_ms": 3}).encode())
+    known = {each["job_id"]: each for each in JOBS}
+    jobs = [known.get(job_id, {"job_id": job_id, "state": "unknown"}) for job_id in asked["job_ids"]]
+    nulls = dict.fromkeys(("origin", "stage", "result_produced", "finished_at"))
+    answer = {"jobs": [nulls | {"more": {"is": "ignored"}} | job for job in jobs], "took_ms": 3}
+    send(handler, json.dumps(answer).encode())
 
 
 class Endpoint:
@@ -275,42 +320,65 @@ def huge(handler: BaseHTTPRequestHandler, _asked: dict[str, Any]) -> None:
         handler.wfile.write(b" " * 2**16)
 
 
-LIES: dict[str, Reply] = {
-    "an error": body(b'{"jobs": []}', 500),
-    "another good status": body(b'{"jobs": [{"job_id": "a", "state": "completed"}]}', 203),
-    "no content": body(b"", 204),
-    "not found": body(b"not here", 404),
-    "a redirect": body(b"", 307, Location="/elsewhere"),
-    "nothing": body(b""),
-    "no json": body(b"<html>a login page</html>"),
-    "no utf-8": body(b'{"jobs": [{"job_id": "\xff", "state": "completed"}]}'),
-    "json cut off": cut_off,
-    "an array": body(b"[]"),
-    "null": body(b"null"),
-    "no jobs": body(b"{}"),
-    "jobs of another kind": body(b'{"jobs": {"a": "completed"}}'),
-    "a job of another kind": body(b'{"jobs": ["a"]}'),
-    "deep": body(b'{"jobs": ' + b"[" * 100_000),
-    "huge": huge,
-    "a lying encoding": body(b"not gzip", Content_Encoding="gzip"),
-    "an unknown word": rows({"job_id": "a", "state": "gone fishing"}),
-    "a state of another kind": rows({"job_id": "a", "state": ["completed"]}),
-    "an unknown origin": rows({"job_id": "a", "state": "failed", "origin": "the intern"}),
-    "no state": rows({"job_id": "a"}),
-    "no id": rows({"state": "completed"}),
-    "an id of another kind": rows({"job_id": 1, "state": "completed"}),
-    "two answers": rows({"job_id": "a", "state": "completed"}, {"job_id": "a", "state": "failed"}),
+A_ROW: dict[str, Any] = {"job_id": "a", "state": "completed"}
+NO_ANSWER, NOWHERE = SourceUnavailable, SourceUnreachable
+LIES: dict[str, tuple[Reply, type[Exception]]] = {
+    "an error": (body(b'{"jobs": []}', 500), NO_ANSWER),
+    "another good status": (body(b'{"jobs": [{"job_id": "a", "state": "completed"}]}', 203), NO_ANSWER),
+    "no content": (body(b"", 204), NO_ANSWER),
+    "not found": (body(b"not here", 404), NOWHERE),
+    "a wrong token": (body(b"who are you?", 401), NOWHERE),
+    "a redirect": (body(b"", 307, Location="/elsewhere"), NOWHERE),
+    "a redirect to nowhere": (body(b"", 302), NOWHERE),
+    "nothing": (body(b""), BROKEN),
+    "no json": (body(b"<html>a login page</html>"), BROKEN),
+    "no utf-8": (body(b'{"jobs": [{"job_id": "\xff", "state": "completed"}]}'), BROKEN),
+    "json cut off": (cut_off, NO_ANSWER),
+    "an array": (body(b"[]"), BROKEN),
+    "null": (body(b"null"), BROKEN),
+    "no jobs": (body(b"{}"), BROKEN),
+    "jobs of another kind": (body(b'{"jobs": {"a": "completed"}}'), BROKEN),
+    "a job of another kind": (body(b'{"jobs": ["a"]}'), BROKEN),
+    "deep": (body(b'{"jobs": ' + b"[" * 100_000), BROKEN),
+    "huge": (huge, NO_ANSWER),
+    "a lying encoding": (body(b"not gzip", Content_Encoding="gzip"), NO_ANSWER),
+    "an unknown word": (rows(A_ROW | {"state": "gone fishing"}), BROKEN),
+    "a state of another kind": (rows(A_ROW | {"state": ["completed"]}), BROKEN),
+    "an unknown origin": (rows(A_ROW | {"state": "failed", "origin": "the intern"}), BROKEN),
+    "no state": (rows({"job_id": "a"}), BROKEN),
+    "null as state": (rows(A_ROW | {"state": None}), BROKEN),
+    "a result of another kind": (rows(A_ROW | {"state": "timed_out", "result_produced": "false"}), BROKEN),
+    "a result that is a number": (rows(A_ROW | {"state": "timed_out", "result_produced": 0}), BROKEN),
+    "a time without offset": (rows(A_ROW | {"finished_at": "2026-11-01T12:00:00"}), BROKEN),
+    "a time that is a number": (rows(A_ROW | {"finished_at": 1793534400}), BROKEN),
+    "no such day": (rows(A_ROW | {"finished_at": "2026-02-30T12:00:00Z"}), BROKEN),
+    "an endless time": (rows(A_ROW | {"finished_at": float("inf")}), BROKEN),
+    "NaN as time": (rows(A_ROW | {"finished_at": float("nan")}), BROKEN),
+    "two answers": (rows(A_ROW, A_ROW | {"state": "failed"}), BROKEN),
+    "two times": (rows(A_ROW, A_ROW | {"finished_at": "2026-11-01T12:00:00Z"}), BROKEN),
+    "no id": (rows({"state": "completed"}), FOREIGN),
+    "null as id": (rows(A_ROW | {"job_id": None}), FOREIGN),
+    "NaN as id": (rows(A_ROW | {"job_id": float("nan")}), FOREIGN),
+    "an id of another kind": (rows(A_ROW | {"job_id": 1}), FOREIGN),
+    "an id that cannot be a key": (rows(A_ROW | {"job_id": ["a"]}), FOREIGN),
+    "a padded id": (rows(A_ROW | {"job_id": "a  "}), FOREIGN),
+    "a folded id": (rows(A_ROW | {"job_id": "A"}), FOREIGN),
+    "another's row beside ours": (rows(A_ROW, A_ROW | {"job_id": "c"}), FOREIGN),
+    "another's unreadable row": (rows(A_ROW, {"job_id": "c"}), FOREIGN),
 }
 
 
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
-def test_what_is_not_an_answer_is_an_error(endpoint: Endpoint, http_source: HttpSource, lie: Reply) -> None:
-    """Anything but a readable 200 settles nothing, and the next ask is answered."""
+@pytest.mark.parametrize(("lie", "error"), LIES.values(), ids=LIES)
+def test_what_is_not_an_answer_is_an_error(
+    endpoint: Endpoint, http_source: HttpSource, lie: Reply, error: type[Exception]
+) -> None:
+    """Anything but a readable 200 for the jobs that were asked settles nothing, and the next ask is answered."""
     endpoint.reply = lie
 
-    with pytest.raises(SourceUnavailable):
+    with pytest.raises(KinoError) as caught:
         http_source.ask(["a", "b"])
 
+    assert type(caught.value) is error
     endpoint.reply = honest
     assert http_source.ask(["failed"]) == {"failed": FAILED}
 
@@ -326,8 +394,8 @@ def test_a_redirect_is_not_followed(endpoint: Endpoint, http_source: HttpSource)
 
 
 def test_a_job_that_is_missing_was_not_answered(endpoint: Endpoint, http_source: HttpSource) -> None:
-    """Silence about a job is not `unknown`, and answers about others are ignored."""
-    endpoint.reply = rows({"job_id": "a", "state": "failed"}, {"job_id": "not asked for", "state": "failed"})
+    """Silence about a job is not `unknown`."""
+    endpoint.reply = rows({"job_id": "a", "state": "failed"})
 
     assert http_source.ask(["a", "b"]) == {"a": FAILED}
 
@@ -340,7 +408,7 @@ def test_an_endpoint_that_hangs_is_no_answer(endpoint: Endpoint, http_source: Ht
 
     endpoint.reply = hang
 
-    with pytest.raises(SourceUnavailable, match="did not answer"):
+    with pytest.raises(SourceTimeout, match="did not answer in time"):
         http_source.ask(["a"])
 
 
@@ -357,13 +425,13 @@ def test_an_endpoint_that_drips_is_no_answer(endpoint: Endpoint, http_source: Ht
 
     endpoint.reply = drip
 
-    with pytest.raises(SourceUnavailable):
+    with pytest.raises(SourceTimeout):
         http_source.ask(["a"])
 
 
 def test_nobody_there_is_no_answer() -> None:
     """A closed port is an error like any other."""
-    with httpx.Client(timeout=0.5, trust_env=False) as client, pytest.raises(SourceUnavailable):
+    with httpx.Client(timeout=0.5, trust_env=False) as client, pytest.raises(SourceUnreachable, match="refused"):
         HttpSource(client, "http://127.0.0.1:9/jobs").ask(["a"])
 
 
@@ -379,7 +447,7 @@ def test_ids_travel_as_they_are(endpoint: Endpoint, http_source: HttpSource) -> 
 
 def test_what_is_said_of_an_error_is_short() -> None:
     """An error names the field and not the answer's content: that may be anything, and is logged."""
-    with pytest.raises(SourceUnavailable) as caught:
+    with pytest.raises(SourceBroken) as caught:
         read_answers([{"job_id": "a", "state": "\x1b[31m" + TEN_KB}], ["a"])
 
     assert len(str(caught.value)) < 300
@@ -404,6 +472,35 @@ WRONG: dict[str, tuple[Settings, str]] = {
         settings(job_source="sql", job_source_url=SQL_URL, job_source_query="SELECT 1"),
         "with the parameter :job_ids",
     ),
+    "sql with a parameter that nobody gives": (
+        settings(job_source="sql", job_source_url=SQL_URL, job_source_query=f"{QUERY} AND state <> :state"),
+        "has the parameter :state, and only :job_ids is given",
+    ),
+    **{
+        f"sql at {url}": (settings(job_source="sql", job_source_url=url, job_source_query=QUERY), says)
+        for url, says in {
+            "mysql://h/d": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but mysql; for example postgresql://",
+            "sqlite:///d": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but sqlite",
+            "https://jobs.example/ask": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but https",
+            "redis://h:6379/0": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but redis",
+            "postgresql://u:hunter2@h:port/d": "KINO_JOB_SOURCE_URL cannot be read",
+            "postgresql://u:hun@ter2@h/d": "KINO_JOB_SOURCE_URL cannot be read",
+            "jobs": "KINO_JOB_SOURCE_URL cannot be read",
+            "postgresql://h/d?no_such_option=1": "has options that Postgres does not know: no_such_option",
+        }.items()
+    },
+    "http with a token that is none": (
+        settings(job_source="http", job_source_url="https://h/ask", job_source_token="hunter2ö"),
+        "KINO_JOB_SOURCE_TOKEN has characters that no HTTP header can carry",
+    ),
+    "http with a token of two lines": (
+        settings(job_source="http", job_source_url="https://h/ask", job_source_token="hunter2\nX-Admin: 1"),
+        "KINO_JOB_SOURCE_TOKEN has characters that no HTTP header can carry",
+    ),
+    **{
+        f"http at {url!a}": (settings(job_source="http", job_source_url=url), "KINO_JOB_SOURCE_URL cannot be read")
+        for url in ("http://[::1/ask", "https://u:hunter2@h:port/ask", "https://h:99999/ask", "https://h/\x01")
+    },
     "http without url": (settings(job_source="http"), "needs KINO_JOB_SOURCE_URL"),
     **{
         f"http at {url}": (settings(job_source="http", job_source_url=url), "must be https://")
@@ -417,24 +514,106 @@ WRONG: dict[str, tuple[Settings, str]] = {
             "ftp://localhost/ask",
             "localhost/ask",
             "//localhost/ask",
+            "https://",
+            "https:///ask",
+            "postgresql://h/d",
             "",
         )
     },
 }
-NO_ADDRESS = settings(job_source="http", job_source_url="http://[::1/ask"), "KINO_JOB_SOURCE_URL"
+
+
+@pytest.mark.parametrize(("wrong", "says"), WRONG.values(), ids=WRONG)
+def test_a_source_that_cannot_be_is_a_clear_error(wrong: Settings, says: str) -> None:
+    """What is missing, cannot be read or would send answers in the clear is named on one line, before anybody is asked.
+
+    A password is not in it.
+    """
+    with pytest.raises(BadSettings, match=re.escape(says)) as caught, source_of(wrong):
+        pass
+
+    assert str(caught.value).isprintable()
+    assert "hunter2" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+def test_a_database_that_cannot_be_reached_is_an_error_of_the_source(database: Database) -> None:
+    """A port that nobody listens on, a role and a database that do not exist answer for no job, in one line."""
+    here = database.url("postgres")
+    for url in (
+        "postgresql://postgres:hunter2@127.0.0.1:1/kino",
+        database.url("nobody_of_this_name"),
+        here.rpartition("/")[0] + "/no_such_database",
+    ):
+        with source_of(settings(job_source="sql", job_source_url=url, job_source_query=QUERY)) as source:
+            assert source is not None
+            with pytest.raises(SourceUnreachable, match="the job source's database cannot be reached") as caught:
+                source.ask(["a"])
+        assert str(caught.value).isprintable()
+        assert "hunter2" not in str(caught.value)
+
+
+def test_a_database_that_goes_away_in_the_middle_is_away(jobs: sa.Engine) -> None:
+    """A session that ends under the query is no job's doing, and the next ask has another."""
+    dying = SqlSource(jobs, "SELECT '' AS job_id, pg_terminate_backend(pg_backend_pid())::text AS state, :job_ids AS j")
+
+    with pytest.raises(SourceUnreachable, match="went away"):
+        dying.ask(["completed"])
+
+    assert SqlSource(jobs, QUERY).ask(["completed"]) == {"completed": COMPLETED}
+
+
+def test_a_time_out_of_less_than_a_millisecond_is_a_limit(database: Database) -> None:
+    """The shortest time-out that can be set is the shortest limit that Postgres has, and not none."""
+    tiny = settings(
+        job_source="sql",
+        job_source_url=database.url("postgres"),
+        job_source_query="SELECT j AS job_id, pg_sleep(60)::text AS state FROM unnest(CAST(:job_ids AS text[])) j",
+        job_source_timeout_s=0.0001,
+    )
+
+    with source_of(tiny) as source:
+        assert source is not None
+        with pytest.raises(SourceUnavailable):
+            source.ask(["a"])
+
+
+class Nowhere(tzinfo):
+    """A time zone that fails, as foreign ones may."""
+
+    def fail(self, _: datetime | None) -> Any:
+        raise NotImplementedError
+
+    utcoffset = dst = tzname = fail
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    "wrong",
     [
-        *(pytest.param(*case, id=name) for name, case in WRONG.items()),
-        pytest.param(*NO_ADDRESS, id="http at no address"),
+        {"state": "completed"},
+        {"state": None},
+        {"state": float("nan")},
+        {"origin": "user"},
+        {"origin": None},
+        {"stage": "after_generation"},
+        {"result_produced": 1},
+        {"result_produced": "false"},
+        {"result_produced": None},
+        {"result_produced": float("nan")},
+        {"finished_at": datetime(2026, 11, 1)},  # noqa: DTZ001 - what is refused
+        {"finished_at": date(2026, 11, 1)},
+        {"finished_at": "2026-11-01T12:00:00Z"},
+        {"finished_at": 1793534400},
+        {"finished_at": float("nan")},
+        {"finished_at": datetime(2026, 11, 1, tzinfo=Nowhere())},
+        {"finished_at": datetime.min.replace(tzinfo=timezone(timedelta(hours=1)))},
     ],
+    ids=str,
 )
-def test_a_source_that_cannot_be_is_a_clear_error(wrong: Settings, says: str) -> None:
-    """What is missing or would send answers in the clear is named, before anybody is asked."""
-    with pytest.raises(BadSettings, match=says), source_of(wrong):
-        pass
+def test_an_answer_of_wrong_types_cannot_be_built(wrong: dict[str, Any]) -> None:
+    """A source in Python learns where it builds an answer that a value is not of its type, not from a settlement."""
+    with pytest.raises(SourceBroken):
+        Answer(**{"state": JobState.TIMED_OUT, **wrong})
 
 
 def test_none_says_that_nobody_knows() -> None:
