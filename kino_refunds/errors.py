@@ -72,6 +72,22 @@ class SourceUnavailable(KinoError):
     """The job source did not answer; an error is not an answer."""
 
 
+class SourceUnreachable(SourceUnavailable):
+    """The job source can answer for no job at all, so a smaller question would fail as well."""
+
+
+class SourceTimeout(SourceUnavailable, TimeoutError):
+    """The job source took the question and did not answer in time."""
+
+
+class SourceBroken(KinoError):
+    """The job source's answer for a job breaks the contract, so it is no answer."""
+
+
+class ForeignAnswer(SourceBroken):
+    """The job source's answer cannot be matched to the jobs that it was asked for, so none of it is an answer."""
+
+
 class DependencyAway(KinoError):
     """Postgres, Redis or the job source cannot be reached (exit code 3)."""
 

@@ -64,13 +64,17 @@ class Settings(BaseSettings):
         description="Pause between expiry sweeps; an expired lot is not drawn from before its sweep either.",
     )
     job_source: Literal["none", "sql", "http"] | None = Field(
-        None, description="Who knows of jobs that sent no event; `none` says that nobody does. Unset: no sweep."
+        None,
+        description="Who knows how a job ended that sent no event: `sql`, `http`, or `none` (then it counts as timed"
+        " out). No default: unset, such a job is never found.",
     )
     job_source_url: SecretStr | None = Field(
         None, description="The source's database (`sql`) or endpoint (`http`; https, except on loopback)."
     )
     job_source_query: str | None = Field(
-        None, description="`sql`: a query with `:job_ids`, giving `job_id`, `state` and, if known, `origin`, `stage`."
+        None,
+        description="`sql`: a query with `:job_ids`, giving `job_id`, `state` and, if known, `origin`, `stage`,"
+        " `result_produced`, `finished_at`.",
     )
     job_source_token: SecretStr | None = Field(None, description="`http`: sent as a bearer token.")
     job_source_timeout_s: Annotated[float, Field(gt=0, le=60)] = Field(
@@ -169,6 +173,13 @@ class Settings(BaseSettings):
             "KINO_MIGRATION_DATABASE_URL",
             "postgresql://kino_owner@HOST/DATABASE",
         )
+
+    def require_job_source_database_url(self) -> str:
+        """Return the database URL of the job source `sql`; raises BadSettings that says how to set it."""
+        example = "postgresql://READER@HOST/DATABASE"
+        if self.job_source_url is None:
+            raise BadSettings(f"KINO_JOB_SOURCE=sql needs KINO_JOB_SOURCE_URL; for example {example}")
+        return _require_postgres(self.job_source_url, "KINO_JOB_SOURCE_URL", example)
 
     def require_redis_url(self) -> str:
         """Return the Redis URL; raises BadSettings that says how to set it, or what in it is not taken."""

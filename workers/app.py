@@ -17,6 +17,7 @@ from celery.signals import setup_logging
 from kino_refunds.errors import BadSettings
 from kino_refunds.events.connection import celery_settings
 from kino_refunds.log import configure_logging, get_logger
+from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE, NONE_CHOSEN, source_of
 from kino_refunds.settings import Settings, load_settings, unknown_names
 from workers.bootstep import IntakeStep
 from workers.schedule import beat_schedule
@@ -141,3 +142,17 @@ def _configure_logging(**_: Any) -> None:
         log.warning("Celery's own settings are ignored; use KINO_* variables", names=ignored_variables)
     for name, nearest in unknown_names():
         log.warning("unknown setting is ignored", name=name, did_you_mean=nearest)
+    _say_job_source()
+
+
+def _say_job_source() -> None:
+    """Log what keeps lost jobs from being found: an error or a warning at each start, and the process runs on."""
+    try:
+        with source_of(settings) as source:
+            pass
+    except BadSettings as error:
+        # One line: it is the text that says what to set, and a traceback would bury it.
+        log.error("overdue jobs are not asked about", error=str(error))  # noqa: TRY400
+        return
+    if source is None:
+        log.warning("overdue jobs are not asked about", warning=NONE_CHOSEN, advice=HOW_TO_CHOOSE)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kino_refunds.cli.exit_codes import AWAY, FINDING
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
 from kino_refunds.events.connection import redis_client
@@ -35,7 +36,8 @@ def run(
     Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
     while intake is paused or an older message still waits.
 
-    Exit code 3 means that Redis or the job source is away: there were no verdicts.
+    Exit code 1 means that the job source gave no answer for some jobs, or one that breaks its contract; `source
+    problem` says what. 3 means that Redis or the job source is away.
 
     Example: kino-refunds overdue run --dry-run --json
     """
@@ -58,8 +60,12 @@ def run(
         print_json(report.as_dict())
     else:
         print_facts((name.replace("_", " "), _shown(value)) for name, value in report.as_dict().items())
-    nobody_answered = report.source_errors and not report.answers
-    return 3 if report.withheld["redis_away"] or nobody_answered else 0
+    if report.source_broken:
+        # Before 3: a person fixes a source that breaks its contract; waiting does not.
+        return FINDING
+    if report.withheld["redis_away"] or report.source_away or (report.source_errors and not report.answers):
+        return AWAY
+    return FINDING if report.source_errors else 0
 
 
 def _show_progress(report: OverdueReport) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from kino_refunds.doctor.findings import Finding, judge
+from kino_refunds.doctor.findings import Finding, Level, judge
+from kino_refunds.doctor.on_settings import JOB_SOURCE
 from kino_refunds.schedule import Run, entries, read_schedule
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.gate import Gate, read_gate
@@ -20,6 +21,8 @@ def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Fin
     yield _alive(connection.execute(_WORKERS).one())
     for run in read_schedule(connection, entries(settings)):
         yield _beat(run)
+    if settings.job_source is not None:
+        yield from _source(connection.execute(_SWEPT).scalar_one_or_none() or {})
 
 
 def _gate(gate: Gate) -> Finding:
@@ -71,6 +74,30 @@ def _beat(run: Run) -> Finding:
             "a worker's log says what stops it",
         )
     return Finding("beat", "ok", found)
+
+
+_SWEPT = sa.text("""
+    SELECT result FROM kino.schedule_slot WHERE name = 'kino.sweep_overdue' AND finished_at IS NOT NULL
+    ORDER BY slot_at DESC LIMIT 1
+""")
+
+
+def _source(swept: dict[str, Any]) -> Iterator[Finding]:
+    """Say what the last sweep found wrong with the job source: it is the worker's that counts, not this shell's."""
+    problem = swept.get("source_problem")
+    if problem is None:
+        return
+    broken, errors = swept.get("source_broken", 0), swept.get("source_errors", 0)
+    found = f"the last sweep got no answer for {broken + errors:,} jobs: {problem}"
+    if not broken + errors:
+        found = f"the last sweep could not ask: {problem}"
+    if errors and not broken:
+        level: Level = "warn" if swept.get("answers") else "away"
+        advice = "those jobs are asked about again; if it stays, check that the source runs, its URL and its password"
+        yield Finding(JOB_SOURCE, level, found, advice)
+    else:
+        advice = "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`"
+        yield Finding(JOB_SOURCE, "fail", found, advice)
 
 
 def _shown(at: datetime) -> str:

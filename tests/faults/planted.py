@@ -246,8 +246,8 @@ PLANTED = [
         "an error of the source is an answer",
         Edit(
             OVERDUE,
-            "                report.source_errors += 1\n",
-            "                answers[part[0]] = Answer(JobState.UNKNOWN)\n",
+            "                _note_problem(error, part, report)\n",
+            "                answers |= dict.fromkeys(part, Answer(JobState.UNKNOWN))\n",
         ),
         ("source_that_errs",),
     ),

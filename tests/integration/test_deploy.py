@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ import sqlalchemy as sa
 import typer
 from kombu import Connection as KombuConnection
 from packaging.requirements import Requirement
+from pydantic import SecretStr
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
@@ -37,10 +39,12 @@ from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Bound, Queues, depths, waiting
-from kino_refunds.events.schema import Queue
+from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
 from kino_refunds.reconciliation import guard, overdue
+from kino_refunds.reconciliation.adapters import read_answers, source_of
+from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.server_guard import Orders
 from kino_refunds.settings import PREFIX, Settings
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, POISON_CRASH
@@ -180,6 +184,196 @@ def test_compose_asks_for_every_password_it_uses() -> None:
     assert used == set(re.findall(r"^([A-Z_]+)=", example, re.MULTILINE))
 
 
+def deployed(name: str) -> str:
+    return (DEPLOY / name).read_text(encoding="utf-8")
+
+
+def names(text: str, line: str) -> set[str]:
+    """The settings that stand where `line` has NAME."""
+    return set(re.findall(line.replace("NAME", r"(KINO_\w+)"), text, re.MULTILINE))
+
+
+def slots_of_compose() -> dict[str, set[str]]:
+    """The settings that each service has a slot for."""
+    text = deployed("compose.yaml")
+    shared = names(text.partition("x-settings: &settings\n")[2].partition("\n\n")[0], "^  NAME:")
+    services = dict(re.findall(r"^  (worker|beat|migrate):\n((?:    .*\n)+)", text, re.MULTILINE))
+    return {
+        name: names(service, "^      NAME:") | (shared if "<<: *settings" in service else set())
+        for name, service in services.items()
+    }
+
+
+SETTINGS_OF_KUBERNETES = ("kubernetes/settings.yaml", "kubernetes/secrets.example.yaml")
+
+
+def slots_of_kubernetes() -> dict[str, set[str]]:
+    """The settings that each workload has a slot for: those of the config map and secrets that it names."""
+    sources: dict[str, set[str]] = {}
+    for document in "\n---\n".join(map(deployed, SETTINGS_OF_KUBERNETES)).split("\n---\n"):
+        (name,) = re.findall(r"^  name: (\S+)$", document, re.MULTILINE)
+        sources[name] = names(document, "^  NAME:")
+    return {
+        name: {
+            setting
+            for source in re.findall(r"Ref:\n +name: (\S+)", deployed(f"kubernetes/{name}.yaml"))
+            for setting in sources[source]
+        }
+        for name in ("worker", "beat", "migrate")
+    }
+
+
+def slots_of_systemd() -> dict[str, set[str]]:
+    """The settings that the example of each unit's environment file has a slot for."""
+    units = {"worker": "worker@", "beat": "beat", "migrate": "migrate"}
+    files = {
+        name: re.findall(
+            r"^EnvironmentFile=/etc/kino-refunds/(.+)$", deployed(f"systemd/kino-refunds-{unit}.service"), re.MULTILINE
+        )
+        for name, unit in units.items()
+    }
+    return {name: names(deployed(f"systemd/{file}.example"), "^NAME=") for name, (file,) in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("slots", "of_the_image"),
+    [(slots_of_compose, {"KINO_BUILD"}), (slots_of_kubernetes, {"KINO_BUILD"}), (slots_of_systemd, set())],
+    ids=["compose", "kubernetes", "systemd"],
+)
+def test_every_setting_has_a_slot(slots: Any, of_the_image: set[str]) -> None:
+    """Whoever deploys finds each setting where the others are, and never the owner's password beside a worker."""
+    owners = "KINO_MIGRATION_DATABASE_URL"
+    everything = {PREFIX + name.upper() for name in Settings.model_fields}
+
+    found = slots()
+
+    assert found["worker"] == found["beat"] == everything - of_the_image - {owners}
+    assert found["migrate"] == {owners}
+    assert all(f"ENV {name}=$BUILD\n" in deployed("Dockerfile") for name in of_the_image)
+
+
+def test_an_empty_slot_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What deploy/ leaves empty is what the program takes by itself; only who connects where must be filled in."""
+    example = deployed("compose.env.example")
+    for name, value in re.findall(r"^(KINO_\w+)=(.*)$", example, re.MULTILINE):
+        monkeypatch.setenv(name, value)
+
+    assert Settings() == Settings.model_construct(log_format="json", build=Settings().build)
+
+
+def test_no_job_source_is_chosen_for_anybody() -> None:
+    """deploy/ chooses neither `none` nor another job source: each decides about credits, so a person does."""
+    chosen = {
+        path.name: set(re.findall(r"KINO_JOB_SOURCE(?:: |=)(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+        for path in FILES
+        if path.suffix != ".md"
+    }
+
+    assert {name: values for name, values in chosen.items() if values} == {
+        "compose.yaml": {"${KINO_JOB_SOURCE:-}"},
+        "compose.env.example": {""},
+        "settings.yaml": {'""'},
+        "env.example": {""},
+    }
+
+
+SECRETS = [PREFIX + name.upper() for name, field in Settings.model_fields.items() if "Secret" in str(field.annotation)]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_what_opens_something_is_a_secret(name: str) -> None:
+    """In Kubernetes a URL with a password and a token are in a secret, and in no config map."""
+    assert f"  {name}: " in deployed("kubernetes/secrets.example.yaml")
+    assert f"  {name}: " not in deployed("kubernetes/settings.yaml")
+
+
+GUIDE = (DEPLOY / "README.md").read_text(encoding="utf-8")
+
+
+def guide_example(name: str) -> str:
+    found = re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", GUIDE, re.DOTALL)
+    assert found is not None, f"the guide has no example {name}"
+    return found[1]
+
+
+def test_guides_query_answers_as_it_says(database: Database) -> None:
+    """The example of a query runs against such a table through the real source, and tells all that an event can say."""
+    ended = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    owner = create_engine(database.url("postgres"))
+    with owner.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA pipeline"))
+        connection.execute(
+            sa.text(
+                "CREATE TABLE pipeline.generation_job (job_id char(20), status text, error_party text,"
+                " blocked_at text, output_key text, ended_at timestamptz)"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO pipeline.generation_job VALUES"
+                " ('done', 'SUCCEEDED', NULL, NULL, 'video', :ended),"
+                " ('theirs', 'ERROR', 'vendor', NULL, NULL, :ended),"
+                " ('odd', 'ERROR', 'gremlins', NULL, NULL, NULL), ('late', 'EXPIRED', NULL, NULL, 'video', :ended),"
+                " ('dead', 'EXPIRED', NULL, NULL, NULL, NULL), ('bad', 'BLOCKED', NULL, 'output', NULL, NULL),"
+                " ('new', 'RETRYING', NULL, NULL, NULL, NULL)"
+            ),
+            {"ended": ended},
+        )
+    settings = Settings(
+        job_source="sql", job_source_url=SecretStr(database.url("postgres")), job_source_query=guide_example("query")
+    )
+
+    with source_of(settings) as source:
+        assert source is not None
+        answers = dict(source.ask(["done", "theirs", "odd", "late", "dead", "bad", "new", "nobody"]))
+
+    owner.dispose()
+    produced = {"done", "late"}
+    assert answers == {
+        name: replace(answer, result_produced=name in produced)
+        for name, answer in {
+            "done": Answer(JobState.COMPLETED, finished_at=ended),
+            "theirs": Answer(JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=ended),
+            "odd": Answer(JobState.FAILED),
+            "late": Answer(JobState.TIMED_OUT, finished_at=ended),
+            "dead": Answer(JobState.TIMED_OUT),
+            "bad": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
+            "new": Answer(JobState.RUNNING),
+            "nobody": Answer(JobState.UNKNOWN),
+        }.items()
+    }
+
+
+def test_guides_answer_is_read_as_it_says() -> None:
+    """The example of an answer has every state and every field, and is read whole."""
+    rows = json.loads(guide_example("answer"))["jobs"]
+
+    answers = read_answers(rows, [row["job_id"] for row in rows])
+
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    assert answers == {
+        "job-1": Answer(JobState.COMPLETED, finished_at=noon),
+        "job-2": Answer(
+            JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=noon + timedelta(seconds=1.5) - timedelta(hours=1)
+        ),
+        "job-3": Answer(JobState.TIMED_OUT, result_produced=True),
+        "job-4": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
+        "job-5": Answer(JobState.RUNNING),
+        "job-6": Answer(JobState.UNKNOWN),
+    }
+    assert {answer.state for answer in answers.values()} == set(JobState)
+    assert {name for row in rows for name in row} == {"job_id"} | {field.name for field in fields(Answer)}
+
+
+def test_guide_names_every_word_of_the_contract() -> None:
+    """The guide has each setting of the job source, each state, origin, stage and field, in code."""
+    in_code = set(re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", GUIDE, flags=re.DOTALL | re.MULTILINE)))
+
+    settings = {"KINO_JOB_SOURCE", "KINO_JOB_SOURCE_URL", "KINO_JOB_SOURCE_TIMEOUT_S", "none", "sql", "http"}
+    assert settings | {*JobState, *ErrorOrigin, *SafetyStage} <= in_code
+    assert all(any(field.name in code for code in in_code) for field in fields(Answer))
+
+
 def test_scaler_watches_the_queues() -> None:
     """KEDA scales on the four queues and on nothing else."""
     keda = (DEPLOY / "kubernetes/keda.yaml").read_text(encoding="utf-8")
@@ -239,7 +433,7 @@ def test_units_start_what_the_image_starts() -> None:
     """Each systemd unit runs the command that the image runs for the same purpose."""
     started = {
         path.stem: re.findall(r"^ExecStart=/opt/kino/bin/(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        for path in (DEPLOY / "systemd").iterdir()
+        for path in (DEPLOY / "systemd").glob("*.service")
     }
 
     assert started == {
@@ -252,7 +446,7 @@ def test_units_start_what_the_image_starts() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
 def test_units_are_read_by_systemd() -> None:
     """Every line of the units is understood by systemd; whether their programs are installed is another question."""
-    for path in (DEPLOY / "systemd").iterdir():
+    for path in (DEPLOY / "systemd").glob("*.service"):
         said = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, check=False
         ).stderr

@@ -747,6 +747,8 @@ def test_overdue_run_asks_and_settles(cli: Cli, scene: Scene, monkeypatch: pytes
         "overdue": 1,
         "asked": 0,
         "source_errors": 0,
+        "source_broken": 0,
+        "source_problem": None,
         "answers": {"unknown": 1},
         "outcomes": {"refunded": 1},
         "refunded": 1,

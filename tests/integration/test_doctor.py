@@ -26,6 +26,7 @@ from kino_refunds.events import connection as redis_connections
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
+from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE
 from kino_refunds.server_guard import Orders
 from kino_refunds.settlement.gate import TRIPWIRE, pause_intake
 from tests.clock import clock_at
@@ -59,6 +60,14 @@ class Diagnosis(NamedTuple):
 
 
 Doctor = Callable[..., Diagnosis]
+CHOSEN: dict[str, str | None] = {"KINO_JOB_SOURCE": "http", "KINO_JOB_SOURCE_URL": "https://jobs.example/ask"}
+"""A source about which the doctor has nothing to say: it reads the setting, and asks nobody."""
+
+
+@pytest.fixture
+def run(run: Run) -> Run:
+    """Run a command where a job source is chosen, unless the test says otherwise."""
+    return lambda *arguments, stdin=b"", **environment: run(*arguments, stdin=stdin, **(CHOSEN | environment))
 
 
 @pytest.fixture
@@ -247,11 +256,76 @@ def test_missing_url_is_wrong_usage_and_the_other_server_is_looked_at(
 
 
 @pytest.mark.usefixtures("well")
-def test_job_source_that_is_not_chosen_is_a_warning(doctor: Doctor) -> None:
-    """Without a source no overdue sweep runs: that is said, also when it was meant."""
-    advice = "set KINO_JOB_SOURCE: without it a job whose event is lost stays open for good"
+def test_job_source_that_nobody_chose_is_wrong_usage(doctor: Doctor) -> None:
+    """Without a choice no overdue sweep runs and lost jobs are never found: the doctor fails, and says what to set."""
+    says = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open for good"
 
-    assert doctor(KINO_JOB_SOURCE=None) == Diagnosis(0, [Found("job source", "warn", "not configured", advice)])
+    unset, empty = doctor(KINO_JOB_SOURCE=None), doctor(KINO_JOB_SOURCE="")
+
+    assert unset == empty == Diagnosis(2, [Found("settings", "fail", says, HOW_TO_CHOOSE)])
+
+
+@pytest.mark.usefixtures("well")
+def test_no_job_source_is_a_warning_for_as_long_as_it_is_chosen(doctor: Doctor) -> None:
+    """`none` refunds what had completed: the doctor says so every time, and it stops nothing."""
+    says = "KINO_JOB_SOURCE=none: a job whose event is lost counts as timed out and is refunded, completed or not"
+
+    found = [doctor(KINO_JOB_SOURCE="none", KINO_JOB_SOURCE_URL=None) for _ in range(2)]
+
+    assert found == [Diagnosis(0, [Found("job source", "warn", says, HOW_TO_CHOOSE)])] * 2
+
+
+@pytest.mark.parametrize(
+    ("swept", "level", "code", "found", "advice"),
+    [
+        (
+            {"source_broken": 1_200, "source_errors": 34, "source_problem": "answered for 'a '", "answers": {}},
+            *("fail", 1, "the last sweep got no answer for 1,234 jobs: answered for 'a '"),
+            "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`",
+        ),
+        (
+            {"source_broken": 0, "source_errors": 2, "source_problem": "status 500", "answers": {}},
+            *("away", 3, "the last sweep got no answer for 2 jobs: status 500"),
+            "those jobs are asked about again; if it stays, check that the source runs, its URL and its password",
+        ),
+        (
+            {"source_broken": 0, "source_errors": 2, "source_problem": "status 500", "answers": {"running": 1}},
+            *("warn", 0, "the last sweep got no answer for 2 jobs: status 500"),
+            "those jobs are asked about again; if it stays, check that the source runs, its URL and its password",
+        ),
+        (
+            {"source_problem": "KINO_JOB_SOURCE_QUERY cannot run: \x1b[2J"},
+            *("fail", 1, "the last sweep could not ask: KINO_JOB_SOURCE_QUERY cannot run: \x1b[2J"),
+            "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`",
+        ),
+    ],
+    ids=["broken", "away", "one job", "setting"],
+)
+def test_what_the_last_sweep_says_of_the_source_is_found(
+    doctor: Doctor, well: Scene, swept: dict[str, Any], level: str, code: int, found: str, advice: str
+) -> None:
+    """The worker's own sweep is what counts: its last finished one names what is wrong, until one finds it well."""
+    _swept(well, {"source_problem": "mended since"}, swept)
+    ill = doctor()
+    _swept(well, swept, {"asked": 3, "source_broken": 0, "source_errors": 0, "source_problem": None})
+    mended = doctor()
+
+    assert ill == Diagnosis(code, [Found("job source", level, found, advice)])
+    assert mended == Diagnosis(0, [])
+
+
+def _swept(scene: Scene, before: dict[str, Any], last: dict[str, Any]) -> None:
+    """Let two sweeps for overdue jobs have ended with these results, and another have just begun."""
+    scene.as_superuser("DELETE FROM kino.schedule_slot WHERE name = 'kino.sweep_overdue'")
+    scene.rows(
+        "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by, finished_at, result) VALUES"
+        " ('kino.sweep_overdue', clock_timestamp() - interval '2 min', 'beat', clock_timestamp(), :before),"
+        " ('kino.sweep_overdue', clock_timestamp() - interval '1 min', 'beat', clock_timestamp(), :last),"
+        " ('kino.sweep_overdue', clock_timestamp(), 'beat', NULL, NULL)"
+        " RETURNING 1",
+        before=json.dumps(before),
+        last=json.dumps(last),
+    )
 
 
 @pytest.mark.usefixtures("well")
