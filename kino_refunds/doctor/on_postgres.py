@@ -31,16 +31,17 @@ APPEND_ONLY: Final = frozenset(
 )
 _KEPT = frozenset({"pending_event", "overdue_ask", "intake_worker", "schedule_slot"})
 _UPSERTED = frozenset({"dead_letter", "break", "relay_cursor"})
+_NOTED = frozenset({"waiting_message"})
 _ONE_ROW = frozenset({"intake_state", "verified_through"})
 _LOTS = frozenset({"account", "credit_lot"})
 _VIEWS = frozenset({"charge_status", "account_balance", "alembic_version"})
 WORKER_RIGHTS: Final = {
-    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _ONE_ROW | _LOTS | _VIEWS,
+    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _NOTED | _ONE_ROW | _LOTS | _VIEWS,
     # A worker settles charges and opens none.
-    "INSERT": (APPEND_ONLY - {"charge", "charge_line"}) | _KEPT | _UPSERTED | _LOTS,
+    "INSERT": (APPEND_ONLY - {"charge", "charge_line"}) | _KEPT | _UPSERTED | _NOTED | _LOTS,
     "UPDATE": _KEPT | _UPSERTED | _ONE_ROW | _LOTS,
     "UPDATE every column": _KEPT | _UPSERTED | _ONE_ROW,
-    "DELETE": _KEPT,
+    "DELETE": _KEPT | _NOTED,
     "TRUNCATE": frozenset[str](),
     "TRIGGER": frozenset[str](),
 }

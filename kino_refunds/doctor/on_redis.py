@@ -12,7 +12,7 @@ import redis
 from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.client import redis_client
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import contents, parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, depths, waiting
 from kino_refunds.settings import Settings, redacted
 
@@ -248,8 +248,9 @@ def _foreign_bindings(client: redis.Redis) -> Iterator[str]:
 def _oldest_age(raws: list[bytes]) -> timedelta | None:
     times = []
     for raw in raws:
-        try:
-            times.append(parse(raw).time)
-        except MalformedMessage:
-            continue  # it becomes a dead letter when it is claimed
+        for content in contents(raw):
+            try:
+                times.append(parse(content).time)
+            except MalformedMessage:
+                continue  # it becomes a dead letter when it is claimed
     return datetime.now(UTC) - min(times) if times else None

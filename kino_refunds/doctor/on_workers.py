@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Fin
     for run in read_schedule(connection, entries(settings), now=now):
         ended = connection.execute(_ENDED, {"name": run.name}).scalar_one()
         yield _beat(run, ended, workers.since, now)
+    yield _stuck(connection.execute(_STUCK).all())
 
 
 def _gate(gate: Gate) -> Finding:
@@ -76,6 +77,32 @@ def _beat(run: Run, ended: datetime | None, workers_since: datetime | None, now:
         to_the_end = f"to its end {_shown(ended) if ended else 'never'}"
         return Finding("beat", "warn", f"{found}, {to_the_end}", "a worker's log says what stops it")
     return Finding("beat", "ok", found)
+
+
+# As the overdue sweep has noted it.
+_STUCK = sa.text("""
+    SELECT first_seen_at, job_ids FROM kino.waiting_message
+    WHERE first_seen_at < clock_timestamp() - interval '1 day' ORDER BY first_seen_at, digest
+""")
+_JOBS_SHOWN = 5
+
+
+def _stuck(messages: Sequence[Any]) -> Finding:
+    """Name what has waited in Redis for more than a day: it no longer holds back verdicts but its own jobs'."""
+    jobs = list(dict.fromkeys(job_id for message in messages for job_id in message.job_ids))
+    more = f" and {len(jobs) - _JOBS_SHOWN:,} more" if len(jobs) > _JOBS_SHOWN else ""
+    named = f"about {', '.join(map(ascii, jobs[:_JOBS_SHOWN]))}{more}" if jobs else "naming no job"
+    return judge(
+        "waiting messages",
+        not messages,
+        f"{len(messages):,} wait in Redis for more than a day, the first since {_shown(messages[0].first_seen_at)},"
+        f" {named}"
+        if messages
+        else "none waits for more than a day",
+        "their jobs are not refunded as timed out meanwhile: see `kino-refunds intake status`, and in the workers' logs"
+        " why a batch is kept",
+        level="warn",
+    )
 
 
 def _shown(at: datetime) -> str:

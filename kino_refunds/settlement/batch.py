@@ -13,7 +13,7 @@ from kino_refunds.settlement.retries import unpark
 from kino_refunds.settlement.settle import Decision, Terms, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from datetime import datetime
 
     import sqlalchemy as sa
@@ -35,14 +35,15 @@ def settle_batch(
     terms: Terms,
     now: datetime,
     *,
+    busy_jobs: Collection[str] = (),
     watch: Callable[[Part], None] = lambda _: None,
 ) -> list[Decision]:
     """Settle `deliveries`, in one transaction if nothing is wrong; returns the decisions, in no order.
 
     When the batch fails for a reason that lies in an event, it is halved until that event is alone; it
     becomes a dead letter `apply_error` and has no decision. A job's events stay together until the job is
-    alone. `watch` is told of each part: it may keep a long search from being taken for a dead worker, and may
-    raise to end it.
+    alone. `busy_jobs` are put off without being looked at. `watch` is told of each part: it may keep a long search
+    from being taken for a dead worker, and may raise to end it.
 
     Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. So is an
     event that could not even be recorded (somebody holds its row), after its neighbours are settled. Parts
@@ -51,7 +52,7 @@ def settle_batch(
     decisions: list[Decision] = []
     not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
     parts = [list(deliveries)] if deliveries else []
-    put_off: set[str] = set()  # or a later event of such a job would overtake the one that was put off
+    put_off = set(busy_jobs)  # or a later event of such a job would overtake the one that was put off
     while parts:
         part, settled, failed = parts.pop(), [], 0
         try:
@@ -105,7 +106,8 @@ def _settle_alone(
                 return settle(connection, [delivery], terms, now, busy_jobs={delivery.event.job_id})
         case Fault.BISECT:
             trace = "".join(traceback.format_exception(error))
-            letter = event_letter(delivery, APPLY_ERROR, f"{type(error).__name__}: {error}", exception=trace)
+            text = f"{type(error).__name__}: {error}"
+            letter = event_letter(delivery, APPLY_ERROR, text, exception=trace, cause=_cause(error))
             with engine.begin() as connection:
                 unpark(connection, {delivery.identity: delivery.fingerprint})
                 record_dead_letters(connection, [letter], now=now, build=terms.build)
@@ -114,6 +116,18 @@ def _settle_alone(
             raise error
         case _:
             assert_never(fault)
+
+
+def _cause(error: Exception) -> str:
+    """Name an exception by its type and the function of ours that it came from, never by its text or a line number.
+
+    What the driver or Postgres raised is named by its own type, which SQLAlchemy's wrapper would hide.
+    """
+    raised = getattr(error, "orig", None) or error
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if str(frame.f_globals.get("__name__")).startswith("kino_refunds.")]
+    origin = (ours or frames)[-1]
+    return f"{type(raised).__name__} in {origin.f_globals.get('__name__')}.{origin.f_code.co_name}"
 
 
 def outcomes_of(decisions: Sequence[Decision]) -> list[Outcome]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from kino_refunds.errors import MalformedMessage
+    from kino_refunds.events.envelope import Element
     from kino_refunds.settlement.deliveries import Delivery
 
 DETAIL_LENGTH_MAX = 2_000
@@ -29,7 +30,7 @@ POISON_CRASH = "poison_crash"
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One message that a person has to look at; `key` finds the row of the same message again."""
+    """One message, or one element of it, that a person has to look at; `key` finds the row of the same one again."""
 
     key: bytes
     raw: bytes
@@ -41,30 +42,59 @@ class DeadLetter:
     event_id: str | None = None
     job_id: str | None = None
     attempts: int = 0
+    cause: str = ""
+    """What tells letters of one reason apart: the wrong fields' paths, a task's name, where an exception came from."""
+    element_index: int | None = None
+    """The place of the event in a message that holds several; None: the whole message."""
+    other_job_ids: tuple[str, ...] = ()
+    """Further jobs that the message names, which it must protect as it does `job_id`."""
+    may_hold_others: bool = False
+    """The message may hold the end of a job that it does not name here."""
 
     @property
     def group_fingerprint(self) -> str:
-        """What the desk groups by: the reason, and where an exception came from, not what it said."""
-        last_line = (self.exception or "").strip().rpartition("\n")[2]
-        origin = last_line.partition(":")[0] if self.exception else self.queue
-        return sha256(f"{self.reason}\0{origin}".encode()).hexdigest()[:16]
+        """What the desk groups by: reason and cause. Not the queue: one mistake of a publisher's comes by several."""
+        return sha256(f"{self.reason}\0{self.cause}".encode()).hexdigest()[:16]
 
 
-def malformed_letter(raw: bytes, queue: str, error: MalformedMessage) -> DeadLetter:
-    """A message that does not parse, under the ids that can be read from it."""
-    source, event_id, job_id = describe(raw)
+def malformed_letter(raw: bytes, queue: str, error: MalformedMessage, *, element: Element | None = None) -> DeadLetter:
+    """A message, or an element of it, that does not parse, under the ids that can be read from it."""
+    about = describe(raw if element is None else element.content)
+    index = None if element is None else element.index
     return DeadLetter(
-        message_key(raw), raw, queue, error.code, error.text, source=source, event_id=event_id, job_id=job_id
+        message_key(raw, index),
+        raw,
+        queue,
+        error.code,
+        error.text,
+        source=about.source,
+        event_id=about.event_id,
+        job_id=about.job_id,
+        cause=error.cause,
+        element_index=index,
+        other_job_ids=about.other_job_ids,
+        may_hold_others=about.may_hold_others,
     )
 
 
-def poison_letter(raw: bytes, queue: str, crashes: int) -> DeadLetter:
-    """A message that ended workers while it was alone with them; not even its ids are read from it."""
-    detail = f"{crashes} workers ended while this message was all that they had in flight"
-    return DeadLetter(sha256(raw).digest(), raw, queue, POISON_CRASH, detail, attempts=crashes)
+def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | None = None) -> DeadLetter:
+    """A message, or an element, that ended workers while it was alone with them; not even its ids are read from it."""
+    what = "this message was" if element_index is None else f"element {element_index} of this message was"
+    return DeadLetter(
+        message_key(raw, element_index),
+        raw,
+        queue,
+        POISON_CRASH,
+        f"{crashes} workers ended while {what} all that they had in work",
+        attempts=crashes,
+        element_index=element_index,
+        may_hold_others=True,
+    )
 
 
-def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str | None = None) -> DeadLetter:
+def event_letter(
+    delivery: Delivery, reason: str, detail: str, *, exception: str | None = None, cause: str = ""
+) -> DeadLetter:
     """An event that was understood and cannot be applied."""
     event = delivery.event
     key = sha256(f"{event.source}\0{event.id}\0{delivery.fingerprint}".encode()).digest()
@@ -79,6 +109,8 @@ def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str
         event.id,
         event.job_id,
         delivery.attempts,
+        cause,
+        delivery.element_index,
     )
 
 
@@ -90,19 +122,27 @@ def storable(text: str, length_max: int) -> str:
 
 
 # A discarded letter that comes again is counted and stays discarded: a person has judged this message.
+# Poison names nobody, because it is not read: then the jobs stay that an earlier reading found.
 # One that was replayed and is back has failed again: it opens.
 _RECORD = sa.text("""
     INSERT INTO kino.dead_letter AS d
         (message_key, raw, queue, reason, detail, group_fingerprint, exception, source, event_id, job_id, attempts,
-         seen, first_seen_at, last_seen_at, build, history)
+         element_index, other_job_ids, may_hold_others, seen, first_seen_at, last_seen_at, build, history)
     VALUES (:key, :raw, :queue, :reason, :detail, :group_fingerprint, :exception, :source, :event_id, :job_id,
-            :attempts, :seen, :now, :now, :build, CAST(:entry AS jsonb))
+            :attempts, :element_index, CAST(:other_job_ids AS text[]), :may_hold_others, :seen, :now, :now, :build,
+            CAST(:entry AS jsonb))
     ON CONFLICT (message_key) DO UPDATE SET
         seen = d.seen + excluded.seen,
         last_seen_at = excluded.last_seen_at,
         reason = excluded.reason,
         detail = excluded.detail,
         group_fingerprint = excluded.group_fingerprint,
+        source = coalesce(d.source, excluded.source),
+        event_id = coalesce(d.event_id, excluded.event_id),
+        job_id = coalesce(d.job_id, excluded.job_id),
+        other_job_ids = CASE WHEN excluded.reason = 'poison_crash' THEN d.other_job_ids
+                             ELSE excluded.other_job_ids END,
+        may_hold_others = excluded.may_hold_others,
         exception = excluded.exception,
         attempts = greatest(d.attempts, excluded.attempts),
         build = excluded.build,
@@ -161,6 +201,9 @@ def _row(letter: DeadLetter, seen: int, now: datetime, build: str) -> dict[str, 
         "event_id": letter.event_id,
         "job_id": letter.job_id,
         "attempts": letter.attempts,
+        "element_index": letter.element_index,
+        "other_job_ids": list(letter.other_job_ids),
+        "may_hold_others": letter.may_hold_others,
         "seen": seen,
         "now": now,
         "build": build,

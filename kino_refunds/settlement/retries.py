@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.errors import SettledElsewhere
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import parse_stored
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def lease_due(
         {"now": now, "lease_s": lease.total_seconds(), "limit": limit, "event_id": event_id},
     )
     return [
-        delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
+        delivery_of(parse_stored(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
         for row in rows
     ]
 
