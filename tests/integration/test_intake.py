@@ -383,7 +383,7 @@ def test_a_job_s_events_are_never_split() -> None:
     ]
     ids = [each.event.id for batch in batches for each in batch]
     assert sorted(ids, key=int) == [each.event.id for each in deliveries]
-    assert [id for id in ids if id in {"4", "5", "6", "7", "8"}] == ["4", "5", "6", "7", "8"]
+    assert [each for each in ids if each in {"4", "5", "6", "7", "8"}] == ["4", "5", "6", "7", "8"]
 
 
 def test_a_stop_between_two_batches_of_one_claim_releases_it(
@@ -416,7 +416,7 @@ def test_what_kombu_makes_of_bytes_is_read(scene: Scene, redis: Redis, redis_url
         Producer(connection.channel()).publish(
             to_json(make_event("failed platform")), routing_key=FAILED, content_type="application/json"
         )
-    ((encoding),) = [json.loads(raw)["content-encoding"] for raw in redis.lrange(FAILED, 0, -1)]
+    (encoding,) = [json.loads(raw)["content-encoding"] for raw in redis.lrange(FAILED, 0, -1)]
 
     drain(make_intake(scene, redis))
 
@@ -684,10 +684,10 @@ def test_a_drop_whose_answer_was_lost_has_dropped(
     client = redis_client(redis_url)
     push(client, *failures(["job-1", "job-2"]))
     intake = make_intake(scene, client, intake_batch=1)
-    real_drop, read_response = intake._queues.drop, Connection.read_response
+    real_drop, read_response = intake._queues.drop, RedisConnection.read_response
     dropped: list[bool] = []
 
-    def lose_once(connection: Connection, *args: Any, **kwargs: Any) -> None:
+    def lose_once(connection: RedisConnection, *args: Any, **kwargs: Any) -> None:
         read_response(connection, *args, **kwargs)
         monkeypatch.setattr(RedisConnection, "read_response", read_response)
         raise RedisConnectionError("the answer was lost")

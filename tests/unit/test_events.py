@@ -521,7 +521,7 @@ def test_a_message_that_is_read_whole_and_names_one_job_is_that_job_s(document: 
 
 @pytest.mark.parametrize(("raw", "jobs"), MAY_HOLD_OTHERS.values(), ids=MAY_HOLD_OTHERS)
 def test_a_message_that_could_be_anybody_s_says_so(raw: bytes, jobs: tuple[str, ...]) -> None:
-    """What cannot be read to its end, or names no job or several, may hold any job's completion; it names what it can."""
+    """What cannot be read to its end, or names no job or several, may hold any job's end; it names what it can."""
     about = describe(raw)
 
     assert (about.job_id, *about.other_job_ids) == (jobs or (None,))
@@ -638,7 +638,7 @@ SAME_CAUSE: list[list[bytes]] = [
     [bare(event(subject="job-2")), envelope(event(subject="job-3"))],
     [celery_task("tasks.a", task_id=str(number)) for number in range(3)],
     [celery_task("tasks.b", body=[[number], {}, {}]) for number in range(3)],
-    [binary_mode(), binary_mode("ce_", **{"ce_id": "evt-2"})],
+    [binary_mode(), binary_mode("ce_", ce_id="evt-2")],
     [envelope(event(), content_type="text/plain"), envelope(event(id="e-2"), content_type="text/plain")],
     [envelope(event(), content_type="application/data")],
     [bare(event(type="kino.other.v1")), bare(event(id="e-2", type="kino.other.v1"))],
