@@ -153,9 +153,9 @@ PLANTED = [
     Planted(
         "malformed dropped silently",
         Edit(
-            INTAKE,
-            "            dead.append(malformed_letter(message.raw, message.queue.value, error))\n",
-            "            log.debug(str(error))\n",
+            "kino_refunds/settlement/deliveries.py",
+            "return [], [malformed_letter(raw, queue, malformed)]",
+            "return [], []",
         ),
         ("everything_malformed",),
     ),
@@ -185,7 +185,7 @@ PLANTED = [
     ),
     Planted(
         "poison counted per batch",
-        Edit(QUEUES, "if alone and redis.call('EXISTS'", "if redis.call('EXISTS'"),
+        Edit(QUEUES, "if is_alone(held) and redis.call('EXISTS'", "if redis.call('EXISTS'"),
         ("poisonous_message",),
     ),
     Planted(
