@@ -202,8 +202,8 @@ PLANTED = [
         "claim writes before its DEL",
         Edit(
             QUEUES,
-            "redis.call('DEL', alive(me))\nredis.call('SET', alive(me), '1', 'PX', alive_ms)",
-            "redis.call('SET', alive(me), '1', 'PX', alive_ms)",
+            "  redis.call('DEL', alive(me))\n  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
+            "  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
         ),
         ("full_before_the_claim",),
     ),

@@ -563,9 +563,11 @@ def test_one_bad_event_of_several_leaves_the_others() -> None:
     reasons: list[str | None] = []
     for each in found:
         try:
-            reasons.append(parse(each.content) and None)
+            parse(each.content)
         except MalformedMessage as malformed:
             reasons.append(malformed.code)
+        else:
+            reasons.append(None)
     assert reasons == [None, "invalid_event", "invalid_event", None]
 
 
