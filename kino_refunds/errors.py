@@ -8,12 +8,17 @@ class KinoError(Exception):
 
 
 class MalformedMessage(KinoError):
-    """A message on a queue that cannot be understood; it is kept as a dead letter under `code`."""
+    """A message on a queue that cannot be understood; it is kept as a dead letter under `code`.
 
-    def __init__(self, code: str, text: str) -> None:
+    `cause` is what messages with the same mistake have in common, such as the wrong field's path: letters are grouped
+    by it, and never by values that differ from message to message.
+    """
+
+    def __init__(self, code: str, text: str, *, cause: str = "") -> None:
         super().__init__(text)
         self.code = code
         self.text = text
+        self.cause = cause
 
 
 class GrantConflict(KinoError):

@@ -13,7 +13,7 @@ import redis
 from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.connection import redis_client
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import contents, parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, depths, waiting
 from kino_refunds.events.schema import Queue
 from kino_refunds.settings import Settings, redacted
@@ -333,8 +333,9 @@ def _foreign_bindings(client: redis.Redis) -> Iterator[str]:
 def _oldest_age(raws: list[bytes], now: datetime) -> timedelta | None:
     times = []
     for raw in raws:
-        try:
-            times.append(parse(raw).time)
-        except MalformedMessage:
-            continue  # it becomes a dead letter when it is claimed
+        for content in contents(raw):
+            try:
+                times.append(parse(content).time)
+            except MalformedMessage:
+                continue  # it becomes a dead letter when it is claimed
     return now - min(times) if times else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Fin
         yield _beat(run)
     if settings.job_source is not None:
         yield from _source(connection.execute(_SWEPT).scalar_one_or_none() or {})
+    yield _stuck(connection.execute(_STUCK).all())
 
 
 def _gate(gate: Gate) -> Finding:
@@ -98,6 +99,32 @@ def _source(swept: dict[str, Any]) -> Iterator[Finding]:
     else:
         advice = "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`"
         yield Finding(JOB_SOURCE, "fail", found, advice)
+
+
+# As the overdue sweep has noted it.
+_STUCK = sa.text("""
+    SELECT first_seen_at, job_ids FROM kino.waiting_message
+    WHERE first_seen_at < kino.clock() - interval '1 day' ORDER BY first_seen_at, digest
+""")
+_JOBS_SHOWN = 5
+
+
+def _stuck(messages: Sequence[Any]) -> Finding:
+    """Name what has waited in Redis for more than a day: it no longer holds back verdicts but its own jobs'."""
+    jobs = list(dict.fromkeys(job_id for message in messages for job_id in message.job_ids))
+    more = f" and {len(jobs) - _JOBS_SHOWN:,} more" if len(jobs) > _JOBS_SHOWN else ""
+    named = f"about {', '.join(map(ascii, jobs[:_JOBS_SHOWN]))}{more}" if jobs else "naming no job"
+    return judge(
+        "waiting messages",
+        not messages,
+        f"{len(messages):,} wait in Redis for more than a day, the first since {_shown(messages[0].first_seen_at)},"
+        f" {named}"
+        if messages
+        else "none waits for more than a day",
+        "their jobs are not refunded as timed out meanwhile: see `kino-refunds intake status`, and in the workers' logs"
+        " why a batch is kept",
+        level="warn",
+    )
 
 
 def _shown(at: datetime) -> str:

@@ -96,9 +96,12 @@ class Lot:
 
 
 def require_id(name: str, value: str) -> None:
-    """Raise ValueError unless `value` is 1 to 128 printable characters, as ids of events are."""
-    if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable():
-        message = f"{name} must be 1 to 128 printable characters"
+    """Raise ValueError unless `value` is 1 to 128 printable characters without white space at its ends, as ids are.
+
+    `order-1 ` beside `order-1` would be two orders, and credit one purchase twice.
+    """
+    if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable() or value.strip() != value:
+        message = f"{name} must be 1 to 128 printable characters, without white space at either end"
         raise ValueError(message)
 
 

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import BadSettings, ForeignAnswer, KinoError, SourceBroken, SourceUnreachable
-from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
+from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.clocks import read_clocks
-from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
+from kino_refunds.reconciliation.guard import OverdueCharge, note_waiting, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 from kino_refunds.reconciliation.verified import read_verified
 from kino_refunds.settlement.batch import settle_batch
@@ -141,6 +141,8 @@ def sweep_overdue(
     report = OverdueReport(dry_run)
     with engine.connect() as connection:
         now = read_clock(connection)
+    if not dry_run:
+        note_waiting(engine, redis_client, now=now)
     # Without a source there is nobody whom three asks in a row could wake at a bad minute.
     asked_before = now if source is None else now - rules.ask_spacing
     for page in _pages(engine, rules, now, asked_before):
@@ -379,7 +381,8 @@ def event_of(charge: OverdueCharge, answer: Answer) -> Event:
 def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> list[Delivery]:
     """Write the event; a charge that no event can speak of (its ids are not ids) holds up no other."""
     try:
-        return [delivery_of(event_of(charge, answer))]
+        with stored_ids():  # the charge may be from before today's rule for ids, and must end all the same
+            return [delivery_of(event_of(charge, answer))]
     except ValidationError as error:
         report.withheld["ids_that_no_event_can_carry"] += 1
         log.warning("no event can speak of this charge", charge_id=charge.charge_id, errors=error.error_count())

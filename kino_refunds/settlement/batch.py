@@ -13,7 +13,7 @@ from kino_refunds.settlement.retries import unpark
 from kino_refunds.settlement.settle import Decision, Terms, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import sqlalchemy as sa
 
@@ -34,14 +34,15 @@ def settle_batch(
     deliveries: Sequence[Delivery],
     terms: Terms,
     *,
+    busy_jobs: Collection[str] = (),
     watch: Callable[[Part], None] = lambda _: None,
 ) -> list[Decision]:
     """Settle `deliveries`, in one transaction if nothing is wrong; returns the decisions, in no order.
 
     When the batch fails for a reason that lies in an event, it is halved until that event is alone; it
     becomes a dead letter `apply_error` and has no decision. A job's events stay together until the job is
-    alone. `watch` is told of each part: it may keep a long search from being taken for a dead worker, and may
-    raise to end it.
+    alone. `busy_jobs` are put off without being looked at. `watch` is told of each part: it may keep a long search
+    from being taken for a dead worker, and may raise to end it.
 
     Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. So is an
     event that could not even be recorded (somebody holds its row), after its neighbours are settled. Parts
@@ -50,7 +51,7 @@ def settle_batch(
     decisions: list[Decision] = []
     not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
     parts = [list(deliveries)] if deliveries else []
-    put_off: set[str] = set()  # or a later event of such a job would overtake the one that was put off
+    put_off = set(busy_jobs)  # or a later event of such a job would overtake the one that was put off
     while parts:
         part, settled, failed = parts.pop(), [], 0
         try:

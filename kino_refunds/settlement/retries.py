@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.errors import MalformedMessage, SettledElsewhere
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import parse_stored
 from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
 
@@ -175,7 +175,7 @@ def lease_due(
     for row in rows:
         raw = row.event.encode()
         try:
-            due.append(delivery_of(parse(raw), pending_since=row.first_seen_at, attempts=row.attempts + 1))
+            due.append(delivery_of(parse_stored(raw), pending_since=row.first_seen_at, attempts=row.attempts + 1))
         except MalformedMessage as error:
             unread[row.source, row.event_id] = row.fingerprint
             letters.append(malformed_letter(raw, row.queue, error))

@@ -154,9 +154,9 @@ PLANTED = [
     Planted(
         "malformed dropped silently",
         Edit(
-            INTAKE,
-            "            dead.append(malformed_letter(message.raw, message.queue.value, error))\n",
-            "            log.debug(str(error))\n",
+            "kino_refunds/settlement/deliveries.py",
+            "return [], [malformed_letter(raw, queue, malformed)]",
+            "return [], []",
         ),
         ("everything_malformed",),
     ),
@@ -186,7 +186,7 @@ PLANTED = [
     ),
     Planted(
         "poison counted per batch",
-        Edit(QUEUES, "if alone and redis.call('EXISTS'", "if redis.call('EXISTS'"),
+        Edit(QUEUES, "if is_alone(held) and redis.call('EXISTS'", "if redis.call('EXISTS'"),
         ("poisonous_message",),
     ),
     Planted(
@@ -203,8 +203,8 @@ PLANTED = [
         "claim writes before its DEL",
         Edit(
             QUEUES,
-            "redis.call('DEL', alive(me))\nredis.call('SET', alive(me), '1', 'PX', alive_ms)",
-            "redis.call('SET', alive(me), '1', 'PX', alive_ms)",
+            "  redis.call('DEL', alive(me))\n  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
+            "  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
         ),
         ("full_before_the_claim",),
     ),

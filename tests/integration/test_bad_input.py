@@ -93,9 +93,7 @@ def test_everything_malformed_at_once_is_kept_and_the_neighbours_settle(scene: S
 
     assert size == len(raws) + len(jobs)
     assert refunded(scene) == sorted(jobs)
-    # The same content in several envelopes is one letter: what delivery adds is not content.
-    assert set(kept(scene)) <= raws
-    assert scene.rows("SELECT CAST(sum(seen) AS bigint) FROM kino.dead_letter") == [(len(raws),)]
+    assert kept(scene) == sorted(raws)
     assert depths(redis) == EMPTY
 
 
@@ -397,7 +395,7 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
 @pytest.mark.parametrize("state", [JobState.FAILED, JobState.TIMED_OUT, JobState.REJECTED])
 def test_hostile_ids_go_through_the_sweep_as_ids(scene: Scene, redis: Redis, state: JobState) -> None:
     """Quotes, formats and markup in an id are text to source, event and ledger."""
-    jobs = ["'; DROP TABLE kino.charge; --", "%s %(x)s", ":job_ids {} $1", "[bold]\U0001f3ac", "NULL", " "]
+    jobs = ["'; DROP TABLE kino.charge; --", "%s %(x)s", ":job_ids {} $1", "[bold]\U0001f3ac", "NULL", "a  b"]
     charge(scene, *jobs, deadline=-timedelta(hours=1))
 
     sweep_overdue(scene.worker, redis, Says(state), make_terms(), RULES)
@@ -406,7 +404,7 @@ def test_hostile_ids_go_through_the_sweep_as_ids(scene: Scene, redis: Redis, sta
 
 
 @pytest.mark.parametrize("name", ["job_id", "account_id"])
-@pytest.mark.parametrize("odd", ["", "a\x00b", "\x1b[2J", "\ud800", TEN_KB], ids=ascii)
+@pytest.mark.parametrize("odd", ["", "a\x00b", "\x1b[2J", "\ud800", TEN_KB, "a ", " a", " ", "a\xa0"], ids=ascii)
 def test_the_ledger_opens_no_charge_that_no_event_can_name(name: str, odd: str) -> None:
     """An id that an event could not carry is refused when the job is charged, with a clear error."""
     fields = {"job_id": "job-1", "account_id": "acct-1", name: odd}

@@ -165,6 +165,7 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
         *("settings", "job source"),
         *("postgres version", "postgres writable", "durability", "postgres clock", "roles"),
         *("rights", "migrations", "append-only", "ledger clock", "intake", "workers", "beat", "beat", "beat", "beat"),
+        "waiting messages",
         *("overdue charges", "dead letters", "breaks", "verified through", "horizon"),
         *("redis rights", "redis version", "redis role", "redis cluster", "redis eviction", "redis persistence"),
         *("redis memory", "redis clock", "queue names", "queue keys", "queues"),
@@ -1141,6 +1142,37 @@ def test_old_event_that_waits_is_a_warning(doctor: Doctor, redis: Redis) -> None
     counts, age_s = text.split("; the oldest event is ")
     assert counts == "3 wait (generation.job-failed 2, generation.timeout 1)"
     assert int(age_s.removesuffix(" s old")) >= 660
+
+
+@pytest.mark.usefixtures("well")
+def test_events_of_one_message_have_their_age(doctor: Doctor, redis: Redis) -> None:
+    """The oldest event of a message that holds several counts as any other."""
+    events = [make_event("completed", at=datetime.now(UTC)), make_event("timeout", at=EVENT_AT - 10 * MINUTE)]
+    redis.lpush(QUEUE_KEYS[0], b"[%s]" % b",".join(map(to_json, events)))
+
+    found = doctor()
+
+    assert [each[:2] for each in found.bad] == [("queues", "warn")]
+
+
+def test_message_that_waits_for_more_than_a_day_is_named(doctor: Doctor, well: Scene) -> None:
+    """What no longer holds back other jobs' verdicts is shown, with the jobs that it still does hold back."""
+    well.as_superuser(
+        "INSERT INTO kino.waiting_message VALUES"
+        " ('\\x01', clock_timestamp() - interval '25 hours', ARRAY['job-1', E'job\\x1b2']),"
+        " ('\\x02', clock_timestamp() - interval '2 days', '{}'),"
+        " ('\\x03', clock_timestamp() - interval '23 hours', ARRAY['job-3'])"
+    )
+
+    found = doctor()
+
+    ((check, level, text, advice),) = found.bad
+    assert (found.code, check, level) == (0, "waiting messages", "warn")
+    assert re.fullmatch(
+        r"2 wait in Redis for more than a day, the first since [\d :-]+Z, about 'job-1', 'job\\x1b2'", text
+    )
+    assert advice is not None
+    assert "kino-refunds intake status" in advice
 
 
 @pytest.mark.usefixtures("well")
