@@ -24,7 +24,7 @@ from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
-from kino_refunds.settlement.deliveries import RECONCILER, Delivery, read_delivery
+from kino_refunds.settlement.deliveries import RECONCILER, read_message
 from kino_refunds.settlement.settle import settle
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
@@ -320,12 +320,12 @@ def test_a_letter_that_cannot_be_written_takes_no_other_along(scene: Scene, lati
 def stumble(monkeypatch: pytest.MonkeyPatch, word: bytes) -> None:
     """Let our own reading of messages fail on those that hold `word`."""
 
-    def read(raw: bytes, queue: str) -> Delivery:
+    def read(raw: bytes, queue: str) -> Any:
         if word in raw:
             raise RecursionError("planted")
-        return read_delivery(raw, queue)
+        return read_message(raw, queue)
 
-    monkeypatch.setattr(intake_module, "read_delivery", read)
+    monkeypatch.setattr(intake_module, "read_message", read)
 
 
 def test_a_message_on_which_our_reading_fails_is_kept_alone(

@@ -808,9 +808,10 @@ def test_a_completion_that_we_hold_and_cannot_read_protects_its_job(
     charged(scene, "job-1", "job-2")
     redis.lpush(queue, raw)
     settings = Settings.model_construct()
-    drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), terms_of(settings), settings))
+    with clock_at(scene.worker, NOW + TICK):
+        drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), terms_of(settings), settings))
 
-    came_to = sweep(scene, redis, now=datetime.now(UTC))
+    came_to = sweep(scene, redis, now=NOW + SECOND)
 
     assert sum(came_to["withheld"].values()) == 2
     assert statuses(scene) == {"job-1": "open", "job-2": "open"}
