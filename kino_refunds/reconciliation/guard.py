@@ -90,6 +90,8 @@ def read_guard(
     A Redis that cannot be read refuses every verdict.
     """
     found = _read_waiting(redis_client)
+    if found.error is not None:
+        log.warning("no verdict: Redis cannot be read", error=found.error)
     with engine.connect() as connection:
         stuck = set(connection.execute(_STUCK, {"since": now - STUCK_AFTER}).scalars())
         refused, oldest = _judge(found, stuck)
@@ -164,14 +166,15 @@ class _Waiting:
 
     refused: str | None
     messages: Sequence[_Message]
+    error: str | None = None
+    """What Redis, or the client, said."""
 
 
 def _read_waiting(redis_client: redis.Redis) -> _Waiting:
     try:
         found = waiting(redis_client)
     except redis.RedisError as error:
-        log.warning("Redis cannot be read: no timed-out verdict is given", error=f"{type(error).__name__}: {error}")
-        return _Waiting("redis_away", ())
+        return _Waiting("redis_away", (), f"{type(error).__name__}: {error}")
     if not found.complete:
         return _Waiting("backlog_too_large" if not found.unreadable else "unreadable_queue", ())
     return _Waiting(None, [_read(message.raw) for message in found.messages])

@@ -114,7 +114,7 @@ def test_runbook_knows_every_reason() -> None:
     dead = {outcome.value for outcome in Outcome if disposition(outcome) is not Disposition.FINAL}
     breaks = {outcome.value for outcome in BREAKS} | {overdue.RUNNING_PAST_CAP}
     source = inspect.getsource(guard) + inspect.getsource(overdue)
-    withheld = set(re.findall(r'(?:return|refused =|else|withheld\[)\s?"([a-z_]+)"', source))
+    withheld = set(re.findall(r'(?:return|refused =|else|withheld\[|_Waiting\()\s?"([a-z_]+)"', source))
 
     rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
 
