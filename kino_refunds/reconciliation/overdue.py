@@ -16,7 +16,14 @@ import redis
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from kino_refunds.errors import BadSettings, ForeignAnswer, KinoError, SourceBroken, SourceUnreachable
+from kino_refunds.errors import (
+    BadSettings,
+    ForeignAnswer,
+    KinoError,
+    SourceBroken,
+    SourceUnavailable,
+    SourceUnreachable,
+)
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
@@ -47,6 +54,7 @@ worker's two threads. The price: four slow jobs at a batch's head keep those beh
 MARK_BEHIND = timedelta(hours=1)
 """Twice as long as a product transaction may live (db/roles.sql): a charge that is committed late is still
 in front of the mark."""
+LEFT_OUT = "the job source left out jobs that it was asked for: it must say `unknown` of those that it does not know"
 PROBLEM_MAX = 300
 """Characters of what a source raised: some raise a whole page."""
 RUNNING_PAST_CAP = "running_past_cap"
@@ -237,8 +245,12 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
         part = parts.pop()
         report.asked += len(part)
         try:
-            answers |= answers_of(source.ask(part), part)
+            said = answers_of(source.ask(part), part)
             timeouts = 0
+            answers |= said
+            if left_out := [job_id for job_id in part if job_id not in said]:
+                # Reported, or a source that never says `unknown` would keep these jobs open for good without a word.
+                _note_problem(SourceUnavailable(LEFT_OUT), left_out, report)
         except BadSettings:
             raise
         except Exception as error:  # noqa: BLE001 - a source is foreign code; whatever it raises is no answer
