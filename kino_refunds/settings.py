@@ -10,13 +10,13 @@ from importlib.metadata import version
 from typing import Annotated, Literal
 
 import psycopg
-import redis
 import sqlalchemy as sa
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kino_refunds.db.engine import SessionLimits, driver_url
 from kino_refunds.errors import BadSettings
+from kino_refunds.events.connection import EXAMPLE, read_url
 from kino_refunds.events.queues import CLAIM_LIMIT_MAX, QUEUE_KEYS
 
 PREFIX = "KINO_"
@@ -182,17 +182,9 @@ class Settings(BaseSettings):
         return _require_postgres(self.job_source_url, "KINO_JOB_SOURCE_URL", example)
 
     def require_redis_url(self) -> str:
-        """Return the Redis URL; raises BadSettings that says how to set it."""
-        example = "redis://HOST:6379/0"
-        url = _require(self.redis_url, "KINO_REDIS_URL", example)
-        try:
-            pool = redis.ConnectionPool.from_url(url)
-            local = issubclass(pool.connection_class, redis.UnixDomainSocketConnection)
-            pool.make_connection()  # nothing connects, but an option that there is not is refused
-        except (ValueError, TypeError, redis.RedisError):  # their texts may quote the password
-            raise BadSettings(f"KINO_REDIS_URL {_UNREADABLE}; for example {example}") from None
-        if local:
-            raise BadSettings(f"KINO_REDIS_URL is a Unix socket; connect by redis:// or rediss://, such as {example}")
+        """Return the Redis URL; raises BadSettings that says how to set it, or what in it is not taken."""
+        url = _require(self.redis_url, "KINO_REDIS_URL", EXAMPLE)
+        read_url(url)
         return url
 
 

@@ -7,15 +7,17 @@ import os
 import socket
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import sqlalchemy as sa
 from celery import bootsteps
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
-from kino_refunds.events.client import redis_client
-from kino_refunds.events.publisher import declare_queues
+from kino_refunds.errors import BadSettings
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues
 from kino_refunds.log import get_logger
 from kino_refunds.policy.document import published_policy
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-DECLARE_EVERY_S = 30.0
+BIND_EVERY_S = 0.5
 """After a FLUSHALL a live kombu SimpleQueue drops what it is given until its binding is back."""
+REFRESHES_IN_TTL = 4
+"""An idle or paused worker says so often within its alive TTL that it lives: batches, which do too, do not come."""
 RECOVER_EVERY_S = 1.0
 """P9 gives a dead worker's batch 5 s beyond its alive key, and it then goes one message at a time."""
 HEARTBEAT_EVERY_S = 10.0
 FORGET_WORKERS_AFTER = "7 days"
+CLOCK_SKEW_MAX = timedelta(seconds=5)
+"""As in the doctor: NTP keeps hosts within milliseconds."""
 STOP_WITHIN_S = 10.0
 """Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
 
@@ -58,19 +64,25 @@ class IntakeStep(bootsteps.StartStopStep):
         self._thread: threading.Thread | None = None
 
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Open connections and start the thread; nothing here waits for Postgres or Redis."""
+        """Open connections and start the thread; nothing here waits for Postgres or Redis.
+
+        A setting that is wrong ends the worker with one line and exit code 2.
+        """
         settings = load_settings()
-        redis_url = settings.require_redis_url()
         worker_id = str(uuid4())
-        engine = create_engine(
-            settings.require_database_url(), limits=settings.session_limits, application_name="kino-intake"
-        )
-        queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
+        try:
+            database_url = settings.require_database_url()
+        except BadSettings as error:
+            log.critical("the worker cannot start", error=str(error))
+            raise SystemExit(2) from None
+        engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
+        queues = Queues(redis_client(settings.require_redis_url()), worker_id, alive_ttl_s=settings.alive_ttl_s)
         intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
         heartbeat = Heartbeat(engine, intake, worker_id, settings.build)
         chores = Chores(
             {
-                "declare queues": (DECLARE_EVERY_S, lambda: declare_queues(redis_url)),
+                "bind": (BIND_EVERY_S, Binding(queues)),
+                "refresh": (settings.alive_ttl_s / REFRESHES_IN_TTL, queues.refresh),
                 "recover": (RECOVER_EVERY_S, lambda: _recover(queues)),
                 "heartbeat": (HEARTBEAT_EVERY_S, heartbeat.beat),
             }
@@ -101,7 +113,7 @@ class IntakeStep(bootsteps.StartStopStep):
 class Chores:
     """What a worker does now and then between batches; one that fails is said, and stops nothing.
 
-    A full Redis, for one, refuses the bindings and can still be drained.
+    A Postgres that is away, for one, takes no heartbeat, and dead workers are looked for all the same.
     """
 
     def __init__(self, every: dict[str, tuple[float, Callable[[], None]]]) -> None:
@@ -120,6 +132,26 @@ class Chores:
                 log.warning("chore failed", chore=name, error=one_line(error))
 
 
+class Binding:
+    """Looks after kombu's bindings of the queues, and says once what it met."""
+
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+        self._skipped: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        """Put back the bindings that are missing."""
+        bound = self._queues.bind()
+        if bound.restored:
+            log.warning(
+                "kombu bindings were missing and are back; publish again what a SimpleQueue sent meanwhile",
+                queues=bound.restored,
+            )
+        if bound.skipped != self._skipped:
+            self._skipped = bound.skipped
+            log.error("keys of kombu bindings hold something foreign; see `kino-refunds doctor`", keys=bound.skipped)
+
+
 def _recover(queues: Queues) -> None:
     recovered = queues.recover()
     if recovered.skipped:
@@ -134,22 +166,39 @@ class Heartbeat:
     def __init__(self, engine: sa.Engine, intake: Intake, worker_id: str, build: str) -> None:
         self._engine = engine
         self._intake = intake
+        self._told_of_skew = False
         self._row = {"worker_id": worker_id, "host": socket.gethostname(), "pid": os.getpid(), "build": build}
 
     def beat(self) -> None:
         """Say that we live, and what we did so far."""
         self._write(
             "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, counts)"
-            " VALUES (:worker_id, :host, :pid, :build, clock_timestamp(), clock_timestamp(),"
+            " VALUES (:worker_id, :host, :pid, :build, kino.clock(), kino.clock(),"
             "         CAST(:counts AS jsonb))"
-            " ON CONFLICT (worker_id) DO UPDATE SET seen_at = clock_timestamp(), counts = excluded.counts"
+            " ON CONFLICT (worker_id) DO UPDATE SET seen_at = kino.clock(), counts = excluded.counts"
         )
-        self._write(f"DELETE FROM kino.intake_worker WHERE seen_at < now() - interval '{FORGET_WORKERS_AFTER}'")  # noqa: S608 - a constant
+        self._write(f"DELETE FROM kino.intake_worker WHERE seen_at < kino.clock() - interval '{FORGET_WORKERS_AFTER}'")  # noqa: S608 - a constant
+
+        self._compare_clocks()
+
+    def _compare_clocks(self) -> None:
+        """Warn once when this host's clock leaves Postgres', and say once when it is back."""
+        with self._engine.connect() as connection:
+            skew = datetime.now(UTC) - read_clock(connection)  # compared, and nothing is decided by it
+        off = abs(skew) > CLOCK_SKEW_MAX
+        if off and not self._told_of_skew:
+            log.warning(
+                "this host's clock differs from Postgres': set both by NTP; sweeps here withhold what cannot be undone",
+                ahead_s=round(skew.total_seconds(), 1),
+            )
+        elif self._told_of_skew and not off:
+            log.info("this host's clock agrees with Postgres' again")
+        self._told_of_skew = off
 
     def stop(self) -> None:
         """Say that we end."""
         self._write(
-            "UPDATE kino.intake_worker SET stopped_at = clock_timestamp(), seen_at = clock_timestamp(),"
+            "UPDATE kino.intake_worker SET stopped_at = kino.clock(), seen_at = kino.clock(),"
             " counts = CAST(:counts AS jsonb) WHERE worker_id = :worker_id"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import typer
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, said, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
 from kino_refunds.errors import DeadLetterClosed, MalformedMessage
+from kino_refunds.events.envelope import opened, split
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
@@ -24,7 +24,7 @@ Number = Annotated[int, typer.Argument(help="The letter's number.", metavar="NUM
 
 # What is at stake is joined and not stored: a job that was settled by another event has nothing at stake.
 _LIST = sa.text("""
-    SELECT d.dead_letter_id AS number, d.reason, d.job_id, d.event_id, d.queue,
+    SELECT d.dead_letter_id AS number, d.reason, d.job_id, d.event_id, d.queue, d.element_index,
            CASE WHEN c.charge_id IS NULL OR s.charge_id IS NOT NULL THEN 0 ELSE c.credits END AS credits_at_stake,
            d.seen, d.last_seen_at, d.status, d.group_fingerprint AS "group", d.detail
     FROM kino.dead_letter d
@@ -32,12 +32,12 @@ _LIST = sa.text("""
     LEFT JOIN kino.settlement s ON s.charge_id = c.charge_id
     WHERE (:status = 'all' OR d.status = :status)
       AND (CAST(:reason AS text) IS NULL OR d.reason = :reason)
-      AND (CAST(:job_id AS text) IS NULL OR d.job_id = :job_id)
+      AND (CAST(:job_id AS text) IS NULL OR d.job_id = :job_id OR d.other_job_ids @> ARRAY[CAST(:job_id AS text)])
       AND (CAST(:group AS text) IS NULL OR d.group_fingerprint = :group)
       AND d.dead_letter_id > :after
     ORDER BY d.dead_letter_id LIMIT :limit
 """)
-_ONLY_IN_JSON = frozenset({"detail", "queue", "group"})
+_ONLY_IN_JSON = frozenset({"detail", "queue", "group", "element_index"})
 _IN_A_TABLE = {"credits_at_stake": "at_stake"}
 _SHOW = sa.text("SELECT * FROM kino.dead_letter WHERE dead_letter_id = :number")
 
@@ -93,7 +93,8 @@ def show(
 ) -> int:
     """Show a dead letter whole: reason, history, notes and the message.
 
-    Bytes that would act on a terminal are shown escaped.
+    Bytes that would act on a terminal are shown escaped. The body of a message that kombu wrote is also shown
+    decoded; of a message that holds several events, the letter's own event is.
 
     Example: kino-refunds dead-letters show 7 --save message.bin
     """
@@ -106,7 +107,8 @@ def show(
     raw = bytes(letter.pop("raw"))
     letter["message_key"] = bytes(letter["message_key"]).hex()
     letter["message_bytes"] = len(raw)
-    letter["message"] = storable(raw.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
+    letter["message"] = _readable(raw)
+    letter["body"] = _body(raw, letter["element_index"])
     if save is not None:
         with save.open("xb") as file:  # what is there is somebody's
             file.write(raw)
@@ -127,6 +129,18 @@ def show(
     return 0
 
 
+def _readable(content: bytes) -> str:
+    return storable(content.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
+
+
+def _body(raw: bytes, element_index: int | None) -> str | None:
+    """Show what a message says where its own bytes do not: inside kombu's base64, or at its place among others."""
+    if element_index is not None:
+        return next((_readable(each.content) for each in split(raw) or () if each.index == element_index), None)
+    body = opened(raw)
+    return None if body is None else _readable(body)
+
+
 def replay(
     numbers: Annotated[list[int], typer.Argument(help="The letters' numbers.", metavar="NUMBER")],
     by: By,
@@ -138,7 +152,10 @@ def replay(
 ) -> int:
     """Put dead letters back through settlement.
 
-    The event keeps its identity: if its job was settled meanwhile it is a duplicate, and nothing moves twice.
+    The event keeps its identity: if it was settled meanwhile it is a duplicate, and nothing moves twice. An event
+    that names another account than its charge is closed too once another event has settled the job. A letter of a
+    whole message with several events settles each of them.
+
     A correction must be of the letter's own event, and there is one: who comes second is told.
 
     Exit code 1 means that a letter is still open.
@@ -159,9 +176,8 @@ def replay(
                 warn_if_paused(connection)
         try:
             for number in dict.fromkeys(numbers):
-                now = datetime.now(UTC)
                 try:
-                    replays += [replay_letter(engine, number, terms, now, actor=by, edited=corrected, dry_run=dry_run)]
+                    replays += [replay_letter(engine, number, terms, actor=by, edited=corrected, dry_run=dry_run)]
                 except DeadLetterClosed as error:  # somebody's; the others are not
                     print_error(str(error))
         except MalformedMessage as error:  # only a correction can be one here
@@ -201,7 +217,7 @@ def discard(
     """
     confirm(f"Discard dead letter {number}?", yes=yes)
     with ledger_connection() as connection:
-        discard_letter(connection, number, note=note, actor=by, now=datetime.now(UTC))
+        discard_letter(connection, number, note=note, actor=by)
     console.print(f"dead letter {number} is discarded; it is kept")
 
 
@@ -215,5 +231,5 @@ def note(
     Example: kino-refunds dead-letters note 7 "the pipeline team is on it"
     """
     with ledger_connection() as connection:
-        note_letter(connection, number, text, actor=by, now=datetime.now(UTC))
+        note_letter(connection, number, text, actor=by)
     console.print(f"noted on dead letter {number}")

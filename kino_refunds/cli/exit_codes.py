@@ -17,6 +17,7 @@ from kino_refunds.errors import (
     SourceUnavailable,
     TransferNotFound,
 )
+from kino_refunds.events.connection import NotPrimary
 
 FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
 _WRONGLY_NAMED = {errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
@@ -34,6 +35,8 @@ def explained(error: Exception) -> tuple[int, str]:
             return AWAY, str(error)
         case KinoError():
             return FINDING, str(error)
+        case NotPrimary():
+            return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; give an address that follows the primary"
         case redis.RedisError():
             return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; {_CHECK}"
         case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:

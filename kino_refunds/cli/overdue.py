@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from kino_refunds.cli.exit_codes import AWAY, FINDING
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue
@@ -54,7 +53,6 @@ def run(
             source,
             Terms(published_policy(), settings.lot_grace, settings.build),
             rules_of(settings),
-            now=datetime.now(UTC),
             dry_run=dry_run,
             progress=_show_progress,
         )

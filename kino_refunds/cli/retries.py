@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from typing import Annotated
 
 import sqlalchemy as sa
@@ -110,24 +109,24 @@ def run_now(
     """
     settings = load_settings()
     terms = Terms(published_policy(), settings.lot_grace, settings.build)
-    now = datetime.now(UTC)
     tried, outcomes = 0, dict[str, int]()
     with ledger_engine(settings) as engine:
         with engine.begin() as connection:
             warn_if_paused(connection)
             connection.execute(
                 sa.text(
-                    "UPDATE kino.pending_event SET next_attempt_at = :now"
-                    " WHERE next_attempt_at > :now AND (CAST(:event_id AS text) IS NULL OR event_id = :event_id)"
+                    "UPDATE kino.pending_event SET next_attempt_at = kino.clock()"
+                    " WHERE next_attempt_at > kino.clock()"
+                    " AND (CAST(:event_id AS text) IS NULL OR event_id = :event_id)"
                 ),
-                {"now": now, "event_id": event_id},
+                {"event_id": event_id},
             )
         while True:
             swept = sweep_retries(
                 engine,
-                lambda due, at: outcomes_of(settle_batch(engine, due, terms, at)),
-                now=now,
+                lambda due: outcomes_of(settle_batch(engine, due, terms)),
                 lease=settings.retry_lease,
+                build=terms.build,
                 event_id=event_id,
             )
             if not swept.tried:

@@ -10,10 +10,20 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from kino_refunds.db.engine import driver_url
+from kino_refunds.db.clock import restore_clock
+from kino_refunds.db.engine import SessionLimits, create_engine
 
 # Any number will do as long as nobody else in this database takes it: the bytes of "kino".
 MIGRATION_LOCK = 0x6B696E6F
+
+DAY_MS = 86_400_000
+LIMITS = SessionLimits(
+    lock_timeout_ms=DAY_MS,
+    statement_timeout_ms=DAY_MS,
+    idle_in_transaction_timeout_ms=DAY_MS,
+    transaction_timeout_ms=DAY_MS,
+)
+"""A migration of a large ledger takes its time: a default of the role must not end it, nor its wait for another's."""
 
 
 def _config() -> Config:
@@ -42,11 +52,12 @@ def current_revision(connection: sa.Connection) -> str | None:
 def migrate(url: str) -> tuple[str | None, str]:
     """Upgrade the database at `url` (connect as kino_owner) to this build's schema, in one transaction.
 
-    Two at once are safe: the second waits and finds nothing to do. Returns the revisions before and
-    after. Raises sqlalchemy's OperationalError if the server is away and ProgrammingError if the roles
-    of `db/roles.sql` are missing; either way nothing has changed.
+    Two at once are safe: the second waits and finds nothing to do. A `kino.clock()` that a test has replaced is put
+    back. Returns the revisions before and after. Raises sqlalchemy's OperationalError if the server is away,
+    ProgrammingError if the roles of `db/roles.sql` are missing, and WrongEncoding if the database is not encoded in
+    UTF8; either way nothing has changed.
     """
-    engine = sa.create_engine(driver_url(url), poolclass=sa.pool.NullPool)
+    engine = create_engine(url, limits=LIMITS, application_name="kino-migrate", pooled=False)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         connection.execute(sa.text("CREATE SCHEMA IF NOT EXISTS kino"))
@@ -54,4 +65,5 @@ def migrate(url: str) -> tuple[str | None, str]:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        restore_clock(connection)
         return before, head_revision()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import Servers, servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import queue_of, to_json
@@ -129,7 +129,6 @@ def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
         NobodyKnows(),
         Terms(published_policy(), settings.lot_grace, settings.build),
         OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
-        now=datetime.now(UTC),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import (
     AccountNotActive,
     ChargeAlreadySettled,
@@ -17,6 +17,7 @@ from kino_refunds.errors import (
     LedgerInconsistent,
 )
 from kino_refunds.ledger.accounts import AccountStatus
+from kino_refunds.ledger.callers import instant, microseconds, savepoint
 from kino_refunds.ledger.lots import (
     SUCCESSOR_PREFIX,
     LockedLot,
@@ -33,7 +34,7 @@ from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from datetime import timedelta
+    from datetime import datetime, timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,9 @@ def open_charges(connection: sa.Connection, requests: Iterable[ChargeRequest]) -
 
     Raises ChargeConflict (the job is charged on other terms), ChargeAlreadySettled, AccountNotActive,
     InsufficientCredits, in this precedence. Lots are locked in the order of their ids within one call:
-    call it once per transaction, or be ready to retry after a deadlock.
+    call it once per transaction, or be ready to retry after a deadlock. At REPEATABLE READ or SERIALIZABLE be ready
+    to retry after a serialization failure (SQLSTATE 40001) as well. Raises UnfitSession if the connection is in
+    autocommit or its encoding lacks an id.
     """
     wanted: dict[str, ChargeRequest] = {}
     order: list[str] = []
@@ -97,7 +100,7 @@ def open_charges(connection: sa.Connection, requests: Iterable[ChargeRequest]) -
         order.append(request.job_id)
     if not order:
         return []
-    with connection.begin_nested():
+    with savepoint(connection):
         opened = _insert_charges(connection, [wanted[job_id] for job_id in sorted(wanted)])
         charges = _charges_opened_before(connection, [r for j, r in wanted.items() if j not in opened])
         fresh = [(row, wanted[job_id]) for job_id in wanted if (row := opened.get(job_id)) is not None]
@@ -109,13 +112,13 @@ def _insert_charges(connection: sa.Connection, requests: Sequence[ChargeRequest]
     # The charge goes in before any lot is locked, and sorted: two sessions that open the same job meet
     # here, where the second waits for the first's commit and then finds its charge.
     rows = connection.execute(
-        sa.text("""
+        sa.text(f"""
             INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)
             SELECT * FROM unnest(CAST(:job_ids AS text[]), CAST(:account_ids AS text[]),
                                  CAST(:credits AS bigint[]), CAST(:deadlines AS timestamptz[]))
             ON CONFLICT (job_id) DO NOTHING
-            RETURNING charge_id, job_id, opened_at
-        """),
+            RETURNING charge_id, job_id, {microseconds("opened_at")} AS opened_us
+        """),  # noqa: S608 - a constant
         {
             "job_ids": [request.job_id for request in requests],
             "account_ids": [request.account_id for request in requests],
@@ -130,15 +133,16 @@ def _charges_opened_before(connection: sa.Connection, requests: Sequence[ChargeR
     if not requests:
         return {}
     rows = connection.execute(
-        sa.text("""
-            SELECT c.charge_id, c.job_id, c.account_id, c.credits, c.deadline_at, c.opened_at, s.kind,
+        sa.text(f"""
+            SELECT c.charge_id, c.job_id, c.account_id, c.credits, {microseconds("c.deadline_at")} AS deadline_us,
+                   {microseconds("c.opened_at")} AS opened_us, s.kind,
                    ARRAY(SELECT l.lot_id FROM kino.charge_line l WHERE l.charge_id = c.charge_id ORDER BY l.seq)
                        AS lot_ids,
                    ARRAY(SELECT l.credits FROM kino.charge_line l WHERE l.charge_id = c.charge_id ORDER BY l.seq)
                        AS line_credits
             FROM kino.charge c LEFT JOIN kino.settlement s USING (charge_id)
             WHERE c.job_id = ANY(CAST(:job_ids AS text[]))
-        """),
+        """),  # noqa: S608 - a constant
         {"job_ids": [request.job_id for request in requests]},
     )
     found = {row.job_id: row for row in rows}
@@ -157,8 +161,8 @@ def _charges_opened_before(connection: sa.Connection, requests: Sequence[ChargeR
             row.job_id,
             row.account_id,
             row.credits,
-            row.deadline_at,
-            row.opened_at,
+            instant(row.deadline_us),
+            instant(row.opened_us),
             list(zip(row.lot_ids, row.line_credits, strict=True)),
         )
         for row in found.values()
@@ -188,7 +192,7 @@ def _draw(connection: sa.Connection, fresh: Sequence[tuple[Any, ChargeRequest]])
             request.account_id,
             request.credits,
             request.deadline_at,
-            row.opened_at,
+            instant(row.opened_us),
             lines,
         )
     add_to_lots(connection, drawn)
@@ -220,7 +224,6 @@ def _require_active(connection: sa.Connection, account_ids: Sequence[str]) -> No
             raise AccountNotActive(message)
 
 
-_NEVER = datetime.max.replace(tzinfo=UTC)
 _CLASS_ORDER = {lot_class.value: order for order, lot_class in enumerate(LotClass)}
 
 
@@ -228,27 +231,29 @@ def _spendable(connection: sa.Connection, account_ids: Sequence[str]) -> dict[st
     """Lock what can be drawn, per account in burn order, as mutable [lot id, remaining]."""
     # Postgres checks the inner condition again after a wait only if the holder changed the row; the outer
     # one looks at the clock when the lot is had, so a lot that expired while we waited is not drawn either.
-    # clock_timestamp() and not now(): the caller's transaction may be old.
+    # The clock and not now(): the caller's transaction may be old.
     rows = connection.execute(
-        sa.text("""
+        sa.text(f"""
             WITH locked AS MATERIALIZED (
                 SELECT lot_id, account_id, class, remaining, priority, granted_at, expires_at FROM kino.credit_lot
                 WHERE account_id = ANY(CAST(:ids AS text[])) AND state = 'active' AND remaining > 0
-                  AND (expires_at IS NULL OR expires_at > clock_timestamp())
+                  AND (expires_at IS NULL OR expires_at > kino.clock())
                 ORDER BY lot_id FOR NO KEY UPDATE
             )
-            SELECT * FROM locked WHERE expires_at IS NULL OR expires_at > clock_timestamp()
-        """),
+            SELECT lot_id, account_id, class, remaining, priority, {microseconds("granted_at")} AS granted_us,
+                   {microseconds("expires_at")} AS expires_us
+            FROM locked WHERE expires_at IS NULL OR expires_at > kino.clock()
+        """),  # noqa: S608 - a constant
         {"ids": list(account_ids)},
     ).all()
 
     def burn_order(row: Any) -> tuple[Any, ...]:
         return (
             row.priority,
-            row.expires_at is None,
-            row.expires_at or _NEVER,
+            row.expires_us is None,
+            row.expires_us or 0,
             _CLASS_ORDER[row[2]],
-            row.granted_at,
+            row.granted_us,
             row.lot_id,
         )
 
@@ -300,27 +305,39 @@ class Ending(NamedTuple):
     event_at: datetime
 
 
-def end_charges(
-    connection: sa.Connection, endings: Sequence[Ending], *, now: datetime, lot_grace: timedelta, actor: str
-) -> None:
+def end_charges(connection: sa.Connection, endings: Sequence[Ending], *, lot_grace: timedelta, actor: str) -> None:
     """Capture and refund charges whose settlement the caller has just inserted (P1 is that insert).
 
     Refunded credits go where the lot's fate, read under its lock, sends them (design, section 4):
-    voided: back, then void. Frozen: back, and stay frozen. Expired, or expiring within `lot_grace` of
-    `now`: to a successor that lives `lot_grace`, so that a customer can still use what a failure of ours
-    held. Else: back. Raises LedgerInconsistent if the lines are not what the charge took (P4); raises
-    sqlalchemy's OperationalError (lock_not_available) if a lot is held for longer than the lock timeout.
+    voided: back, then void. Frozen: back, and stay frozen. Expired, or expiring within `lot_grace`: to a
+    successor that lives `lot_grace`, so that a customer can still use what a failure of ours held. Else: back.
+    Raises LedgerInconsistent if the lines are not what the charge took (P4); raises sqlalchemy's
+    OperationalError (lock_not_available) if a lot is held for longer than the lock timeout.
     """
     for ending in endings:
         if sum(credits for _, credits in ending.lines) != ending.credits:
             message = f"charge {ending.charge_id} took {ending.credits} credits but its lines say otherwise"
             raise LedgerInconsistent(message)
     returns = [(ending, lot_id, credits) for ending in endings if ending.refunded for lot_id, credits in ending.lines]
+    successors, voids = _give_back(connection, returns, lot_grace=lot_grace) if returns else ({}, [])
+    post_transfers(connection, list(_endings_transfers(endings, successors, voids)), actor=actor)
+
+
+_Return = tuple[Ending, int, int]
+"""What one line of a refunded charge gives back: the ending, the lot, the credits."""
+
+
+def _give_back(
+    connection: sa.Connection, returns: Sequence[_Return], *, lot_grace: timedelta
+) -> tuple[dict[int, int], list[_Return]]:
+    """Put credits where their lots' fate sends them; return lot id -> successor, and what is to be voided."""
     lots = lock_lots(connection, {lot_id for _, lot_id, _ in returns})
+    # Read after the locks: a lot that expired while we waited for one has expired.
+    until = read_clock(connection) + lot_grace
     back: dict[int, int] = defaultdict(int)
     onward: dict[int, int] = defaultdict(int)
     references: dict[int, str] = {}
-    voids: list[tuple[Ending, int, int]] = []
+    voids: list[_Return] = []
     for ending, lot_id, credits in returns:
         lot = lots.get(lot_id)
         if lot is None or lot.account_id != ending.account_id:
@@ -328,15 +345,14 @@ def end_charges(
             raise LedgerInconsistent(message)
         if lot.state is LotState.VOIDED:
             voids.append((ending, lot_id, credits))
-        elif _needs_successor(lot, now + lot_grace):
+        elif _needs_successor(lot, until):
             onward[lot_id] += credits
             # A charge is settled once, so a charge and a lot name one successor and no other.
             references.setdefault(lot_id, f"{SUCCESSOR_PREFIX}{lot_id}:{ending.charge_id}")
         else:
             back[lot_id] += credits
     add_to_lots(connection, back)
-    successors = add_successors(connection, onward, references=references, expires_at=now + lot_grace)
-    post_transfers(connection, list(_endings_transfers(endings, successors, voids)), actor=actor)
+    return add_successors(connection, onward, references=references, expires_at=until), voids
 
 
 def _needs_successor(lot: LockedLot, until: datetime) -> bool:

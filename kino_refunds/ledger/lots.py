@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import GrantConflict
 from kino_refunds.events.schema import ID_LENGTH_MAX
+from kino_refunds.ledger.callers import instant_or_none, microseconds, savepoint
 from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
 if TYPE_CHECKING:
@@ -94,9 +96,12 @@ class Lot:
 
 
 def require_id(name: str, value: str) -> None:
-    """Raise ValueError unless `value` is 1 to 128 printable characters, as ids of events are."""
-    if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable():
-        message = f"{name} must be 1 to 128 printable characters"
+    """Raise ValueError unless `value` is 1 to 128 printable characters without white space at its ends, as ids are.
+
+    `order-1 ` beside `order-1` would be two orders, and credit one purchase twice.
+    """
+    if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable() or value.strip() != value:
+        message = f"{name} must be 1 to 128 printable characters, without white space at either end"
         raise ValueError(message)
 
 
@@ -123,7 +128,10 @@ def require_instant(name: str, value: datetime) -> datetime:
         raise ValueError(message) from error
 
 
-_LOT_COLUMNS = "lot_id, reference, account_id, class, granted, remaining, priority, expires_at, state"
+_LOT_COLUMNS = (
+    "lot_id, reference, account_id, class, granted, remaining, priority, state,"
+    f" {microseconds('expires_at')} AS expires_us"
+)
 
 
 def _lot(row: Any) -> Lot:
@@ -135,7 +143,7 @@ def _lot(row: Any) -> Lot:
         row.granted,
         row.remaining,
         row.priority,
-        row.expires_at,
+        instant_or_none(row.expires_us),
         LotState(row.state),
     )
 
@@ -146,7 +154,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
     Idempotent on `reference`: the same grant again returns its lot as it stands now. Raises GrantConflict
     if a reference already names other terms (clause 1: a customer must be able to trust what was bought).
     The account is created by its first grant. Runs in a savepoint: an error that the caller catches
-    leaves nothing behind.
+    leaves nothing behind. Raises UnfitSession if the connection is in autocommit or its encoding lacks an id.
     """
     wanted: dict[str, Grant] = {}
     order: list[str] = []
@@ -159,7 +167,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
     if not by_reference:
         return []
 
-    with connection.begin_nested():
+    with savepoint(connection):
         lots = _insert_lots(connection, by_reference)
         lots |= _same_grants(connection, {r: g for r, g in wanted.items() if r not in lots})
     return [lots[reference] for reference in order]
@@ -213,7 +221,8 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
         return {}
     rows = connection.execute(
         sa.text(
-            f"SELECT {_LOT_COLUMNS}, purchase_id, coalesce(extended_from, expires_at) AS expiry_granted"  # noqa: S608 - a constant of this file
+            f"SELECT {_LOT_COLUMNS}, purchase_id,"  # noqa: S608 - a constant of this file
+            f" {microseconds('coalesce(extended_from, expires_at)')} AS expiry_granted_us"
             " FROM kino.credit_lot WHERE reference = ANY(CAST(:references AS text[]))"
         ),
         {"references": list(grants)},
@@ -226,7 +235,7 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
             lot.account_id,
             lot.granted,
             lot.lot_class,
-            row.expiry_granted,
+            instant_or_none(row.expiry_granted_us),
             lot.priority,
             row.purchase_id,
         )
@@ -326,7 +335,7 @@ def add_successors(
     return {row[0]: row[1] for row in rows}
 
 
-def expire_lots(connection: sa.Connection, *, now: datetime, limit: int = 1000) -> int:
+def expire_lots(connection: sa.Connection, *, limit: int = 1000) -> int:
     """Expire up to `limit` active lots whose time has come; return how many; call again until it is 0.
 
     A lot that somebody holds is passed over: the next run finds it, and until then it is not drawn from,
@@ -334,10 +343,12 @@ def expire_lots(connection: sa.Connection, *, now: datetime, limit: int = 1000) 
     """
     rows = connection.execute(
         sa.text(
-            "SELECT lot_id, account_id, remaining FROM kino.credit_lot WHERE state = 'active' AND expires_at <= :now"
+            "SELECT lot_id, account_id, remaining FROM kino.credit_lot WHERE state = 'active'"
+            # As a sub-select it is read once, and the index on expires_at can be used.
+            " AND expires_at <= (SELECT kino.clock())"
             " ORDER BY lot_id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED"
         ),
-        {"now": now, "limit": limit},
+        {"limit": limit},
     ).all()
     _empty_lots(connection, rows, TransferKind.EXPIRE, LotState.EXPIRED, reason="expired", actor="expiry")
     return len(rows)
@@ -356,19 +367,19 @@ def freeze_purchase(connection: sa.Connection, purchase_id: str) -> list[int]:
     return frozen
 
 
-def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, now: datetime, lot_grace: timedelta) -> list[int]:
-    """Make a purchase's frozen lots active again; none of them expires before `now` + `lot_grace`."""
+def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, lot_grace: timedelta) -> list[int]:
+    """Make a purchase's frozen lots active again; none of them expires within `lot_grace` from now."""
     lot_ids = [row.lot_id for row in _lock_purchase(connection, purchase_id, [LotState.FROZEN])]
     connection.execute(
         sa.text(
             "UPDATE kino.credit_lot SET state = 'active',"
             " extended_from = CASE WHEN expires_at < :until THEN coalesce(extended_from, expires_at)"
             "                      ELSE extended_from END,"
-            " extended_at = CASE WHEN expires_at < :until THEN clock_timestamp() ELSE extended_at END,"
+            " extended_at = CASE WHEN expires_at < :until THEN kino.clock() ELSE extended_at END,"
             " expires_at = CASE WHEN expires_at < :until THEN :until ELSE expires_at END"
             " WHERE lot_id = ANY(CAST(:lot_ids AS bigint[]))"
         ),
-        {"lot_ids": lot_ids, "until": now + lot_grace},
+        {"lot_ids": lot_ids, "until": read_clock(connection) + lot_grace},
     )
     return lot_ids
 

@@ -224,7 +224,7 @@ def source_of(settings: Settings) -> Iterator[JobSource | None]:
                 )
             limit_ms = max(1, int(settings.job_source_timeout_s * 1000))  # 0 is no limit in Postgres
             limits = SessionLimits(statement_timeout_ms=limit_ms, transaction_timeout_ms=limit_ms)
-            engine = create_engine(url, limits=limits, application_name="kino-job-source")
+            engine = create_engine(url, limits=limits, application_name="kino-job-source", holds_ledger=False)
             try:
                 yield SqlSource(engine, query)
             finally:

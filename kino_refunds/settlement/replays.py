@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC
@@ -11,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
-from kino_refunds.events.envelope import MalformedReason
-from kino_refunds.events.schema import ID_LENGTH_MAX
-from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.events.envelope import MalformedReason, split
+from kino_refunds.events.schema import EDITED_ID_LENGTH_MAX
+from kino_refunds.settlement.batch import keep_letters, settle_batch
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, malformed_letter, record_dead_letters
-from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_delivery
+from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_kept, read_message
 from kino_refunds.settlement.inbox import read_record
-from kino_refunds.settlement.outcomes import Disposition, disposition
+from kino_refunds.settlement.outcomes import ChargeState, Disposition, Outcome, disposition
 from kino_refunds.settlement.settle import decide, read_charges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from datetime import datetime
+    from collections.abc import Iterator, Sequence
 
-    from kino_refunds.settlement.settle import Terms
+    from kino_refunds.settlement.settle import Decision, Terms
 
 LOCK_CLASS = 0x6B696E6F
 """`kino`, in the space of Postgres' advisory locks."""
@@ -49,7 +50,6 @@ def replay_letter(
     engine: sa.Engine,
     dead_letter_id: int,
     terms: Terms,
-    now: datetime,
     *,
     actor: str,
     edited: bytes | None = None,
@@ -57,6 +57,10 @@ def replay_letter(
 ) -> Replay:
     """Settle a dead letter's event; it keeps its identity, so what was settled meanwhile is a duplicate.
 
+    A letter of one element settles that element. A letter of a whole message that holds several events settles each;
+    one that fails gets a letter of its own, and the outcome counts them.
+
+    An event that names another account than its charge is closed where that charge is settled: nothing can move.
     `edited` is a corrected message; it settles as `<id>+edit.N`, because its content is not the original's. It
     must be of the letter's event, and the letter not replayed yet: a second correction would contradict the first.
     With `dry_run` the outcome is what it would be now, and nothing is written. A replay that fails leaves the
@@ -64,7 +68,7 @@ def replay_letter(
     MalformedMessage if `edited` is no event or another one, and whatever is transient.
     """
     with nullcontext() if dry_run else _alone_with(engine, dead_letter_id):
-        return _replay(engine, dead_letter_id, terms, now, actor=actor, edited=edited, dry_run=dry_run)
+        return _replay(engine, dead_letter_id, terms, actor=actor, edited=edited, dry_run=dry_run)
 
 
 @contextmanager
@@ -114,7 +118,6 @@ def _replay(
     engine: sa.Engine,
     dead_letter_id: int,
     terms: Terms,
-    now: datetime,
     *,
     actor: str,
     edited: bytes | None,
@@ -127,28 +130,30 @@ def _replay(
 
     def close(status: str, **entry: Any) -> None:
         with engine.begin() as connection:
-            set_letter_status(connection, dead_letter_id, status, actor=actor, now=now, entry=entry)
+            set_letter_status(connection, dead_letter_id, status, actor=actor, entry=entry)
+
+    if edited is None and letter.element_index is None and split(letter.raw) is not None:
+        outcome = _settle_each(engine, letter, terms, dry_run=dry_run)
+        if not dry_run:
+            close("replayed", outcome=outcome)
+        return Replay(dead_letter_id, None, None, outcome, closed=True)
 
     try:
         ours = _is_ours(letter)
         delivery = (
             _edited(edited, letter, ours=ours)
             if edited is not None
-            else read_delivery(letter.raw, letter.queue, ours=ours)
+            else read_kept(letter.raw, letter.queue, letter.element_index, ours=ours)
         )
     except MalformedMessage as error:
         if edited is not None:
             raise
         if not dry_run:
-            with engine.begin() as connection:
-                again = malformed_letter(letter.raw, letter.queue, error)
-                record_dead_letters(connection, [again], now=now, build=terms.build)
-            if again.key != bytes(letter.message_key):
-                close("replayed", outcome=error.code)
-            elif letter.status == "discarded":
-                close("open", outcome=error.code)
+            replaced = _keep_again(engine, letter, error, terms)
+            if replaced or letter.status == "discarded":
+                close("replayed" if replaced else "open", outcome=error.code)
         return Replay(dead_letter_id, letter.event_id, letter.job_id, error.code, closed=False)
-    outcome, closed = _would_settle(engine, delivery, terms, now) if dry_run else _settle(engine, delivery, terms, now)
+    outcome, closed = _would_settle(engine, delivery, terms) if dry_run else _settle(engine, delivery, terms)
     # A letter under another key has taken this one's place: the same message, read by another build.
     replaced = not closed and event_letter(delivery, "", "").key != bytes(letter.message_key)
     if not dry_run:
@@ -159,8 +164,17 @@ def _replay(
     return Replay(dead_letter_id, delivery.event.id, delivery.event.job_id, outcome, closed)
 
 
+def _keep_again(engine: sa.Engine, letter: Any, error: MalformedMessage, terms: Terms) -> bool:
+    """Count a message that still cannot be read; returns whether that is another row, as by another build's key."""
+    element = next((each for each in split(letter.raw) or () if each.index == letter.element_index), None)
+    again = malformed_letter(letter.raw, letter.queue, error, element=element)
+    with engine.begin() as connection:
+        record_dead_letters(connection, [again], build=terms.build)
+    return again.key != bytes(letter.message_key)
+
+
 _LETTER = sa.text("""
-    SELECT raw, queue, reason, message_key, source, event_id, job_id, status, status_actor, status_at,
+    SELECT raw, queue, element_index, reason, message_key, source, event_id, job_id, status, status_actor, status_at,
            (SELECT count(*) FROM jsonb_array_elements(history) h WHERE h ? 'as') AS edits
     FROM kino.dead_letter WHERE dead_letter_id = :dead_letter_id
 """)
@@ -172,34 +186,59 @@ def _is_ours(letter: Any) -> bool:
 
 
 def _edited(message: bytes, letter: Any, *, ours: bool) -> Delivery:
-    event = read_delivery(message, letter.queue, ours=ours).event
+    event = read_kept(message, letter.queue, None, ours=ours).event
     known = {"source": letter.source, "id": letter.event_id}
     if letter.event_id is None or (letter.source == RECONCILER and not ours):
         known = {"job_id": letter.job_id}  # all that can tell two letters apart
     for name, value in known.items():
-        if value is not None and getattr(event, name) != value:
+        # White space at the ends may be what is corrected.
+        if value is not None and getattr(event, name).strip() != value.strip():
             found = f"its {name} is {getattr(event, name)!r}, the letter's is {value!r}"
             raise MalformedMessage("invalid_event", f"{found}; a correction is of the same event")
     event_id = f"{event.id}+edit.{letter.edits + 1}"
-    if len(event_id) > ID_LENGTH_MAX:
-        raise MalformedMessage("invalid_event", f"the id of the edited event is over {ID_LENGTH_MAX} characters")
+    if len(event_id) > EDITED_ID_LENGTH_MAX:
+        found = f"the id of the edited event is over {EDITED_ID_LENGTH_MAX} characters"
+        raise MalformedMessage("invalid_event", found)
     return delivery_of(event.model_copy(update={"id": event_id}))
 
 
-def _settle(engine: sa.Engine, delivery: Delivery, terms: Terms, now: datetime) -> tuple[str, bool]:
-    decisions = settle_batch(engine, [delivery], terms, now)
-    if not decisions:
-        return APPLY_ERROR, False
-    outcome = decisions[0].outcome
-    return outcome.value, disposition(outcome) is not Disposition.DEAD_LETTER
+def _settle_each(engine: sa.Engine, letter: Any, terms: Terms, *, dry_run: bool) -> str:
+    """Settle every event of a kept message, as intake would; each is decided or has its row then."""
+    deliveries, dead = read_message(letter.raw, letter.queue)
+    if dry_run:
+        decisions = _decide(engine, deliveries, terms)
+    else:
+        decisions = settle_batch(engine, deliveries, terms)
+        keep_letters(engine, dead, build=terms.build)
+    outcomes = Counter(decision.outcome.value for decision in decisions)
+    outcomes.update(each.reason for each in dead)
+    outcomes[APPLY_ERROR] += len(deliveries) - len(decisions)
+    return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(outcomes.items()) if count)
 
 
-def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms, now: datetime) -> tuple[str, bool]:
+def _settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
+    decisions = settle_batch(engine, [delivery], terms)
+    return _came_to(decisions[0]) if decisions else (APPLY_ERROR, False)
+
+
+def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
+    (decision,) = _decide(engine, [delivery], terms)
+    return _came_to(decision)
+
+
+def _decide(engine: sa.Engine, deliveries: Sequence[Delivery], terms: Terms) -> list[Decision]:
     with engine.connect() as connection:
-        record = read_record(connection, {delivery.identity})
-        charges = read_charges(connection, {delivery.event.job_id})
-    (decision,) = decide([delivery], record, charges, terms.policy, now)
-    return decision.outcome.value, disposition(decision.outcome) is not Disposition.DEAD_LETTER
+        record = read_record(connection, {delivery.identity for delivery in deliveries})
+        charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
+        now = read_clock(connection)
+    return decide(deliveries, record, charges, terms.policy, now)
+
+
+def _came_to(decision: Decision) -> tuple[str, bool]:
+    """Return the outcome, and whether the letter needs nobody any more."""
+    settled = decision.charge is not None and decision.charge.state is not ChargeState.OPEN
+    closed = disposition(decision.outcome) is not Disposition.DEAD_LETTER
+    return decision.outcome.value, closed or (decision.outcome is Outcome.ACCOUNT_MISMATCH and settled)
 
 
 def set_letter_status(
@@ -208,29 +247,27 @@ def set_letter_status(
     status: str,
     *,
     actor: str,
-    now: datetime,
     entry: dict[str, Any],
 ) -> None:
     """Change a letter's status and keep who did it and why; raises DeadLetterNotFound."""
     changed = connection.execute(
         sa.text("""
-            UPDATE kino.dead_letter SET status = :status, status_actor = :actor, status_at = :now,
-                   history = history || CAST(:entry AS jsonb)
+            UPDATE kino.dead_letter SET status = :status, status_actor = :actor, status_at = kino.clock(),
+                   history = history || (jsonb_build_object('at', kino.clock()) || CAST(:entry AS jsonb))
             WHERE dead_letter_id = :dead_letter_id
         """),
         {
             "dead_letter_id": dead_letter_id,
             "status": status,
             "actor": actor,
-            "now": now,
-            "entry": json.dumps([{"at": now.isoformat(), "status": status, "actor": actor, **entry}]),
+            "entry": json.dumps({"status": status, "actor": actor, **entry}),
         },
     ).rowcount
     if not changed:
         raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")
 
 
-def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str, actor: str, now: datetime) -> None:
+def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str, actor: str) -> None:
     """Close an open letter without replaying it; raises DeadLetterNotFound, or DeadLetterClosed if it is not open."""
     # As a replay does: a letter whose credits are about to move must not be discarded meanwhile.
     if not connection.execute(_TRY_LOCK_HERE, _lock_key(dead_letter_id)).scalar_one():
@@ -238,7 +275,7 @@ def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str,
     letter = require_letter(connection, dead_letter_id)
     if letter.status != "open":
         raise DeadLetterClosed(_closed(dead_letter_id, letter))
-    set_letter_status(connection, dead_letter_id, "discarded", actor=actor, now=now, entry={"note": note})
+    set_letter_status(connection, dead_letter_id, "discarded", actor=actor, entry={"note": note})
 
 
 def _closed(dead_letter_id: int, letter: Any) -> str:
@@ -254,11 +291,15 @@ def require_letter(connection: sa.Connection, dead_letter_id: int) -> Any:
     return letter
 
 
-def note_letter(connection: sa.Connection, dead_letter_id: int, text: str, *, actor: str, now: datetime) -> None:
+def note_letter(connection: sa.Connection, dead_letter_id: int, text: str, *, actor: str) -> None:
     """Write a note on a letter; raises DeadLetterNotFound."""
     changed = connection.execute(
-        sa.text("UPDATE kino.dead_letter SET notes = notes || CAST(:note AS jsonb) WHERE dead_letter_id = :id"),
-        {"id": dead_letter_id, "note": json.dumps([{"at": now.isoformat(), "actor": actor, "text": text}])},
+        sa.text("""
+            UPDATE kino.dead_letter
+            SET notes = notes || (jsonb_build_object('at', kino.clock()) || CAST(:note AS jsonb))
+            WHERE dead_letter_id = :id
+        """),
+        {"id": dead_letter_id, "note": json.dumps({"actor": actor, "text": text})},
     ).rowcount
     if not changed:
         raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")

@@ -263,20 +263,19 @@ def sessions_terminated(world: World) -> None:
 
 @scenario("Postgres read-only")
 def postgres_read_only(world: World) -> None:
-    """A database that was made read-only is waited for, and gone on with once it is not (P6)."""
+    """A server that came back as a standby is waited for, and gone on with once it is promoted (P6)."""
     messages = world.workload.some(60)
     world.open(messages)
     world.start_worker()
     world.until_ready()
-    world.sql(f"ALTER DATABASE {world.database} SET default_transaction_read_only = on")
-    world.terminate_sessions("kino-intake")
+    world.servers.postgres.stop()
+    (world.servers.postgres.data / "standby.signal").touch()
+    world.servers.postgres.start()
     world.faults["Postgres read-only"] += 1
     world.publish(messages)
     world.until(lambda: world.in_flight() == len(messages) and "read-only" in world.last_words(), "a kept batch")
     require(world.settled() == 0, "nothing could be written")
-    # As in a failover: sessions that were opened before stay read-only for as long as they live.
-    with world.servers.postgres.connect() as superuser:
-        superuser.execute(f"ALTER DATABASE {world.database} RESET default_transaction_read_only".encode())
+    world.sql("SELECT pg_promote()")
     world.settle_down()
 
 

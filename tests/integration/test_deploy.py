@@ -37,8 +37,8 @@ from kino_refunds.db.migrate import migrate
 from kino_refunds.doctor.on_redis import refused_commands
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.events.envelope import MalformedReason, parse
-from kino_refunds.events.publisher import EventPublisher, declare_queues
-from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Bound, Queues, depths, waiting
 from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
@@ -118,7 +118,7 @@ def test_runbook_knows_every_reason() -> None:
 
     rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
 
-    assert len(withheld) == 9
+    assert len(withheld) == 10
     assert set(MalformedReason) | dead | {APPLY_ERROR, POISON_CRASH} | breaks | withheld <= rows
 
 
@@ -801,15 +801,14 @@ def test_script_of_a_worker_has_no_more_rights_than_the_worker(valkey: DeployedV
 
 
 def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis) -> None:
-    """Claim, drop, release, recovery, the poison count, reading and leaving all run as the user `worker`."""
-    url = valkey.url_of("worker")
+    """Claim, drop, release, recovery, the poison count, bindings, reading and leaving all run as the user `worker`."""
     with valkey.client("worker") as client:
-        declare_queues(url)
         admin.lpush(Queue.TIMEOUT, "one")
         admin.lpush(QUEUE_KEYS[1], "two")
         workers = [Queues(client, f"worker-{number}", alive_ttl_s=60) for number in range(5)]
         first, *others = workers
 
+        bound = first.bind()
         released = first.release(first.claim().token)
         first.refresh()
         dropped = first.drop(first.claim().token)
@@ -825,6 +824,7 @@ def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis)
         for each in workers:
             each.leave()
 
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
     assert (released, dropped, settled) == (2, True, True)
     assert crashes == [(1, True, 0), (1, True, 1), (1, True, 2), (1, True, 3)]
     assert seen == (1, 1)
@@ -997,8 +997,12 @@ def test_healthcheck_does_not_blame_a_worker_for_a_ledger_that_takes_no_writes(
             {"host": socket.gethostname()},
         )
     blamed = healthcheck(KINO_DATABASE_URL=database.url())
-    with database.servers.postgres.connect() as superuser:
-        superuser.execute(f'ALTER DATABASE "{database.name}" SET default_transaction_read_only = on'.encode())
+    with database.servers.postgres.connect(database.name) as superuser:
+        superuser.execute(
+            "CREATE FUNCTION kino.planted() RETURNS trigger LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'; END $$"
+        )
+        superuser.execute("CREATE TRIGGER planted BEFORE UPDATE ON kino.intake_worker EXECUTE FUNCTION kino.planted()")
 
     done = healthcheck(KINO_DATABASE_URL=database.url())
 

@@ -22,19 +22,22 @@ from kino_refunds.ledger import (
     LotClass,
     LotState,
     balance,
-    expire_lots,
     freeze_purchase,
     grant_lots,
     open_charges,
-    unfreeze_purchase,
     void_purchase,
 )
 from kino_refunds.ledger.lots import CREDITS_MAX
+from tests.clock import expire_lots, unfreeze_purchase
 from tests.conftest import Database
 from tests.ledger_acts import DAY, GRACE, NOW, SOLD, backend, charge, end, lot_states, waits
 from tests.scenario import PATIENT, until
 
 pytestmark = pytest.mark.usefixtures("sound_books")
+
+
+PADDED = ["order-1 ", " order-1", "order-1\xa0", "order-1\u2003", "\u3000order-1", "order-1\u200b", "order-1\t", " "]
+"""Ids that nobody can tell from another one by looking."""
 
 
 @pytest.fixture
@@ -216,6 +219,7 @@ class TestGrants:
             {"account_id": ""},
             {"account_id": "\ud800"},
             {"purchase_id": ""},
+            *({name: text} for name in ("reference", "account_id", "purchase_id") for text in PADDED),
             {"lot_class": "gift"},
             {"expires_at": datetime(2035, 1, 1)},  # noqa: DTZ001 - what is refused here
             {"priority": 2**31},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -16,22 +18,27 @@ from redis import Redis
 
 from kino_refunds.demo.promises import violations
 from kino_refunds.errors import BadSettings, SourceUnreachable
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, waiting
 from kino_refunds.events.schema import ID_LENGTH_MAX, ErrorOrigin, Queue, SafetyStage, to_json
 from kino_refunds.ledger import Charge, ChargeRequest, open_charges
+from kino_refunds.reconciliation import guard
 from kino_refunds.reconciliation.guard import OverdueCharge
 from kino_refunds.reconciliation.overdue import (
     OverdueReport,
     OverdueRules,
-    advance_verified_through,
     event_of,
     sweep_overdue,
 )
 from kino_refunds.reconciliation.sources import Answer, JobState
-from kino_refunds.settlement.dead_letters import DeadLetter, record_dead_letters
+from kino_refunds.settings import Settings
+from kino_refunds.settlement.dead_letters import DeadLetter
+from tests.clock import clock_at, record_dead_letters
 from tests.malformed import MALFORMED, envelope
+from tests.pipeline import drain
 from tests.scenario import NOW, Broken, Scene, make_event, make_terms
+from workers.bootstep import terms_of
+from workers.intake import Intake
 
 SECOND, HOUR, TICK = timedelta(seconds=1), timedelta(hours=1), timedelta(microseconds=1)
 GRACE = timedelta(seconds=60)
@@ -41,6 +48,13 @@ DUE = NOW - SECOND
 """Deadline plus grace of a charge that is overdue at NOW, unless a test says otherwise."""
 UNKNOWN, RUNNING, COMPLETED = (Answer(s) for s in (JobState.UNKNOWN, JobState.RUNNING, JobState.COMPLETED))
 WIRE_FORMS: dict[str, Callable[[bytes], bytes]] = {"bare": lambda raw: raw, "kombu": envelope}
+
+
+@pytest.fixture(autouse=True)
+def stopped_clock(scene: Scene) -> Iterator[None]:
+    """It is NOW in this file, unless a test says otherwise: charges are opened before they are swept."""
+    with clock_at(scene.worker, NOW):
+        yield
 
 
 class Source:
@@ -80,8 +94,8 @@ def charged(scene: Scene, *job_ids: str, due: datetime = DUE, credits: int = 10)
 
 
 def sweep(scene: Scene, redis: Redis, source: Any = None, *, now: datetime = NOW, **options: Any) -> dict[str, Any]:
-    report = sweep_overdue(scene.worker, redis, source, make_terms(), RULES, now=now, **options)
-    return report.as_dict()
+    with clock_at(scene.worker, now):
+        return sweep_overdue(scene.worker, redis, source, make_terms(), RULES, **options).as_dict()
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "refunded": 0,
         "refunded_credits": 0,
         "withheld": {},
-        "verified_through": (NOW - HOUR).isoformat(),
+        "verified_through": None,
         **changes,
     }
 
@@ -128,9 +142,14 @@ def keep_letter(
     queue: str = Queue.JOB_COMPLETED,
     at: datetime = NOW,
     status: str = "open",
+    others: tuple[str, ...] = (),
+    may_hold_others: bool | None = None,
 ) -> None:
     key = f"key of {job_id}".encode()
-    letter = DeadLetter(key, b"raw", queue, "bad_json", "cut off", job_id=job_id)
+    nameless = job_id is None if may_hold_others is None else may_hold_others
+    letter = DeadLetter(
+        key, b"raw", queue, "bad_json", "cut off", job_id=job_id, other_job_ids=others, may_hold_others=nameless
+    )
     with scene.worker.begin() as connection:
         record_dead_letters(connection, [letter], now=at, build="test")
         connection.execute(
@@ -380,7 +399,7 @@ def test_withheld_verdict_without_a_source_is_looked_at_again_at_once(scene: Sce
     came_to = sweep(scene, redis, now=NOW + TICK)
 
     assert paused == withheld(intake_paused=1)
-    assert came_to == {**REFUNDED_ONE, "verified_through": (NOW + TICK - HOUR).isoformat()}
+    assert came_to == REFUNDED_ONE
 
 
 def test_unknown_is_a_verdict_only_after_the_spaced_asks(scene: Scene, redis: Redis) -> None:
@@ -699,7 +718,7 @@ NAMELESS_NOW = NOW + timedelta(hours=2)
     [
         pytest.param(NAMELESS_NOW - HOUR + TICK, Queue.JOB_COMPLETED, "open", True, id="younger than an hour"),
         pytest.param(NAMELESS_NOW - HOUR, Queue.JOB_COMPLETED, "open", False, id="an hour old"),
-        pytest.param(NAMELESS_NOW, Queue.JOB_FAILED, "open", False, id="of another queue"),
+        *(pytest.param(NAMELESS_NOW, queue, "open", True, id=f"by {queue}") for queue in Queue),
         pytest.param(NAMELESS_NOW, Queue.JOB_COMPLETED, "discarded", False, id="discarded"),
         pytest.param(NAMELESS_NOW, Queue.JOB_COMPLETED, "replayed", False, id="replayed"),
     ],
@@ -707,7 +726,7 @@ NAMELESS_NOW = NOW + timedelta(hours=2)
 def test_no_verdict_while_an_unreadable_completion_could_be_anybodys(
     scene: Scene, redis: Redis, at: datetime, queue: str, status: str, *, holds_back: bool
 ) -> None:
-    """Without a source, an open letter of the completed queue that names no job counts for an hour."""
+    """Without a source, an open letter that names no job counts for an hour, whichever queue it came by."""
     charged(scene, "job-1")
     keep_letter(scene, queue=queue, at=at, status=status)
 
@@ -740,6 +759,82 @@ def test_unreadable_completion_does_not_overrule_a_source_that_was_asked(scene: 
         sweep(scene, redis, source, now=NOW + number * SPACING)
 
     assert statuses(scene) == {"job-1": "refunded"}
+
+
+def test_a_letter_that_may_hold_others_counts_as_nameless_although_it_names_a_job(scene: Scene, redis: Redis) -> None:
+    """What could not be read to its end may be anybody's completion; what was read whole is its own job's."""
+    charged(scene, "job-1", "job-2")
+    keep_letter(scene, job_id="job-1", at=NAMELESS_NOW, may_hold_others=True)
+    held = sweep(scene, redis, now=NAMELESS_NOW)["withheld"]
+    scene.as_superuser("UPDATE kino.dead_letter SET may_hold_others = false")
+
+    came_to = sweep(scene, redis, now=NAMELESS_NOW)
+
+    assert held == {"named_by_waiting_event": 1, "unreadable_completion": 1}
+    assert came_to["withheld"] == {"named_by_waiting_event": 1}
+    assert statuses(scene) == {"job-1": "open", "job-2": "refunded"}
+
+
+def test_every_job_that_an_open_letter_names_is_protected(scene: Scene, redis: Redis) -> None:
+    """The second job of a letter is as safe as the first, for as long as the letter is open, also from a source."""
+    charged(scene, "job-1", "job-2", "job-3")
+    keep_letter(scene, job_id="job-1", others=("job-2",), at=NOW - HOUR, may_hold_others=True)
+    source = Source(dict.fromkeys(["job-1", "job-2", "job-3"], UNKNOWN))
+
+    for number in range(3):
+        sweep(scene, redis, source, now=NAMELESS_NOW + number * SPACING)
+
+    assert statuses(scene) == {"job-1": "open", "job-2": "open", "job-3": "refunded"}
+
+
+def completions(*jobs: str) -> list[bytes]:
+    return [to_json(make_event("completed", job)) for job in jobs]
+
+
+HELD_BY_US: dict[str, bytes] = {
+    "two lines": b"\n".join(completions("job-1", "job-2")),
+    "one after the other": b"".join(completions("job-1", "job-2")),
+    "two jobs": completions("job-1")[0].replace(b'"subject":"job-1"', b'"subject":"job-2"'),
+    "an array cut off": b"[" + b",".join(completions("job-1", "job-2", "job-3"))[:-2],
+    "an array of too many": b"[" + b",".join(completions(*(f"job-{number}" for number in range(1, 102)))) + b"]",
+    "an object around them": b'{"events":[' + b",".join(completions("job-1", "job-2")) + b"]}",
+    "base64 cut off": envelope(b"\n".join(completions("job-1", "job-2")))[:-40],
+    "not utf-8": b"\xff" + b"".join(completions("job-1", "job-2")),
+    "gzip": gzip.compress(b"".join(completions("job-1", "job-2"))),
+    "compressed": envelope(zlib.compress(completions("job-1")[0]), headers={"compression": "application/x-gzip"}),
+    "nothing": b"",
+    "white space at the id": completions("job-1")[0].replace(b'"job-1"', b'"job-1 "'),
+}
+
+
+@pytest.mark.parametrize("queue", Queue)
+@pytest.mark.parametrize("raw", HELD_BY_US.values(), ids=HELD_BY_US)
+def test_a_completion_that_we_hold_and_cannot_read_protects_its_job(
+    scene: Scene, redis: Redis, raw: bytes, queue: Queue
+) -> None:
+    """Whatever came instead of an event, and by whichever queue: no job that could be in it is refunded meanwhile."""
+    charged(scene, "job-1", "job-2")
+    redis.lpush(queue, raw)
+    settings = Settings.model_construct()
+    drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), terms_of(settings), settings))
+
+    came_to = sweep(scene, redis, now=datetime.now(UTC))
+
+    assert sum(came_to["withheld"].values()) == 2
+    assert statuses(scene) == {"job-1": "open", "job-2": "open"}
+
+
+@pytest.mark.parametrize("form", WIRE_FORMS)
+def test_completions_in_one_message_are_captured(scene: Scene, redis: Redis, form: str) -> None:
+    """An array of three completions is three completions."""
+    charged(scene, "job-1", "job-2", "job-3")
+    redis.lpush(Queue.JOB_COMPLETED, WIRE_FORMS[form](b"[%s]" % b",".join(completions("job-1", "job-2", "job-3"))))
+    settings = Settings.model_construct()
+    drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), terms_of(settings), settings))
+
+    sweep(scene, redis)
+
+    assert statuses(scene) == dict.fromkeys(["job-1", "job-2", "job-3"], "captured")
 
 
 def on(key: str) -> Callable[[Redis, bytes], object]:
@@ -797,6 +892,113 @@ def test_the_oldest_of_many_waiting_messages_decides(scene: Scene, redis: Redis)
     came_to = sweep(scene, redis)
 
     assert came_to == withheld(older_message_waiting=1)
+
+
+@pytest.mark.parametrize("form", WIRE_FORMS)
+@pytest.mark.parametrize("at", [NOW, NOW + 365 * 24 * HOUR])
+def test_no_verdict_on_a_job_that_a_waiting_message_names(scene: Scene, redis: Redis, form: str, at: datetime) -> None:
+    """Its end waits for us, however new it says it is; its neighbour, of whom nothing waits, is settled."""
+    charged(scene, "job-1", "job-2", "job-3")
+    other = to_json(make_event("completed", "job-2", at=at))
+    both = b"[%s]" % b",".join([to_json(make_event("failed platform", "somebody", at=at)), other])
+    redis.lpush(Queue.TIMEOUT, WIRE_FORMS[form](to_json(make_event("completed", at=at))), WIRE_FORMS[form](both))
+
+    came_to = sweep(scene, redis)
+
+    assert came_to["withheld"] == {"named_by_waiting_message": 2}
+    assert statuses(scene) == {"job-1": "open", "job-2": "open", "job-3": "refunded"}
+
+
+def test_the_oldest_event_of_a_waiting_message_decides(scene: Scene, redis: Redis) -> None:
+    """Of several events in one message each could be what holds a verdict back."""
+    charged(scene, "job-1")
+    times = [NOW, DUE, NOW + SECOND]
+    raw = b"[%s]" % b",".join(to_json(make_event("completed", f"o-{n}", at=at)) for n, at in enumerate(times))
+    redis.lpush(Queue.JOB_COMPLETED, raw)
+
+    assert sweep(scene, redis) == withheld(older_message_waiting=1)
+
+
+DAY = 24 * HOUR
+STUCK: dict[str, bytes] = {
+    "nonsense": b"nonsense",
+    "old": to_json(make_event("completed", "somebody", at=NOW - DAY)),
+    "several, one unreadable": b"[%s,{}]" % to_json(make_event("completed", "somebody", at=NOW - DAY)),
+}
+
+
+@pytest.mark.parametrize("raw", STUCK.values(), ids=STUCK)
+def test_a_message_that_is_stuck_for_a_day_holds_back_its_own_job_only(scene: Scene, redis: Redis, raw: bytes) -> None:
+    """What nobody removes must not end all verdicts for good: after a day by the sweep's own row it is passed over."""
+    charged(scene, "somebody")
+    redis.lpush(Queue.JOB_COMPLETED, raw)
+    first = sweep(scene, redis)["withheld"]
+    charged(scene, "job-1")
+
+    a_day_later = sweep(scene, redis, now=NOW + DAY)
+    later = sweep(scene, redis, now=NOW + DAY + TICK)
+
+    assert sum(first.values()) == 1
+    assert sum(a_day_later["withheld"].values()) == 2
+    named = b"somebody" in raw
+    assert later["withheld"] == ({"named_by_waiting_message": 1} if named else {})
+    assert statuses(scene) == {"job-1": "refunded", "somebody": "open" if named else "refunded"}
+
+
+def test_since_when_a_message_waits_is_noted_without_any_verdict_due(scene: Scene, redis: Redis) -> None:
+    """The first overdue charge does not wait another day for a message that has been stuck for months."""
+    redis.lpush(Queue.JOB_COMPLETED, b"nonsense")
+    sweep(scene, redis, now=NOW - 2 * DAY)
+    charged(scene, "job-1")
+
+    came_to = sweep(scene, redis)
+
+    assert came_to == REFUNDED_ONE
+
+
+def noted(scene: Scene) -> list[tuple[datetime, list[str]]]:
+    return [tuple(row) for row in scene.rows("SELECT first_seen_at, job_ids FROM kino.waiting_message ORDER BY 1, 2")]
+
+
+def test_what_waits_no_longer_is_forgotten(scene: Scene, redis: Redis) -> None:
+    """A message that was taken leaves no row: the same one a week later is new."""
+    raw = to_json(make_event("completed"))
+    redis.lpush(Queue.JOB_COMPLETED, raw)
+    sweep(scene, redis)
+    before = noted(scene)
+    redis.delete(Queue.JOB_COMPLETED)
+    sweep(scene, redis, now=NOW + SECOND)
+    gone = noted(scene)
+    redis.lpush(Queue.JOB_COMPLETED, raw)
+
+    sweep(scene, redis, now=NOW + 2 * SECOND)
+
+    assert (before, gone, noted(scene)) == ([(NOW, ["job-1"])], [], [(NOW + 2 * SECOND, ["job-1"])])
+
+
+def test_of_a_backlog_the_oldest_are_noted(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much waits, a sweep writes a bounded number of rows: the unreadable first, then by age."""
+    monkeypatch.setattr(guard, "NOTED_MAX", 3)
+    for number in range(5):
+        redis.lpush(Queue.TIMEOUT, to_json(make_event("timeout", f"job-{number}", at=NOW - number * SECOND)))
+    redis.lpush(Queue.JOB_COMPLETED, b"nonsense")
+
+    sweep(scene, redis)
+    sweep(scene, redis, now=NOW + SECOND)
+
+    assert noted(scene) == [(NOW, []), (NOW, ["job-3"]), (NOW, ["job-4"])]
+
+
+def test_what_cannot_be_read_whole_is_not_forgotten(scene: Scene, redis: Redis) -> None:
+    """A reading that is not complete says nothing about what waits no longer."""
+    redis.lpush(Queue.JOB_COMPLETED, b"nonsense")
+    sweep(scene, redis)
+    redis.delete(Queue.JOB_COMPLETED)
+    redis.set(Queue.TIMEOUT, "not a list")
+
+    sweep(scene, redis, now=NOW + SECOND)
+
+    assert noted(scene) == [(NOW, [])]
 
 
 @pytest.mark.parametrize("kind", ["time naive, bare", "time naive, kombu", "not json, bare"])
@@ -864,6 +1066,25 @@ def test_no_verdict_behind_a_backlog_of_too_many_bytes(scene: Scene, redis: Redi
     assert came_to == withheld(backlog_too_large=1)
 
 
+# --- ids from before today's rule
+
+
+@pytest.mark.parametrize("source", [None, Source({"job-1 ": Answer(JobState.TIMED_OUT)})], ids=["none", "a source"])
+def test_a_charge_whose_ids_have_white_space_still_ends(scene: Scene, redis: Redis, source: Source | None) -> None:
+    """What stood in the ledger before ids were refused for it is refunded by an event of ours."""
+    charged(scene, "other")
+    scene.as_superuser(
+        "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)"
+        f" VALUES ('job-1 ', ' acct-2', 0, '{(DUE - GRACE).isoformat()}')",
+        "INSERT INTO kino.account (account_id) VALUES (' acct-2')",
+    )
+
+    came_to = sweep(scene, redis, source)
+
+    assert came_to["withheld"] == {}
+    assert statuses(scene)["job-1 "] == "refunded"
+
+
 # --- sweeps beside each other
 
 
@@ -922,49 +1143,11 @@ def test_dry_run_writes_nothing_and_says_what_would_be(scene: Scene, redis: Redi
             "would settle: kino.generation.safety-rejection.v1": 1,
             "would settle: kino.generation.timeout.v1": 2,
         },
-        verified_through=None,
     )
-
-
-# --- verified through
-
-
-def test_mark_stays_an_hour_behind(scene: Scene, redis: Redis) -> None:
-    """A charge that is committed late must still lie in front of the mark: it is never nearer than an hour."""
-    charged(scene, "job-1")
-
-    came_to = sweep(scene, redis, now=NOW + 5 * HOUR)
-
-    assert statuses(scene) == {"job-1": "refunded"}
-    assert came_to["verified_through"] == (NOW + 4 * HOUR).isoformat()
-    assert scene.rows("SELECT opened_at FROM kino.verified_through") == [(NOW + 4 * HOUR,)]
-
-
-def test_mark_stops_at_an_open_charge_and_goes_on_behind_it(scene: Scene, redis: Redis) -> None:
-    """Every charge before the mark is settled: it waits at the oldest open one, and that one is still swept."""
-    charged(scene, "settled")
-    (still_open,) = charged(scene, "open", due=NOW + 10 * HOUR)
-    charged(scene, "later")
-
-    waits = sweep(scene, redis, now=NOW + 5 * HOUR)
-    again = sweep(scene, redis, now=NOW + 6 * HOUR)
-    goes_on = sweep(scene, redis, now=NOW + 10 * HOUR + TICK)
-
-    assert waits["verified_through"] == again["verified_through"] == still_open.opened_at.isoformat()
-    assert (goes_on["overdue"], goes_on["refunded"]) == (1, 1)
-    assert goes_on["verified_through"] == (NOW + 9 * HOUR + TICK).isoformat()
-
-
-def test_mark_never_goes_back(scene: Scene) -> None:
-    """A sweep whose clock is behind leaves the mark where a better one has put it."""
-    with scene.worker.begin() as connection:
-        marks = [advance_verified_through(connection, now=NOW + hours * HOUR) for hours in (3, 1, -5, 4)]
-
-    assert marks == [NOW + 2 * HOUR, NOW + 2 * HOUR, NOW + 2 * HOUR, NOW + 3 * HOUR]
 
 
 def test_report_counts_what_it_did() -> None:
     """A report of a sweep that found nothing says so in plain values, for JSON."""
     found = OverdueReport(dry_run=False)
 
-    assert found.as_dict() == report(overdue=0, answers={}, verified_through=None)
+    assert found.as_dict() == report(overdue=0, answers={})

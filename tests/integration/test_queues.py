@@ -419,7 +419,7 @@ def own_redis(tmp_path: Path) -> Iterator[Redis]:
 
 @pytest.mark.faults
 def test_a_full_redis_drains(own_redis: Redis) -> None:
-    """At maxmemory, where every publisher is refused, claim, release, refresh, recovery and drop go on."""
+    """At maxmemory, where every publisher is refused, claim, begin, release, refresh, recovery and drop go on."""
     redis = own_redis
     for queue in SERVED:
         push(redis, queue, *numbered(queue, 1000))
@@ -438,6 +438,7 @@ def test_a_full_redis_drains(own_redis: Redis) -> None:
     claim = queues.claim(limit=1000)
     while claim.messages:
         drained += claim.messages
+        assert queues.begin(claim.token, 0) == (0 if claim.recovered else None)
         assert queues.drop(claim.token)
         claim = queues.claim(limit=1000)
     queues.leave()
@@ -507,6 +508,7 @@ def test_an_own_key_of_the_wrong_type_refuses_before_anything_moves(redis: Redis
         queues.claim,
         lambda: queues.drop(token),
         lambda: queues.release(token),
+        lambda: queues.begin(token, 0),
         queues.refresh,
         queues.leave,
         queues.recover,
@@ -633,6 +635,113 @@ def test_a_drop_clears_the_crashes_of_its_message(redis: Redis) -> None:
     assert claim.crashes == 1
     assert 0 < expires_s <= 3600
     assert list(redis.scan_iter("kino:crashes:*")) == []
+
+
+# --- one of several events in work
+
+
+def begin_and_die(client: Redis, name: str, *indices: int | None) -> list[int | None]:
+    """Recover, claim the one message, say which events are in work, and die with the last of them."""
+    queues = worker(client, name)
+    queues.recover()
+    claim = queues.claim()
+    found = [queues.begin(claim.token, index) for index in indices]
+    die(client, name)
+    return found
+
+
+def test_a_crash_is_counted_for_the_event_that_was_in_work(redis: Redis) -> None:
+    """Neither the message nor a neighbour is blamed for an event that ends workers."""
+    push(redis, FAILED, b"several")
+    worker(redis, "first").claim()
+    die(redis, "first")
+
+    counted = [begin_and_die(redis, f"w{number}", 0, 1) for number in range(POISON_CRASHES)]
+    queues = worker(redis)
+    queues.recover()
+    claim = queues.claim()
+    last = [queues.begin(claim.token, index) for index in (0, 1, 2)]
+
+    assert counted == [[0, 0], [0, 1], [0, 2]]
+    assert (claim.crashes, last) == (0, [0, POISON_CRASHES, 0])
+    assert queues.drop(claim.token)
+    assert contents(redis).keys() == {b"kino:workers", b"kino:alive:worker-a"}
+
+
+def test_a_crash_between_two_events_is_the_message_s(redis: Redis) -> None:
+    """Before the first event is in work, and after the last one, it is not known whose fault a crash is."""
+    push(redis, FAILED, b"several")
+    worker(redis, "first").claim()
+    die(redis, "first")
+
+    begin_and_die(redis, "w1")
+    begin_and_die(redis, "w2", 0, None)
+    queues = worker(redis)
+    queues.recover()
+
+    assert queues.claim().crashes == 2
+
+
+def test_what_is_in_work_changes_no_token(redis: Redis) -> None:
+    """A batch is claimed again, released and dropped under the token that its worker knows."""
+    push(redis, FAILED, b"several")
+    claim = claim_alone_of_one(redis)
+    queues = worker(redis)
+    queues.begin(claim.token, 99)
+
+    again = queues.claim()
+    released = queues.release(claim.token)
+    later = queues.claim()
+    begun = queues.begin(claim.token, 0), queues.begin(later.token, 0)
+
+    assert again == replace(claim, again=True)
+    assert released == 1
+    assert begun == (None, 0)
+    assert queues.drop(later.token)
+
+
+def claim_alone_of_one(client: Redis) -> Claim:
+    worker(client, "first").claim()
+    die(client, "first")
+    queues = worker(client)
+    queues.recover()
+    return queues.claim()
+
+
+def test_a_worker_that_was_taken_for_dead_is_told_before_its_next_event(redis: Redis) -> None:
+    """A message that was handed on is not settled further beside its heir, and no mark of ours is left on it."""
+    push(redis, FAILED, b"several")
+    claim = claim_alone_of_one(redis)
+    queues = worker(redis)
+    die(redis, A)
+    worker(redis, B).recover()
+    before = contents(redis)
+
+    assert queues.begin(claim.token, 1) is None
+    assert contents(redis) == before
+
+
+def test_a_batch_of_many_has_no_event_in_work(redis: Redis) -> None:
+    """Only a message that is alone in flight can be blamed."""
+    push(redis, FAILED, b"1", b"2")
+    queues = worker(redis)
+    claim = queues.claim()
+
+    assert queues.begin(claim.token, 0) is None
+
+
+def test_a_foreign_count_of_an_event_refuses(redis: Redis) -> None:
+    """The count of an event is an own key like every other, and nothing is written over it."""
+    push(redis, FAILED, b"1")
+    claim = claim_alone_of_one(redis)
+    counter = "kino:crashes:356a192b7913b04c54574d18c28d46e6395428ab:7"  # the digest of `1`
+    redis.hset(counter, "foreign", "value")
+    before = contents(redis)
+
+    with pytest.raises(ForeignKey, match=counter):
+        worker(redis).begin(claim.token, 7)
+
+    assert contents(redis) == before
 
 
 def test_a_released_recovered_message_is_still_claimed_alone_and_uncounted(redis: Redis) -> None:
@@ -840,6 +949,14 @@ class Conservation(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         name, claim = data.draw(st.sampled_from(self.claims))
         assert self.workers[name].release(claim.token) in (0, len(claim.messages))
+
+    @precondition(lambda self: self.claims)
+    @rule(data=st.data(), index=st.none() | st.sampled_from([0, 7, 99]))
+    def begin(self, data: st.DataObject, index: int | None) -> None:
+        name, claim = data.draw(st.sampled_from(self.claims))
+        if self.workers[name].begin(claim.token, index) is not None:
+            assert Counter(claim.messages) == self.in_flight(name)
+            assert claim.recovered
 
     @rule(name=st.sampled_from([A, B]))
     def expire(self, name: str) -> None:

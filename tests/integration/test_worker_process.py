@@ -17,7 +17,7 @@ from redis import Redis
 
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import DATABASE, Servers, servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Queues, Recovered, depths, waiting
 from kino_refunds.events.schema import Event, queue_of, to_json
@@ -70,7 +70,11 @@ def start(processes: list[CeleryProcess], database: Database, redis_url: str, tm
 def log_of(process: CeleryProcess) -> list[dict[str, Any]]:
     """What a process has said so far, a line each."""
     assert process.log_file is not None
-    lines = process.log_file.read_text(encoding="utf-8").splitlines()
+    return log_of_file(process.log_file)
+
+
+def log_of_file(log_file: Path) -> list[dict[str, Any]]:
+    lines = log_file.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
