@@ -17,7 +17,14 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from kino_refunds.db.clock import read_clock
-from kino_refunds.errors import BadSettings, ForeignAnswer, KinoError, SourceBroken, SourceUnreachable
+from kino_refunds.errors import (
+    BadSettings,
+    ForeignAnswer,
+    KinoError,
+    SourceBroken,
+    SourceUnavailable,
+    SourceUnreachable,
+)
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.clocks import read_clocks
@@ -47,6 +54,7 @@ TIMEOUTS_MAX = 10
 """Asks in a row that end in a timeout: more than the 8 of a batch that is halved down to its one slow job. Without
 this a source that hangs would hold a sweep for the timeout of 199 asks a batch, half an hour, and with it one of the
 worker's two threads. The price: four slow jobs at a batch's head keep those behind them waiting, which is reported."""
+LEFT_OUT = "the job source left out jobs that it was asked for: it must say `unknown` of those that it does not know"
 PROBLEM_MAX = 300
 """Characters of what a source raised: some raise a whole page."""
 RUNNING_PAST_CAP = "running_past_cap"
@@ -237,8 +245,12 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
         part = parts.pop()
         report.asked += len(part)
         try:
-            answers |= answers_of(source.ask(part), part)
+            said = answers_of(source.ask(part), part)
             timeouts = 0
+            answers |= said
+            if left_out := [job_id for job_id in part if job_id not in said]:
+                # Reported, or a source that never says `unknown` would keep these jobs open for good without a word.
+                _note_problem(SourceUnavailable(LEFT_OUT), left_out, report)
         except BadSettings:
             raise
         except Exception as error:  # noqa: BLE001 - a source is foreign code; whatever it raises is no answer

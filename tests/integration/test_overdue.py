@@ -490,12 +490,20 @@ def test_error_is_not_an_answer(scene: Scene, redis: Redis) -> None:
 
 
 def test_a_job_that_is_missing_was_not_answered(scene: Scene, redis: Redis) -> None:
-    """Silence about a job is no `unknown`: no ask counts, and its neighbour settles."""
+    """Silence about a job is no `unknown`: no ask counts, it is reported, and its neighbour settles."""
     charged(scene, "job-1", "job-2")
 
     came_to = sweep(scene, redis, Source({"job-2": COMPLETED}))
 
-    assert came_to == report(overdue=2, asked=2, answers={"completed": 1}, outcomes={"captured": 1})
+    assert came_to == report(
+        overdue=2,
+        asked=2,
+        source_errors=1,
+        source_problem="the job source left out jobs that it was asked for: it must say `unknown` of those that it"
+        " does not know",
+        answers={"completed": 1},
+        outcomes={"captured": 1},
+    )
     assert asks(scene) == {}
     assert statuses(scene) == {"job-1": "open", "job-2": "captured"}
 
