@@ -14,13 +14,15 @@ from celery.signals import setup_logging
 
 from kino_refunds.log import configure_logging, get_logger
 from kino_refunds.settings import load_settings, unknown_names
-from workers.bootstep import IntakeStep
+from workers.bootstep import IntakeStep, one_line_for_bad_settings
 from workers.schedule import beat_schedule
 
-settings = load_settings()
+with one_line_for_bad_settings():
+    settings = load_settings()
+    broker_url = settings.require_redis_url()
 log = get_logger(__name__)
 
-app = Celery("kino-refunds", broker=settings.require_redis_url(), include=["workers.tasks"])
+app = Celery("kino-refunds", broker=broker_url, include=["workers.tasks"])
 app.conf.update(
     # Threads: the intake is a thread already, sweeps wait for Postgres, and a forked pool would share sockets.
     worker_pool="threads",

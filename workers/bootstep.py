@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -14,6 +16,7 @@ import sqlalchemy as sa
 from celery import bootsteps
 
 from kino_refunds.db.engine import create_engine
+from kino_refunds.errors import BadSettings
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.publisher import declare_queues
 from kino_refunds.events.queues import Queues
@@ -24,7 +27,7 @@ from kino_refunds.settlement.settle import Terms
 from workers.intake import Intake, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 log = get_logger(__name__)
 
@@ -34,8 +37,20 @@ RECOVER_EVERY_S = 1.0
 """P9 gives a dead worker's batch 5 s beyond its alive key, and it then goes one message at a time."""
 HEARTBEAT_EVERY_S = 10.0
 FORGET_WORKERS_AFTER = "7 days"
+BAD_SETTINGS = 2
+"""The exit code, as `kino-refunds` has it."""
 STOP_WITHIN_S = 10.0
 """Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
+
+
+@contextmanager
+def one_line_for_bad_settings() -> Iterator[None]:
+    """End the process with one line on standard error, and no traceback, where a setting is missing or wrong."""
+    try:
+        yield
+    except BadSettings as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(BAD_SETTINGS) from error
 
 
 def terms_of(settings: Settings) -> Terms:
@@ -58,13 +73,16 @@ class IntakeStep(bootsteps.StartStopStep):
         self._thread: threading.Thread | None = None
 
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Open connections and start the thread; nothing here waits for Postgres or Redis."""
-        settings = load_settings()
-        redis_url = settings.require_redis_url()
+        """Open connections and start the thread; nothing here waits for Postgres or Redis.
+
+        Raises SystemExit, with one line on standard error, where a setting is missing or wrong.
+        """
+        with one_line_for_bad_settings():
+            settings = load_settings()
+            redis_url = settings.require_redis_url()
+            database_url = settings.require_database_url()
         worker_id = str(uuid4())
-        engine = create_engine(
-            settings.require_database_url(), limits=settings.session_limits, application_name="kino-intake"
-        )
+        engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
         queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
         intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
         heartbeat = Heartbeat(engine, intake, worker_id, settings.build)

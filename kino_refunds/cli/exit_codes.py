@@ -38,6 +38,13 @@ def explained(error: Exception) -> tuple[int, str]:
             return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; {_CHECK}"
         case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:
             return AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
+        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42703", "42883"}:
+            return AWAY, f"the schema is not this build's: {first_line}; run `kino-refunds migrate` as kino_owner"
+        case sa.exc.NoResultFound():
+            return (
+                FINDING,
+                "the ledger lacks a row that its migrations made; restore it, or the database, from a backup",
+            )
         case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) == "42501":
             return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
         case sa.exc.SQLAlchemyError() if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:

@@ -126,7 +126,8 @@ def source_of(settings: Settings) -> Iterator[JobSource | None]:
         case "none":
             yield None
         case "sql":
-            url, query = _needed(settings, "sql"), settings.job_source_query
+            _needed(settings, "sql")
+            url, query = settings.require_job_source_database_url(), settings.job_source_query
             if not query or ":job_ids" not in query:
                 raise BadSettings("KINO_JOB_SOURCE=sql needs KINO_JOB_SOURCE_QUERY with the parameter :job_ids")
             limit_ms = int(settings.job_source_timeout_s * 1000)
