@@ -102,11 +102,11 @@ def migrate(as_json: AsJson = False) -> None:
             f"Postgres (KINO_MIGRATION_DATABASE_URL): {text}; check that it runs and can be reached"
         ) from error
     except sa.exc.ProgrammingError as error:
-        text = f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; nothing was changed"
-        if getattr(error.orig, "sqlstate", None) not in _ROLES_MISSING:
-            raise DependencyAway(f"{text}; is kino.alembic_version in that database what a migration left?") from error
+        advice = "is kino.alembic_version there what a migration left?"
+        if getattr(error.orig, "sqlstate", None) in _ROLES_MISSING:
+            advice = "run kino_refunds/db/roles.sql there as a superuser first, and connect as kino_owner"
         raise DependencyAway(
-            f"{text}; run kino_refunds/db/roles.sql there as a superuser first, and connect as kino_owner"
+            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; {advice}; nothing was changed"
         ) from error
     if as_json:
         print_json({"before": before, "after": after})
