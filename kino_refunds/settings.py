@@ -207,10 +207,21 @@ def _require_postgres(value: SecretStr | None, name: str, example: str) -> str:
     unknown = read.query.keys() - {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     if unknown:
         raise BadSettings(f"{name} has options that Postgres does not know: {', '.join(sorted(unknown))}")
+    try:
+        _require_parts(read)
+    except (sa.exc.ArgumentError, ValueError):
+        raise BadSettings(f"{name} {_UNREADABLE}; for example {example}") from None
     return url
 
 
-_UNREADABLE = "cannot be read: look at its options, and write special characters of a password as %XX"
+def _require_parts(url: sa.URL) -> None:
+    """Raise ArgumentError where hosts and ports do not belong together, ValueError where a part holds a NUL."""
+    _, parts = url.get_dialect()().create_connect_args(url)
+    if any("\0" in str(part) for part in parts.values()):  # libpq would take what stands before it
+        raise ValueError("NUL")
+
+
+_UNREADABLE = "cannot be read: look at its hosts, ports and options, and write special characters of a password as %XX"
 
 
 def load_settings() -> Settings:

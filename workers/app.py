@@ -8,7 +8,6 @@ one finds what it left. Every option that touches delivery is written out, with 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, NoReturn
 
 from celery import Celery, bootsteps
@@ -19,13 +18,11 @@ from kino_refunds.events.connection import celery_settings
 from kino_refunds.log import configure_logging, get_logger
 from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE, NONE_CHOSEN, source_of
 from kino_refunds.settings import Settings, load_settings, unknown_names
-from workers.bootstep import IntakeStep
+from workers.bootstep import IntakeStep, one_line_for_bad_settings
 from workers.schedule import beat_schedule
 
 log = get_logger(__name__)
 
-USAGE = 2
-"""The exit code of every command here that was called wrongly."""
 COPIED_BY_CELERY = {"BROKER_URL", "RESULT_BACKEND", "LOADER", "CONFIG_MODULE"}
 """Variables that Celery's command line copies to `CELERY_…` before it imports this module."""
 
@@ -59,7 +56,7 @@ def read_settings() -> tuple[Settings, dict[str, Any]]:
 
     Celery would show a traceback for an error while it imports this module.
     """
-    try:
+    with one_line_for_bad_settings():
         settings = load_settings()
         broker = celery_settings(
             settings.require_redis_url(),
@@ -70,9 +67,6 @@ def read_settings() -> tuple[Settings, dict[str, Any]]:
             # Restored at the next look and not after the default of about 100 s.
             unacked_restore_throttle=1,
         )
-    except BadSettings as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(USAGE) from None
     return settings, broker
 
 

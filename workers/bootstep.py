@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -26,7 +28,7 @@ from kino_refunds.settlement.settle import Terms
 from workers.intake import Intake, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 log = get_logger(__name__)
 
@@ -40,8 +42,20 @@ HEARTBEAT_EVERY_S = 10.0
 FORGET_WORKERS_AFTER = "7 days"
 CLOCK_SKEW_MAX = timedelta(seconds=5)
 """As in the doctor: NTP keeps hosts within milliseconds."""
+BAD_SETTINGS = 2
+"""The exit code, as `kino-refunds` has it."""
 STOP_WITHIN_S = 10.0
 """Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
+
+
+@contextmanager
+def one_line_for_bad_settings() -> Iterator[None]:
+    """End the process with one line on standard error, and no traceback, where a setting is missing or wrong."""
+    try:
+        yield
+    except BadSettings as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(BAD_SETTINGS) from error
 
 
 def terms_of(settings: Settings) -> Terms:
@@ -66,17 +80,15 @@ class IntakeStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
         """Open connections and start the thread; nothing here waits for Postgres or Redis.
 
-        A setting that is wrong ends the worker with one line and exit code 2.
+        Raises SystemExit, with one line on standard error, where a setting is missing or wrong.
         """
-        settings = load_settings()
-        worker_id = str(uuid4())
-        try:
+        with one_line_for_bad_settings():
+            settings = load_settings()
+            redis_url = settings.require_redis_url()
             database_url = settings.require_database_url()
-        except BadSettings as error:
-            log.critical("the worker cannot start", error=str(error))
-            raise SystemExit(2) from None
+        worker_id = str(uuid4())
         engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
-        queues = Queues(redis_client(settings.require_redis_url()), worker_id, alive_ttl_s=settings.alive_ttl_s)
+        queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
         intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
         heartbeat = Heartbeat(engine, intake, worker_id, settings.build)
         chores = Chores(

@@ -7,10 +7,12 @@ import socket
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import redis
 from celery import shared_task
 
 from kino_refunds.db.engine import create_engine
-from kino_refunds.errors import BadSettings
+from kino_refunds.db.faults import Fault, classify
+from kino_refunds.errors import BadSettings, KinoError
 from kino_refunds.events.connection import redis_client
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.log import get_logger
@@ -26,11 +28,11 @@ from kino_refunds.settlement.gate import read_gate
 from kino_refunds.settlement.relay import relay_refunds as relay
 from kino_refunds.settlement.retries import sweep_retries as sweep
 from workers.bootstep import terms_of
+from workers.intake import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import redis
     import sqlalchemy as sa
 
 log = get_logger(__name__)
@@ -50,6 +52,16 @@ def _redis() -> redis.Redis:
 
 
 def _in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
+    """Run in this slot; what a dependency or a setting stops is worth one line, the next round goes on from there."""
+    try:
+        _run_in_slot(name, run, settles=settles)
+    except Exception as error:
+        if not isinstance(error, (KinoError, redis.RedisError)) and classify(error) is Fault.BISECT:
+            raise  # a mistake of ours: Celery logs it with its traceback
+        log.warning("sweep did not end", task=name, error=one_line(error))
+
+
+def _run_in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
     """Run in this slot unless somebody has; a run that found something to do is worth a line.
 
     What settles events waits while intake is paused: a build that the tripwire has stopped must not go on

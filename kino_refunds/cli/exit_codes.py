@@ -39,15 +39,28 @@ def explained(error: Exception) -> tuple[int, str]:
             return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; give an address that follows the primary"
         case redis.RedisError():
             return AWAY, f"Redis (KINO_REDIS_URL): {first_line}; {_CHECK}"
-        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:
-            return AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
-        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) == "42501":
-            return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
-        case sa.exc.SQLAlchemyError() if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
-            return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; {_CHECK}"
-        case OSError() if error.filename is not None and error.errno in _WRONGLY_NAMED:
-            return USAGE, f"{error.filename}: {error.strerror}"
         case sa.exc.ArgumentError():
             return USAGE, f"a database URL cannot be read: {first_line}"
+        case sa.exc.SQLAlchemyError():
+            return _explained_postgres(error, first_line)
+        case OSError() if error.filename is not None and error.errno in _WRONGLY_NAMED:
+            return USAGE, f"{error.filename}: {error.strerror}"
+        case _:
+            return FINDING, f"{type(error).__name__}: {first_line}"
+
+
+def _explained_postgres(error: sa.exc.SQLAlchemyError, first_line: str) -> tuple[int, str]:
+    match error:
+        case sa.exc.NoResultFound():
+            text = "the ledger lacks a row that its migrations made; restore it, or the database, from a backup"
+            return FINDING, text
+        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42P01", "3F000"}:
+            return AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
+        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) in {"42703", "42883"}:
+            return AWAY, f"the schema is not this build's: {first_line}; run `kino-refunds migrate` as kino_owner"
+        case sa.exc.DBAPIError() if getattr(error.orig, "sqlstate", None) == "42501":
+            return AWAY, f"Postgres: {first_line}; connect with the role that may (see KINO_DATABASE_URL)"
+        case _ if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
+            return AWAY, f"Postgres (KINO_DATABASE_URL): {first_line}; {_CHECK}"
         case _:
             return FINDING, f"{type(error).__name__}: {first_line}"

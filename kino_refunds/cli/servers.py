@@ -25,6 +25,8 @@ from kino_refunds.processes import settings_for, start_beat, start_worker
 from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
 
 LOOK_EVERY_S = 0.5
+_ROLES_MISSING = frozenset({"42501", "42704"})
+"""No right to create the schema; no such role to grant to."""
 
 
 def register(app: typer.Typer) -> None:
@@ -100,9 +102,11 @@ def migrate(as_json: AsJson = False) -> None:
             f"Postgres (KINO_MIGRATION_DATABASE_URL): {text}; check that it runs and can be reached"
         ) from error
     except sa.exc.ProgrammingError as error:
+        advice = "is kino.alembic_version there what a migration left?"
+        if getattr(error.orig, "sqlstate", None) in _ROLES_MISSING:
+            advice = "run kino_refunds/db/roles.sql there as a superuser first, and connect as kino_owner"
         raise DependencyAway(
-            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; run kino_refunds/db/roles.sql there as a"
-            " superuser first, and connect as kino_owner; nothing was changed"
+            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; {advice}; nothing was changed"
         ) from error
     if as_json:
         print_json({"before": before, "after": after})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import sqlalchemy as sa
 from psycopg.types.array import ListBinaryDumper
 from pydantic import BaseModel, PositiveInt
@@ -105,6 +106,13 @@ def create_engine(
         },
         **options,
     )
+
+    @sa.event.listens_for(engine, "do_connect")
+    def connect(dialect: sa.Dialect, _record: object, _arguments: object, options: dict[str, Any]) -> DBAPIConnection:
+        try:
+            return dialect.connect(**options)
+        except UnicodeError as error:  # of a host, also one of libpq's environment or service file
+            raise psycopg.OperationalError(f"a host name cannot be read: {error}") from error
 
     # First of all listeners: what SQLAlchemy asks a new server is already asked in a pinned session.
     @sa.event.listens_for(engine, "connect", insert=True)

@@ -12,6 +12,7 @@ from alembic.script import ScriptDirectory
 
 from kino_refunds.db.clock import restore_clock
 from kino_refunds.db.engine import SessionLimits, create_engine
+from kino_refunds.errors import LedgerInconsistent
 
 # Any number will do as long as nobody else in this database takes it: the bytes of "kino".
 MIGRATION_LOCK = 0x6B696E6F
@@ -45,8 +46,14 @@ def is_known_revision(revision: str) -> bool:
 
 
 def current_revision(connection: sa.Connection) -> str | None:
-    """Name the revision that the database is at; None before the first migration."""
-    return MigrationContext.configure(connection, opts={"version_table_schema": "kino"}).get_current_revision()
+    """Name the revision that the database is at; None before the first migration.
+
+    Raises LedgerInconsistent if kino.alembic_version names more than one.
+    """
+    heads = MigrationContext.configure(connection, opts={"version_table_schema": "kino"}).get_current_heads()
+    if len(heads) > 1:
+        raise LedgerInconsistent(f"kino.alembic_version names {' and '.join(sorted(heads))}: only one can be right")
+    return heads[0] if heads else None
 
 
 def migrate(url: str) -> tuple[str | None, str]:

@@ -358,6 +358,23 @@ def test_people_read_tables(run: Run, scene: Scene) -> None:
     assert statement.out.splitlines()[-2:] == [f"more: --after {first}", "sum of these lines: 1,234,567"]
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_statement_says_that_later_lines_exist(run: Run, scene: Scene, form: tuple[str, ...]) -> None:
+    """What an open transaction holds back is said on standard error; the listing keeps its shape."""
+    scene.grant("acme")
+    with scene.product.begin() as slow:
+        slow.exec_driver_sql("SELECT pg_current_xact_id()")
+        scene.grant("acme", reference="second")
+        held_back = run("statement", "acme", *form)
+    after = run("statement", "acme", *form)
+
+    said = "later lines exist: a transaction before them is still open; ask again soon\n"
+    assert (held_back.code, held_back.err, after.err) == (0, said, "")
+    if form:
+        assert set(held_back.json) == {"items", "next"}
+        assert [len(result.json["items"]) for result in (held_back, after)] == [1, 2]
+
+
 @pytest.mark.parametrize("command", ["balance", "statement"])
 def test_unknown_account_is_a_finding_that_says_how_accounts_begin(run: Run, command: str) -> None:
     """Zero credits and no such account are not the same answer."""
