@@ -997,18 +997,16 @@ MISSPELT = {
 }
 
 
-@pytest.mark.usefixtures("well")
 @pytest.mark.parametrize("name", MISSPELT)
-def test_each_form_of_a_misspelt_name_is_found(doctor: Doctor, redis: Redis, name: str) -> None:
+def test_each_form_of_a_misspelt_name_is_found(redis: Redis, name: str) -> None:
     """Another case, another separator, a prefix and a priority that kombu has elsewhere: each with how to move it."""
     redis.lpush(name, "{}")
 
-    found = doctor()
+    found = on_redis._misspelt(redis, None)
 
-    advice = f"if those are events: mend their publisher, then move each, as admin: LMOVE {name!a} {MISSPELT[name]} "
-    assert [(each.check, each.level, each.found, each.advice) for each in found.bad] == [
-        ("queue names", "warn", f"no worker reads {name!a}", f"{advice}RIGHT LEFT")
-    ]
+    move = f"LMOVE {name!a} {MISSPELT[name]} RIGHT LEFT"
+    advice = f"if those are events: mend their publisher, then move each, as admin: {move}"
+    assert found == findings.Finding("queue names", "warn", f"no worker reads {name!a}", advice)
 
 
 OTHER_LIBRARIES = {
@@ -1035,27 +1033,28 @@ PUT = {
 }
 
 
-@pytest.mark.usefixtures("well")
 @pytest.mark.parametrize("family", OTHER_LIBRARIES)
 @pytest.mark.parametrize("held", PUT)
-def test_queue_of_another_library_is_found_once(doctor: Doctor, redis: Redis, family: str, held: str) -> None:
+def test_queue_of_another_library_is_found_once(redis: Redis, family: str, held: str) -> None:
     """Whatever type a library keeps its messages in; they are not events that could be moved, but published again."""
+    put: Any = redis.execute_command
     for name in OTHER_LIBRARIES[family]:
-        redis.execute_command(*(word.format(name) for word in PUT[held]))
+        put(*(word.format(name) for word in PUT[held]))
 
-    found = doctor()
+    found = on_redis._misspelt(redis, None)
 
-    ((check, level, says, advice),) = found.bad
-    assert (check, level, says) == ("queue names", "warn", f"no worker reads {family!a}")
+    assert (found.level, found.found) == ("warn", f"no worker reads {family!a}")
     if held == "list" and family == "generation-timeout":
-        assert "LMOVE 'generation-timeout' generation.timeout" in advice
+        assert found.advice is not None
+        assert "LMOVE 'generation-timeout' generation.timeout" in found.advice
     else:
-        assert advice.startswith(f"another library wrote {family!a} in a form of its own: publish by EventPublisher")
-        assert "LMOVE" not in advice
+        ways = "EventPublisher, kombu without a key prefix, or a bare LPUSH"
+        assert found.advice == (
+            f"another library wrote {family!a} in a form of its own: publish by {ways}, and publish those events again"
+        )
 
 
-@pytest.mark.usefixtures("well")
-def test_key_that_only_speaks_of_a_queue_is_not_named(doctor: Doctor, redis: Redis) -> None:
+def test_key_that_only_speaks_of_a_queue_is_not_named(redis: Redis) -> None:
     """Counters, caches and other people's queues are none of our business, nor are keys of our own."""
     redis.set("metrics:generation.timeout", 1)
     redis.hset("metrics:generation.job-failed", "count", "1")
@@ -1066,7 +1065,7 @@ def test_key_that_only_speaks_of_a_queue_is_not_named(doctor: Doctor, redis: Red
     redis.lpush("generation.jobs", "1")
     redis.lpush("kino.credits-refunded.generation.timeout", "1")
 
-    assert doctor() == Diagnosis(0, [])
+    assert on_redis._misspelt(redis, None).level == "ok"
 
 
 @pytest.mark.usefixtures("well")
