@@ -50,7 +50,8 @@ _OURS: Final = ("kino:", "kino.", "_kombu.")
 def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
     """Connect as a worker does and look at the server, the user's rights, and the queues."""
     with redis_client(url) as client:
-        client.ping()
+        if client.ping() is not True:
+            raise redis.exceptions.InvalidResponse("no Redis answers there: PING has another answer than PONG")
         try:
             info: dict[str, Any] | None = client.info()
         except redis.exceptions.NoPermissionError:

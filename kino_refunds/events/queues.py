@@ -137,7 +137,7 @@ class Queues:
         if not 1 <= limit <= CLAIM_LIMIT_MAX:
             raise ValueError(f"a claim takes 1 to {CLAIM_LIMIT_MAX} messages, not {limit}")
         token, again, crashes, skipped, lists = self._run(
-            self._claim, limit, max_bytes, self._alive_ms, int(self._recovered_next)
+            self._claim, limit, max_bytes, self._alive_ms, int(self._recovered_next), parts=5
         )
         claim = Claim(
             token=token.decode(),
@@ -182,7 +182,7 @@ class Queues:
         Without its binding, which a FLUSHALL takes, a live kombu `SimpleQueue` drops what it is given without
         an error. A binding's key that holds something foreign is left alone and named.
         """
-        restored, skipped = self._run(self._bind, self._alive_ms)
+        restored, skipped = self._run(self._bind, self._alive_ms, parts=2)
         return Bound(restored=_names(restored), skipped=_names(skipped))
 
     def leave(self) -> None:
@@ -191,12 +191,12 @@ class Queues:
 
     def recover(self) -> Recovered:
         """Move what dead workers had in flight to the recovered lists. Any worker may, at any time."""
-        workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S)
+        workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S, parts=3)
         return Recovered(workers=_names(workers), messages=messages, skipped=_names(skipped))
 
-    def _run(self, script: Any, *arguments: str | int) -> Any:
+    def _run(self, script: Any, *arguments: str | int, parts: int = 0) -> Any:
         try:
-            return _answer(script, self._worker_id, *arguments)
+            return _answer(script, self._worker_id, *arguments, parts=parts)
         except redis.ResponseError as error:
             if str(error).startswith("FOREIGN "):
                 raise ForeignKey(str(error).removeprefix("FOREIGN ")) from error
@@ -209,7 +209,7 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
     asks needs to know no more.
     """
-    complete, unreadable, lists = _answer(client.register_script(_WAITING), limit, max_bytes)
+    complete, unreadable, lists = _answer(client.register_script(_WAITING), limit, max_bytes, parts=3)
     return Waiting(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
@@ -223,19 +223,20 @@ def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
 
 def depths(client: redis.Redis) -> dict[str, int]:
     """Count the messages on each base queue, and under `in-flight` and `recovered`, at one instant."""
-    counts = _answer(client.register_script(_DEPTHS))
+    counts = _answer(client.register_script(_DEPTHS), parts=len(SERVED) + 2)
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
 
 
-def _answer(script: Any, *arguments: str | int) -> Any:
-    """Run a script; redis-py loads it where it is missing.
-
-    But only once: in a failover it may load the script at the old primary, and then be led to the new one.
-    """
+def _answer(script: Any, *arguments: str | int, parts: int = 0) -> Any:
+    """Run a script and return its answer, a list of so many `parts` where it is one; raises RedisError otherwise."""
     try:
-        return script(keys=QUEUE_KEYS, args=arguments)
+        answer = script(keys=QUEUE_KEYS, args=arguments)
     except redis.exceptions.NoScriptError:
-        return script(keys=QUEUE_KEYS, args=arguments)
+        # redis-py loads a missing script once; in a failover that may have been at the old primary.
+        answer = script(keys=QUEUE_KEYS, args=arguments)
+    if parts and (not isinstance(answer, list) or len(answer) != parts):
+        raise redis.exceptions.InvalidResponse("no Redis answers there: it does not run scripts")
+    return answer
 
 
 def _messages(lists: Iterator[Iterator[bytes]] | Sequence[Sequence[bytes]]) -> Iterator[Message]:

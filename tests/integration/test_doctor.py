@@ -1104,6 +1104,91 @@ def test_queue_whose_name_is_misspelt_is_found(doctor: Doctor, redis: Redis) -> 
     assert [each for each in found.bad if each.check != "beat"] == [Found("queue names", "warn", says, advice)]
 
 
+MISSPELT = {
+    "GENERATION.JOB-FAILED": "generation.job-failed",
+    "Generation.Timeout": "generation.timeout",
+    "generation_job-failed": "generation.job-failed",
+    "generation:job-failed": "generation.job-failed",
+    "generation.job_completed": "generation.job-completed",
+    "generation/safety-rejection": "generation.safety-rejection",
+    "generationJobFailed": "generation.job-failed",
+    "prod:generation.timeout": "generation.timeout",
+    "myapp_generation.job-failed": "generation.job-failed",
+    "generation.timeout\x06\x165": "generation.timeout",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_each_form_of_a_misspelt_name_is_found(redis: Redis, name: str) -> None:
+    """Another case, another separator, a prefix and a priority that kombu has elsewhere: each with how to move it."""
+    redis.lpush(name, "{}")
+
+    found = on_redis._misspelt(redis, None)
+
+    move = f"LMOVE {name!a} {MISSPELT[name]} RIGHT LEFT"
+    advice = f"if those are events: mend their publisher, then move each, as admin: {move}"
+    assert found == findings.Finding("queue names", "warn", f"no worker reads {name!a}", advice)
+
+
+OTHER_LIBRARIES = {
+    "bull:generation.job-failed:*": ("bull:generation.job-failed:wait", "bull:generation.job-failed:meta"),
+    "{bull}:generation.timeout:*": ("{bull}:generation.timeout:events",),
+    "bq:generation.timeout:*": ("bq:generation.timeout:waiting",),
+    "rq:queue:generation.timeout": ("rq:queue:generation.timeout",),
+    "dramatiq:generation.timeout": ("dramatiq:generation.timeout",),
+    "dramatiq:generation.timeout.msgs": ("dramatiq:generation.timeout.msgs",),
+    "resque:queue:generation.job-completed": ("resque:queue:generation.job-completed",),
+    "queue:generation.safety-rejection": ("queue:generation.safety-rejection",),
+    "queues:generation.job-failed": ("queues:generation.job-failed",),
+    "laravel_database_queues:generation.job-failed": ("laravel_database_queues:generation.job-failed",),
+    "arq:queue:Generation.Job_Failed": ("arq:queue:Generation.Job_Failed",),
+    "generation-timeout": ("generation-timeout",),
+}
+
+
+PUT = {
+    "list": ("LPUSH", "{0}", "x"),
+    "stream": ("XADD", "{0}", "*", "a", "b"),
+    "zset": ("ZADD", "{0}", "1", "a"),
+    "hash": ("HSET", "{0}", "a", "b"),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_LIBRARIES)
+@pytest.mark.parametrize("held", PUT)
+def test_queue_of_another_library_is_found_once(redis: Redis, family: str, held: str) -> None:
+    """Whatever type a library keeps its messages in; they are not events that could be moved, but published again."""
+    put: Any = redis.execute_command
+    for name in OTHER_LIBRARIES[family]:
+        put(*(word.format(name) for word in PUT[held]))
+
+    found = on_redis._misspelt(redis, None)
+
+    assert (found.level, found.found) == ("warn", f"no worker reads {family!a}")
+    if held == "list" and family == "generation-timeout":
+        assert found.advice is not None
+        assert "LMOVE 'generation-timeout' generation.timeout" in found.advice
+    else:
+        ways = "EventPublisher, kombu without a key prefix, or a bare LPUSH"
+        assert found.advice == (
+            f"another library wrote {family!a} in a form of its own: publish by {ways}, and publish those events again"
+        )
+
+
+def test_key_that_only_speaks_of_a_queue_is_not_named(redis: Redis) -> None:
+    """Counters, caches and other people's queues are none of our business, nor are keys of our own."""
+    redis.set("metrics:generation.timeout", 1)
+    redis.hset("metrics:generation.job-failed", "count", "1")
+    redis.set("generation.timeouts", "1")
+    redis.lpush("bull:emails:wait", "1")
+    redis.lpush("rq:queue:default", "1")
+    redis.lpush("queue:generation.jobs", "1")
+    redis.lpush("generation.jobs", "1")
+    redis.lpush("kino.credits-refunded.generation.timeout", "1")
+
+    assert on_redis._misspelt(redis, None).level == "ok"
+
+
 @pytest.mark.usefixtures("well")
 @pytest.mark.parametrize(("user", "level"), [("default", "warn"), ("worker", "ok"), ("", "ok")])
 def test_queue_names_are_looked_at_where_the_user_may(

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kombu import Connection as KombuConnection
 from redis import Connection, Redis, ResponseError
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -33,6 +34,7 @@ from kino_refunds.events.queues import (
     POISON_CRASHES,
     QUEUE_KEYS,
     SERVED,
+    Bound,
     Claim,
     Message,
     Queues,
@@ -405,6 +407,69 @@ def test_refresh_keeps_a_worker_alive(redis: Redis) -> None:
     assert depths(redis)["in-flight"] == 1
 
 
+def test_a_dead_worker_that_was_idle_is_no_news(redis: Redis) -> None:
+    """A worker that ended with nothing in flight leaves the registry, and is not named as recovered."""
+    worker(redis).refresh()
+    die(redis, A)
+
+    assert worker(redis, B).recover() == Recovered(workers=(), messages=0, skipped=())
+    assert redis.exists("kino:workers") == 0
+
+
+# --- kombu's bindings
+
+KINDS = ("_kombu.binding", "_kombu.binding_permanent")
+BINDINGS = [f"{kind}.{queue}" for kind in KINDS for queue in SERVED]
+
+
+def test_bindings_are_those_that_kombu_writes(redis: Redis, redis_url: str) -> None:
+    """What the script puts back is, key by key, what kombu itself declares for a `SimpleQueue` of each queue."""
+    with KombuConnection(redis_url) as stock:
+        for queue in SERVED:
+            stock.SimpleQueue(queue.value).close()
+    by_kombu = {key: redis.smembers(key) for key in redis.scan_iter("_kombu.*")}
+    redis.flushdb()
+
+    bound = worker(redis).bind()
+
+    assert {key: redis.smembers(key) for key in redis.scan_iter("_kombu.*")} == by_kombu
+    assert sorted(by_kombu) == sorted(key.encode() for key in BINDINGS)
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
+    assert worker(redis).bind() == Bound(restored=(), skipped=())
+
+
+@pytest.mark.parametrize("key", BINDINGS)
+def test_each_lost_binding_is_put_back(redis: Redis, key: str) -> None:
+    """One that is gone, or has other members only, is put back and named by its queue; the others stay as they are."""
+    queues = worker(redis)
+    queues.bind()
+    whole = redis.smembers(key)
+    redis.delete(key)
+    gone = queues.bind()
+    redis.delete(key)
+    redis.sadd(key, "another's")
+    incomplete = queues.bind()
+
+    queue = next(queue for queue in SERVED if key.endswith(queue))
+    assert gone == incomplete == Bound(restored=(queue,), skipped=())
+    assert redis.smembers(key) == whole | {b"another's"}
+
+
+def test_a_foreign_binding_is_left_alone_and_the_others_are_put_back(redis: Redis) -> None:
+    """A key of another type is named, whichever it is, and ends nothing."""
+    for number, key in enumerate(BINDINGS[::2]):
+        if number % 2:
+            redis.set(key, "x")
+        else:
+            redis.lpush(key, "x")
+
+    bound = worker(redis).bind()
+
+    assert bound.skipped == tuple(sorted(BINDINGS[::2]))
+    assert redis.exists(*BINDINGS) == len(BINDINGS)
+    assert worker(redis).bind() == Bound(restored=(), skipped=bound.skipped)
+
+
 # --- a full Redis
 
 
@@ -419,7 +484,7 @@ def own_redis(tmp_path: Path) -> Iterator[Redis]:
 
 @pytest.mark.faults
 def test_a_full_redis_drains(own_redis: Redis) -> None:
-    """At maxmemory, where every publisher is refused, claim, begin, release, refresh, recovery and drop go on."""
+    """At maxmemory, where every publisher is refused, claim, begin, release, refresh, bind, recovery and drop go on."""
     redis = own_redis
     for queue in SERVED:
         push(redis, queue, *numbered(queue, 1000))
@@ -433,6 +498,7 @@ def test_a_full_redis_drains(own_redis: Redis) -> None:
     redis.script_flush()
     released = queues.release(queues.claim(limit=1000).token)
     queues.refresh()
+    bound = queues.bind()
     recovered = queues.recover()
     drained: list[Message] = []
     claim = queues.claim(limit=1000)
@@ -445,11 +511,12 @@ def test_a_full_redis_drains(own_redis: Redis) -> None:
 
     assert "maxmemory" in str(refused.value)
     assert released == 1000
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
     assert recovered == Recovered(workers=(B,), messages=10, skipped=())
     assert Counter(drained) == Counter(
         message for queue in SERVED for message in messages(queue, *numbered(queue, 1000))
     )
-    assert contents(redis) == {}
+    assert set(contents(redis)) == {key.encode() for key in BINDINGS}
 
 
 # --- keys of the wrong type

@@ -11,19 +11,22 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from structlog.testing import CapturingLogger
 
 from kino_refunds.errors import DependencyAway, ForeignKey
 from kino_refunds.events.queues import POISON_CRASHES, SERVED, Queues, Recovered, depths
 from kino_refunds.events.schema import Event, to_json
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.settlement.gate import pause_intake
 from kino_refunds.settlement.settle import Decision
 from tests.conftest import Database
 from tests.malformed import envelope
 from tests.pipeline import drain, open_jobs, refunded
 from tests.scenario import Scene, make_event, until
+from workers import bootstep as bootstep_module
 from workers import intake as intake_module
-from workers.bootstep import Chores, Heartbeat, IntakeStep, terms_of
+from workers.bootstep import Chores, Heartbeat, IntakeStep, _recover, terms_of
 from workers.intake import Intake
 
 A, B = "worker-a", "worker-b"
@@ -563,3 +566,54 @@ def test_a_worker_that_starts_takes_over_from_a_dead_one(
     assert refunded(scene) == ["job-1", "job-2"]
     assert [(row.counts["refunded"], row.stopped) for row in workers(scene)] == [(2, True)]
     assert list(redis.scan_iter("kino:*")) == []
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["idle", "paused"])
+def test_a_worker_that_takes_nothing_stays_alive(
+    scene: Scene, database: Database, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch, paused: bool
+) -> None:
+    """Without a single message, or while intake is paused, a worker says again and again that it lives."""
+    for limit in ("LOCK_TIMEOUT", "STATEMENT_TIMEOUT", "IDLE_IN_TRANSACTION_TIMEOUT", "TRANSACTION_TIMEOUT"):
+        monkeypatch.setenv(f"KINO_{limit}_MS", "100")  # for a short alive TTL
+    monkeypatch.setenv("KINO_TCP_USER_TIMEOUT_MS", "100")
+    monkeypatch.setenv("KINO_DATABASE_URL", database.url())
+    monkeypatch.setenv("KINO_REDIS_URL", redis_url)
+    if paused:
+        with scene.worker.begin() as connection:
+            pause_intake(connection, reason="a test", actor="somebody")
+    step = IntakeStep(None)
+    step.start(None)
+    assert step._intake is not None
+    alive = f"kino:alive:{step._intake._name}"
+    try:
+        for _ in range(2):
+            until(lambda: redis.exists(alive))
+            redis.delete(alive)  # as when its TTL is over
+        until(lambda: redis.exists(alive))
+        recovered = queues(redis, A).recover()
+        registered = redis.smembers("kino:workers")
+    finally:
+        step.stop(None)
+        step._intake._engine.dispose()
+
+    assert recovered == Recovered(workers=(), messages=0, skipped=())
+    assert registered == {step._intake._name.encode()}
+    assert list(redis.scan_iter("kino:*")) == []
+
+
+def test_only_what_was_recovered_is_logged(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead worker with a batch is a warning, and one that was idle is removed without a word."""
+    said = CapturingLogger()
+    monkeypatch.setattr(bootstep_module, "log", said)
+    queues(redis, A).refresh()
+    die(redis, A)
+
+    _recover(queues(redis, B))
+    quiet = list(said.calls)
+    push(redis, "job-1")
+    queues(redis, A).claim()
+    die(redis, A)
+    _recover(queues(redis, B))
+
+    assert quiet == []
+    assert [(call.method_name, call.kwargs) for call in said.calls] == [("warning", {"workers": (A,), "messages": 1})]
