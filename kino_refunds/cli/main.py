@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, nearest in unknown_names() if COMPLETING not in os.environ else ():
         hint = f"; did you mean {nearest}?" if nearest else ""
         errors.print(shown(f"warning: {name} is not a setting and is ignored{hint}"), soft_wrap=True)
+    structlog.contextvars.clear_contextvars()
     started = time.monotonic()
     code = _run(arguments)
     _say(sys.argv[1:] if arguments is None else arguments, code, time.monotonic() - started)
@@ -101,6 +102,7 @@ def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
     known = _words(typer.main.get_command(app))
     words = [word for word in arguments[:2] if word in known]
     line = {"event": "command", "command": " ".join(words), "exit_code": code, "took_ms": round(took_s * 1000)}
+    line |= structlog.contextvars.get_contextvars()  # who did it, and how much
     sys.stderr.write(json.dumps({"timestamp": datetime.now(UTC).isoformat(), **line}) + "\n")
 
 
