@@ -18,6 +18,7 @@ import typer
 
 from kino_refunds.cli import (
     breaks,
+    charges,
     dead_letters,
     demo,
     doctor,
@@ -26,6 +27,7 @@ from kino_refunds.cli import (
     ledger,
     overdue,
     publish,
+    relay,
     replay,
     retries,
     schedule,
@@ -51,7 +53,9 @@ for room in (
     doctor,
     status,
     ledger,
+    charges,
     publish,
+    relay,
     explain,
     intake,
     retries,

@@ -178,12 +178,17 @@ ByInTheLog = Annotated[str, _by("in the log, where each command has a line")]
 """For what leaves no row of its own that could say who did it."""
 
 
+def require_terminal() -> None:
+    """Raise a usage error where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
+
+
 def confirm(question: str, *, yes: bool) -> None:
     """Ask before something that others will feel; raises a usage error where nobody can answer."""
     if yes:
         return
-    if not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
+    require_terminal()
     if not typer.confirm(question, err=True):
         errors.print("nothing was done")
         raise typer.Exit(FINDING)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 
-from kino_refunds.cli.options import AsJson, ledger_engine
+from kino_refunds.cli.options import AsJson, By, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
 from kino_refunds.events.client import redis_client
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue
+from kino_refunds.schedule import Entry, begin_by_hand, finish_slot
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.settle import Terms
+
+BY_HAND = Entry("by hand: overdue run", timedelta(0), "a person asked about jobs without an event")
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    by: By,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -35,6 +39,8 @@ def run(
 
     Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
     while intake is paused or an older message still waits.
+
+    Who ran it and what came of it is kept in kino.schedule_slot, under the name `by hand: overdue run`.
 
     Exit code 3 means that Redis or the job source is away: there were no verdicts.
 
@@ -46,6 +52,8 @@ def run(
         ledger_engine(settings) as engine,
         redis_client(settings.require_redis_url()) as client,
     ):
+        with engine.begin() as connection:
+            slot_at = None if dry_run else begin_by_hand(connection, BY_HAND, actor=by)
         report = sweep_overdue(
             engine,
             client,
@@ -56,6 +64,9 @@ def run(
             dry_run=dry_run,
             progress=_show_progress,
         )
+        if slot_at is not None:
+            with engine.begin() as connection:
+                finish_slot(connection, BY_HAND, slot_at, report.as_dict())
     if as_json:
         print_json(report.as_dict())
     else:
