@@ -22,7 +22,10 @@ from kino_refunds.settings import DATABASE_URL
 
 FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
 INSUFFICIENT_PRIVILEGE = "42501"
-_WRONGLY_NAMED = {errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+_WRONGLY_NAMED = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EROFS, errno.ENXIO,
+}  # fmt: skip
 """What a person's file name can be wrong by; a full disk, for one, is no wrong usage."""
 _CHECK = "check that it runs and can be reached, and user, password and database in its URL (`kino-refunds doctor`)"
 
@@ -50,6 +53,8 @@ def explained(error: Exception, *, setting: str = DATABASE_URL) -> tuple[int, st
             return AWAY, f"Postgres ({setting}): {first_line}; {_CHECK}"
         case OSError() if error.filename is not None and error.errno in _WRONGLY_NAMED:
             return USAGE, f"{error.filename}: {error.strerror}"
+        case FileNotFoundError():  # without a name: where we are is gone
+            return USAGE, "the working folder is gone; change to another"
         case sa.exc.ArgumentError():
             return USAGE, f"a database URL cannot be read: {first_line}"
         case _:

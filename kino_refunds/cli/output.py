@@ -29,6 +29,8 @@ def _reader_left() -> NoReturn:
 WIDTH_IN_A_PIPE = 100_000
 _GAP = Text("  ")
 NOTHING = "-"
+ERROR_LENGTH_MAX = 2_000
+"""What is wrong and what to do about it stand at the ends; whatever was typed, both fit on a screen."""
 
 
 class _Console(Console):
@@ -189,5 +191,7 @@ def shown(value: Any) -> Text:
 
 
 def print_error(text: str) -> None:
-    """Print an error as one line on standard error."""
+    """Print an error as one line on standard error; of one that quotes something endless, beginning and end."""
+    if len(text) > ERROR_LENGTH_MAX:
+        text = f"{text[: ERROR_LENGTH_MAX // 2]} … {text[-ERROR_LENGTH_MAX // 2 :]}"
     errors.print(Text.assemble(("error: ", "bold red"), shown(text)), soft_wrap=True)

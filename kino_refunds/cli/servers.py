@@ -91,9 +91,19 @@ def migrate(as_json: AsJson = False) -> None:
 
     Example: kino-refunds migrate
     """
-    url = load_settings().require_migration_database_url()
+    before, after = _migrated(load_settings().require_migration_database_url())
+    if as_json:
+        print_json({"before": before, "after": after})
+    elif before == after:
+        console.print(f"the schema is at {after}, nothing to do")
+    else:
+        console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
+
+
+def _migrated(url: str) -> tuple[str | None, str]:
+    """Bring a database to this build's schema; raises what says in one line why that cannot be."""
     try:
-        before, after = migrate_database(url)
+        return migrate_database(url)
     except CommandError as error:
         raise BadSettings(f"{redacted(url)}: {error}; is this build older than that database's schema?") from error
     except sa.exc.OperationalError as error:
@@ -106,16 +116,19 @@ def migrate(as_json: AsJson = False) -> None:
             f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; run kino_refunds/db/roles.sql there as a"
             " superuser first, and connect as kino_owner; nothing was changed"
         ) from error
-    if as_json:
-        print_json({"before": before, "after": after})
-    elif before == after:
-        console.print(f"the schema is at {after}, nothing to do")
-    else:
-        console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
+
+
+def _folder(text: str) -> Path:
+    """Read a folder's name; an empty one (an unset variable) would be the working folder, and be filled with data."""
+    if not text:
+        raise typer.BadParameter("it is empty; name a folder")
+    return Path(text)
 
 
 def dev(
-    data_dir: Annotated[Path, typer.Option(help="Where the data is kept across restarts.")] = Path(".kino-dev"),
+    data_dir: Annotated[
+        Path, typer.Option(help="Where the data is kept across restarts.", parser=_folder, metavar="FOLDER")
+    ] = Path(".kino-dev"),
 ) -> None:
     """Run servers, worker and beat here until Ctrl-C.
 
@@ -130,7 +143,7 @@ def dev(
             pass
     others = passed_on()
     with stopping() as stop, servers(data_dir, log=console.print) as running:
-        migrate_database(running.database_url(role="kino_owner"))
+        _migrated(running.database_url(role="kino_owner"))
         addresses = settings_for(running)
         settings = addresses | {"KINO_JOB_SOURCE": "none"} | others
         environment_file = running.data_dir / "env"
