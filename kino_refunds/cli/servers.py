@@ -175,7 +175,7 @@ def _introduce(addresses: Mapping[str, str], others: Mapping[str, str], environm
     if others:
         console.print(f"as in this shell: {', '.join(others)}", soft_wrap=True)
     if "KINO_JOB_SOURCE" not in others:
-        text = "KINO_JOB_SOURCE is not set, so it is none: a job without an event is refunded once it is overdue"
+        text = "job source: none, KINO_JOB_SOURCE is not set; a job without an event is refunded once it is overdue"
         console.print(text, soft_wrap=True)
     console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True)
 

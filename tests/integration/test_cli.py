@@ -318,7 +318,7 @@ def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: 
     scene.open("job-1", "acme", 8)
 
     balance = run("balance", "acme", "--json")
-    before = run("balance", "acme", "--at", "2020-01-01", "--json")
+    before = run("balance", "acme", "--at", "2020-01-01T02:00:00+02:00", "--json")
     page = run("statement", "acme", "--limit", "1", "--json")
     rest = run("statement", "acme", "--after", str(page.json["next"]), "--json")
     end = run("statement", "acme", "--after", str(rest.json["items"][-1]["transfer_id"]), "--json")
@@ -331,7 +331,7 @@ def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: 
         return {**ids, "kind": kind, "credits": credits, "lot_id": lot.lot_id, "job_id": job_id, "reason": reason}
 
     assert balance.json == {"account_id": "acme", "available": 92, "held": 8}
-    assert before.json == {"account_id": "acme", "available": 0, "held": 0}
+    assert before.json == {"account_id": "acme", "at": "2020-01-01T00:00:00+00:00", "available": 0, "held": 0}
     granted = line(page, "grant", 100, None, "purchased")
     assert page.json == {"items": [granted], "next": granted["transfer_id"]}
     assert rest.json == {"items": [line(rest, "hold", -8, "job-1", None)], "next": None}
