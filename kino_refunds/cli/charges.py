@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from datetime import datetime, timedelta
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import sqlalchemy as sa
@@ -27,6 +27,8 @@ from kino_refunds.settings import load_settings
 DEADLINE_MIN = 15
 """Minutes: several times what a video takes, and short enough that a job tried here is found overdue the same hour."""
 DEADLINE_MIN_MAX = 365 * 24 * 60
+_LATER = datetime.max.replace(tzinfo=UTC)
+"""Stands where the deadline will, until the ledger has been asked what time it is."""
 
 _LIST = sa.text("""
     SELECT c.charge_id AS number, c.job_id, c.account_id, c.credits, s.status, c.opened_at, c.deadline_at,
@@ -83,8 +85,8 @@ def list_charges(
     cursor = rows[-1]["number"] if len(rows) == limit else None
     if not as_json:
         rows = [_for_people(row) for row in rows]
-    empty = "no open charges" if only_open else "no charges"
-    print_items(rows, next_cursor=cursor, as_json=as_json, empty=empty if not after else f"no more of them: {empty}")
+    empty = f"no {'more ' if after else ''}{'open ' if only_open else ''}charges"
+    print_items(rows, next_cursor=cursor, as_json=as_json, empty=empty)
 
 
 def _for_people(row: dict[str, object]) -> dict[str, object]:
@@ -114,25 +116,22 @@ def open_charge(
     """
     wait = _minutes(deadline)
     instant = read_time(deadline, Edge.END) if wait is None else None
+    try:
+        wanted = ChargeRequest(job, account, credits, instant or _LATER)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     with product_connection() as connection:
-        if instant is None:
-            instant = ledger_clock(connection) + (wait or timedelta(0))
-        else:
+        if instant is not None:
             require_future(connection, "--deadline", instant, although_past=although_past)
-        charge = ledger.open_charges(connection, [_request(job, account, credits, instant)])[0]
+        elif wait is not None:
+            wanted = replace(wanted, deadline_at=ledger_clock(connection) + wait)
+        charge = ledger.open_charges(connection, [wanted])[0]
     if as_json:
         print_json(charge)
     else:
         facts = asdict(charge)
         lines = ", ".join(f"{taken:,} from lot {lot_id}" for lot_id, taken in facts.pop("lines"))
         print_facts([*facts.items(), ("lines", lines or None)])
-
-
-def _request(job: str, account: str, credits: int, deadline_at: datetime) -> ChargeRequest:
-    try:
-        return ChargeRequest(job, account, credits, deadline_at)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _minutes(text: str) -> timedelta | None:

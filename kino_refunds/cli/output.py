@@ -27,6 +27,8 @@ def _reader_left() -> NoReturn:
 
 
 WIDTH_IN_A_PIPE = 100_000
+WIDTH_MIN = 40
+"""Narrower than this nobody reads a table; squeezed into one column it would show nothing at all."""
 _GAP = Text("  ")
 NOTHING = "-"
 ERROR_LENGTH_MAX = 2_000
@@ -156,7 +158,7 @@ def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
 
 def print_whole(table: RenderableType) -> None:
     """Print a table; in a pipe each row is one line, whole, without the blanks that fill its last column."""
-    if console.is_terminal:
+    if console.is_terminal and console.width >= WIDTH_MIN:
         console.print(table)
         return
     page = io.StringIO()
@@ -165,7 +167,7 @@ def print_whole(table: RenderableType) -> None:
 
 
 def _room() -> int:
-    return console.width if console.is_terminal or "COLUMNS" in os.environ else WIDTH_IN_A_PIPE
+    return max(WIDTH_MIN, console.width) if console.is_terminal or "COLUMNS" in os.environ else WIDTH_IN_A_PIPE
 
 
 def _is_number(value: Any) -> bool:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EVENT_TYPE = "kino.credits-refunded.v1"
 EVENT_SOURCE = "kino-refunds"
 BATCH = 500
+CURSOR_WAIT_MS = 5_000
+"""A round that holds its cursor for longer than this hangs at Redis, and nobody waits for it."""
 
 # The first round starts at the horizon: whoever switches the relay on is told of what happens from then on.
 _START = sa.text("""
@@ -81,13 +83,13 @@ def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = Fal
     ids stay the same, so a consumer that deduplicates takes each once. The order is that of transactions and not of
     time: some refunds settled before `to` may be told again too. With `dry_run` nothing is written.
 
-    Raises RelayNotReady if the relay has no cursor yet, or a round holds it for longer than 5 s.
+    Raises RelayNotReady if the relay has no cursor yet, or a round holds it for longer than CURSOR_WAIT_MS.
     """
     if dry_run:
         cursor = connection.execute(_READ).one_or_none()
     else:
         # Longer than a session waits elsewhere: a round holds the cursor while it pushes to Redis.
-        connection.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
+        connection.execute(sa.text("SELECT set_config('lock_timeout', :ms, true)"), {"ms": str(CURSOR_WAIT_MS)})
         try:
             # (1) a round has read the cursor and pushes, (2) we wait here, (3) it moves the cursor and commits,
             # (4) we read where it stands then: what that round told is told again too.
