@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -30,6 +34,7 @@ from tests.conftest import Database
 from tests.malformed import bare
 from tests.scenario import NOW, PATIENT, Broken, Scene, Waits, make_event, until
 
+SCRIPT = Path(sys.executable).with_name("kino-refunds")
 FAILED = "generation.job-failed"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\x00\r\x7f"
 MARKUP = "[bold red]x[/] [link=http://evil]y[/link] :warning: [/nonsense]"
@@ -775,6 +780,32 @@ def test_what_a_letter_protects_is_read_when_nobody_else_can_change_it(database:
 
         assert isinstance(refused, LetterProtects)
         assert statuses(scene) == [("open", None)]
+
+
+@pytest.mark.parametrize(("typed", "code"), [(b"job-1\n", 0), (b"all\n", 1), (b"yes\n", 1), (b"\x04", 130)])
+def test_a_person_types_the_name_of_the_job(database: Database, scene: Scene, typed: bytes, code: int) -> None:
+    """At a terminal the charges are shown with their credits, and only the job's own id discards the letter."""
+    scene.charged()
+    keep(scene, unreadable_completion(job_id="job-1"))
+    ours, theirs = pty.openpty()
+    program = subprocess.Popen(
+        [SCRIPT, "dead-letters", "discard", "1", "--note", "n", "--by", "bob", "--yes"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={n: v for n, v in os.environ.items() if not n.startswith("KINO_")} | {"KINO_DATABASE_URL": database.url()},
+    )
+    os.close(theirs)
+    os.write(ours, typed)
+
+    out, err = program.communicate(timeout=60)
+
+    os.close(ours)
+    assert program.returncode == code
+    assert b"dead letter 1 protects open charges 1, credits 10: of its job\n" in err
+    assert b"  job-1: 10 credits of account acct of job-1, deadline " in err
+    assert statuses(scene) == ([("discarded", "bob")] if code == 0 else [("open", None)])
+    assert (b"no longer protected" in out) == (code == 0)
 
 
 HOSTILE = {
