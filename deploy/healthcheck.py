@@ -22,7 +22,7 @@ SILENT_S_MAX = 60
 # A heartbeat on trial, rolled back: where it fails, that is why the real ones do not come.
 _TRY = sa.text("UPDATE kino.intake_worker SET seen_at = seen_at WHERE host = :host AND stopped_at IS NULL")
 _BEAT = sa.text(
-    "SELECT EXTRACT(EPOCH FROM clock_timestamp() - max(seen_at)) FROM kino.intake_worker"
+    "SELECT EXTRACT(EPOCH FROM kino.clock() - max(seen_at)) FROM kino.intake_worker"
     " WHERE host = :host AND stopped_at IS NULL"
 )
 

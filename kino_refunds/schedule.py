@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -22,6 +24,8 @@ LOOK_BACK = timedelta(hours=1)
 LATE_SLOTS = 3
 LATE_MIN = timedelta(seconds=30)
 """A sweep every two seconds is not dead after six: a restart of beat takes longer."""
+SAMPLE_EVERY = timedelta(minutes=1)
+"""How exact "verified through" is: fine enough for people, half a million rows a year."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -40,25 +44,24 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How an entry stands; `missed` counts slots of the last hour in which nothing ran."""
+    """How an entry stands; `missed` counts slots of the last hour in which nothing ran.
+
+    `late`: it should have run by now and did not. What ran late and runs again is not late any more. `stuck`: its runs
+    start and do not end.
+    """
 
     name: str
     every_s: float
     last: datetime | None
     finished: datetime | None
+    ended: datetime | None
+    """The newest slot whose run came to its end."""
     result: Any
     next: datetime
     missed: int
+    late: bool
+    stuck: bool
     what: str
-
-    @property
-    def late_after(self) -> timedelta:
-        """How long after a run the lack of another one means that nothing runs."""
-        return max(LATE_SLOTS * timedelta(seconds=self.every_s), LATE_MIN)
-
-    def is_late(self, now: datetime) -> bool:
-        """Tell whether it ran and does not any more."""
-        return self.last is not None and now - self.last > self.late_after
 
 
 def entries(settings: Settings) -> list[Entry]:
@@ -66,6 +69,7 @@ def entries(settings: Settings) -> list[Entry]:
     scheduled = [
         Entry("kino.sweep_retries", timedelta(seconds=settings.retry_every_s), "try waiting events again"),
         Entry("kino.expire_lots", timedelta(seconds=settings.expiry_every_s), "expire lots"),
+        Entry("kino.sample_clock", SAMPLE_EVERY, "note which time belongs to which transaction"),
     ]
     if settings.job_source is not None:
         every = timedelta(seconds=settings.overdue_every_s)
@@ -76,14 +80,23 @@ def entries(settings: Settings) -> list[Entry]:
     return scheduled
 
 
-def claim_slot(connection: sa.Connection, entry: Entry, *, now: datetime, claimed_by: str) -> datetime | None:
-    """Claim the current slot in the caller's transaction; None if somebody has it. Forgets slots of a day ago."""
+def claim_slot(connection: sa.Connection, entry: Entry, *, claimed_by: str) -> datetime | None:
+    """Claim the current slot in the caller's transaction; None if somebody has it. Forgets slots of a day ago.
+
+    A row that was claimed later than it is now was written by a clock that has been set back since. It is no run: the
+    slot is claimed over it, or nothing would run until that clock's time has come. (The clock is read where the rows
+    conflict, after any wait: a claim of this very moment lies behind it.)
+    """
+    now = read_clock(connection)
     slot_at = entry.slot(now)
     claimed = connection.execute(
-        sa.text(
-            "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by) VALUES (:name, :slot_at, :claimed_by)"
-            " ON CONFLICT (name, slot_at) DO NOTHING RETURNING slot_at"
-        ),
+        sa.text("""
+            INSERT INTO kino.schedule_slot AS s (name, slot_at, claimed_by) VALUES (:name, :slot_at, :claimed_by)
+            ON CONFLICT (name, slot_at) DO UPDATE SET
+                claimed_by = excluded.claimed_by, claimed_at = excluded.claimed_at, finished_at = NULL, result = NULL
+            WHERE s.claimed_at > kino.clock()
+            RETURNING slot_at
+        """),
         {"name": entry.name, "slot_at": slot_at, "claimed_by": claimed_by},
     ).scalar_one_or_none()
     if claimed is None:
@@ -114,43 +127,66 @@ def finish_slot(connection: sa.Connection, entry: Entry, slot_at: datetime, resu
     """Say that a run has ended, and with what."""
     connection.execute(
         sa.text(
-            "UPDATE kino.schedule_slot SET finished_at = clock_timestamp(), result = CAST(:result AS jsonb)"
+            "UPDATE kino.schedule_slot SET finished_at = kino.clock(), result = CAST(:result AS jsonb)"
             " WHERE name = :name AND slot_at = :slot_at"
         ),
         {"name": entry.name, "slot_at": slot_at, "result": json.dumps(result)},
     )
 
 
-def read_schedule(connection: sa.Connection, scheduled: Sequence[Entry], *, now: datetime) -> list[Run]:
-    """Say of each entry when it ran last, when it will next, and how often it should have and did not."""
-    runs = []
-    for entry in scheduled:
-        last = connection.execute(
-            sa.text(
-                "SELECT slot_at, finished_at, result FROM kino.schedule_slot WHERE name = :name"
-                " ORDER BY slot_at DESC LIMIT 1"
-            ),
-            {"name": entry.name},
-        ).one_or_none()
-        seen = connection.execute(
-            sa.text(
-                "SELECT CASE WHEN min(slot_at) < :since THEN :since ELSE min(slot_at) END AS first,"
-                "       count(*) FILTER (WHERE slot_at >= :since) AS slots"
-                " FROM kino.schedule_slot WHERE name = :name AND slot_at < :current"
-            ),
-            {"name": entry.name, "since": entry.slot(now - LOOK_BACK), "current": entry.slot(now)},
-        ).one()
-        due = (entry.slot(now) - seen.first) // entry.every if seen.first is not None else 0
-        runs.append(
-            Run(
-                entry.name,
-                entry.every.total_seconds(),
-                last.slot_at if last else None,
-                last.finished_at if last else None,
-                last.result if last else None,
-                entry.slot(now) + entry.every,
-                max(0, due - seen.slots),
-                entry.what,
-            )
-        )
-    return runs
+# A slot later than the clock was claimed by a clock that has been set back since: it is no run.
+_RUNS = sa.text("""
+    SELECT r.name, last.slot_at AS last, last.finished_at AS finished, last.result, seen.first, seen.slots, seen.ended
+    FROM unnest(CAST(:names AS text[]), CAST(:sinces AS timestamptz[]), CAST(:currents AS timestamptz[]))
+         AS r (name, since, current)
+    LEFT JOIN LATERAL (
+        SELECT s.slot_at, s.finished_at, s.result FROM kino.schedule_slot s
+        WHERE s.name = r.name AND s.slot_at <= :now AND s.claimed_at <= :now ORDER BY s.slot_at DESC LIMIT 1
+    ) last ON true
+    CROSS JOIN LATERAL (
+        -- Null where nothing ever ran: then nothing was missed either.
+        SELECT CASE WHEN min(s.slot_at) < r.since THEN r.since ELSE min(s.slot_at) END AS first,
+               count(*) FILTER (WHERE s.slot_at >= r.since AND s.slot_at < r.current) AS slots,
+               max(s.slot_at) FILTER (WHERE s.finished_at IS NOT NULL) AS ended
+        FROM kino.schedule_slot s WHERE s.name = r.name AND s.slot_at <= :now AND s.claimed_at <= :now
+    ) seen
+""")
+_WORKERS_SINCE = sa.text("""
+    SELECT min(started_at) FROM kino.intake_worker
+    WHERE stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds'
+""")
+
+
+def read_schedule(connection: sa.Connection, scheduled: Sequence[Entry]) -> list[Run]:
+    """Say of each entry when it ran last, when it will next, and whether it runs as it should."""
+    now = read_clock(connection)
+    workers_since = connection.execute(_WORKERS_SINCE).scalar_one_or_none()
+    wanted = {
+        "names": [entry.name for entry in scheduled],
+        "sinces": [entry.slot(now - LOOK_BACK) for entry in scheduled],
+        "currents": [entry.slot(now) for entry in scheduled],
+        "now": now,
+    }
+    found = {row.name: row for row in connection.execute(_RUNS, wanted)}
+    return [_run(entry, found[entry.name], workers_since, now) for entry in scheduled]
+
+
+def _run(entry: Entry, row: Any, workers_since: datetime | None, now: datetime) -> Run:
+    late_after = max(LATE_SLOTS * entry.every, LATE_MIN)
+    # What never ran is late only where a worker has been there to run it.
+    expected_since = row.last or workers_since
+    started_since = row.ended or workers_since or row.last
+    due = max(0, (entry.slot(now) - row.first) // entry.every) if row.first is not None else 0
+    return Run(
+        name=entry.name,
+        every_s=entry.every.total_seconds(),
+        last=row.last,
+        finished=row.finished,
+        ended=row.ended,
+        result=row.result,
+        next=entry.slot(now) + entry.every,
+        missed=max(0, due - row.slots),
+        late=expected_since is not None and now - expected_since > late_after,
+        stuck=row.last is not None and row.last - started_since > late_after,
+        what=entry.what,
+    )

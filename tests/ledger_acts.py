@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import sqlalchemy as sa
 
-from kino_refunds.ledger import Charge, Ending, Grant, LotClass, end_charges, grant_lots, open_charge
+from kino_refunds.ledger import Charge, Ending, Grant, LotClass, grant_lots, open_charge
+from tests.clock import end_charges
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

@@ -42,7 +42,8 @@ from kino_refunds.settlement.batch import Part, outcomes_of, settle_batch
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.settlement.retries import sweep_retries
-from kino_refunds.settlement.settle import Decision, Terms, settle
+from kino_refunds.settlement.settle import Decision, Terms
+from tests.clock import clock_at, settle_at, settle_batch_at
 
 if TYPE_CHECKING:
     from tests.conftest import Database
@@ -261,13 +262,13 @@ class Scene:
     def settle(
         self,
         *events: Event | Delivery,
-        now: datetime = NOW,
+        now: datetime | None = NOW,
         terms: Terms | None = None,
         busy_jobs: Sequence[str] = (),
     ) -> list[str]:
-        """Settle these events in one transaction; returns their outcomes, in order."""
+        """Settle these events in one transaction, at `now` (None: as it is); returns their outcomes, in order."""
         with self.worker.connect() as connection:
-            return words(settle(connection, deliveries_of(events), terms or make_terms(), now, busy_jobs=busy_jobs))
+            return words(settle_at(connection, deliveries_of(events), terms or make_terms(), now, busy_jobs=busy_jobs))
 
     def settle_batch(
         self,
@@ -277,16 +278,17 @@ class Scene:
         watch: Callable[[Part], None] = lambda _: None,
     ) -> dict[str, str]:
         """Settle these events as intake does; returns outcomes by event id."""
-        decisions = settle_batch(self.worker, deliveries_of(events), terms or make_terms(), now, watch=watch)
+        decisions = settle_batch_at(self.worker, deliveries_of(events), terms or make_terms(), now, watch=watch)
         return {decision.delivery.event.id: decision.outcome.value for decision in decisions}
 
     def sweep(self, *, now: datetime = NOW, terms: Terms | None = None, limit: int = 500) -> dict[str, int]:
         """Try due events again as the worker's sweep does; returns how many came to each outcome."""
 
-        def settle_due(due: Sequence[Delivery], at: datetime) -> list[Outcome]:
-            return outcomes_of(settle_batch(self.worker, due, terms or make_terms(), at))
+        def settle_due(due: Sequence[Delivery]) -> list[Outcome]:
+            return outcomes_of(settle_batch(self.worker, due, terms or make_terms()))
 
-        return sweep_retries(self.worker, settle_due, now=now, lease=LEASE, limit=limit).outcomes
+        with clock_at(self.worker, now):
+            return sweep_retries(self.worker, settle_due, lease=LEASE, limit=limit).outcomes
 
     # Assert.
 

@@ -7,12 +7,14 @@ import os
 import socket
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import sqlalchemy as sa
 from celery import bootsteps
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.publisher import declare_queues
@@ -34,6 +36,8 @@ RECOVER_EVERY_S = 1.0
 """P9 gives a dead worker's batch 5 s beyond its alive key, and it then goes one message at a time."""
 HEARTBEAT_EVERY_S = 10.0
 FORGET_WORKERS_AFTER = "7 days"
+CLOCK_SKEW_MAX = timedelta(seconds=5)
+"""As in the doctor: NTP keeps hosts within milliseconds."""
 STOP_WITHIN_S = 10.0
 """Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
 
@@ -134,22 +138,39 @@ class Heartbeat:
     def __init__(self, engine: sa.Engine, intake: Intake, worker_id: str, build: str) -> None:
         self._engine = engine
         self._intake = intake
+        self._told_of_skew = False
         self._row = {"worker_id": worker_id, "host": socket.gethostname(), "pid": os.getpid(), "build": build}
 
     def beat(self) -> None:
         """Say that we live, and what we did so far."""
         self._write(
             "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, counts)"
-            " VALUES (:worker_id, :host, :pid, :build, clock_timestamp(), clock_timestamp(),"
+            " VALUES (:worker_id, :host, :pid, :build, kino.clock(), kino.clock(),"
             "         CAST(:counts AS jsonb))"
-            " ON CONFLICT (worker_id) DO UPDATE SET seen_at = clock_timestamp(), counts = excluded.counts"
+            " ON CONFLICT (worker_id) DO UPDATE SET seen_at = kino.clock(), counts = excluded.counts"
         )
-        self._write(f"DELETE FROM kino.intake_worker WHERE seen_at < now() - interval '{FORGET_WORKERS_AFTER}'")  # noqa: S608 - a constant
+        self._write(f"DELETE FROM kino.intake_worker WHERE seen_at < kino.clock() - interval '{FORGET_WORKERS_AFTER}'")  # noqa: S608 - a constant
+
+        self._compare_clocks()
+
+    def _compare_clocks(self) -> None:
+        """Warn once when this host's clock leaves Postgres', and say once when it is back."""
+        with self._engine.connect() as connection:
+            skew = datetime.now(UTC) - read_clock(connection)  # compared, and nothing is decided by it
+        off = abs(skew) > CLOCK_SKEW_MAX
+        if off and not self._told_of_skew:
+            log.warning(
+                "this host's clock differs from Postgres': set both by NTP; sweeps here withhold what cannot be undone",
+                ahead_s=round(skew.total_seconds(), 1),
+            )
+        elif self._told_of_skew and not off:
+            log.info("this host's clock agrees with Postgres' again")
+        self._told_of_skew = off
 
     def stop(self) -> None:
         """Say that we end."""
         self._write(
-            "UPDATE kino.intake_worker SET stopped_at = clock_timestamp(), seen_at = clock_timestamp(),"
+            "UPDATE kino.intake_worker SET stopped_at = kino.clock(), seen_at = kino.clock(),"
             " counts = CAST(:counts AS jsonb) WHERE worker_id = :worker_id"
         )
 

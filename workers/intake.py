@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import redis
@@ -108,17 +107,16 @@ class Intake:
         if not claim.messages:
             return 0
         self._unfinished = claim.token
-        now = datetime.now(UTC)
         deliveries, dead = read_claim(claim)
         try:
-            decisions = settle_batch(self._engine, deliveries, self._terms, now, watch=self._watch)
+            decisions = settle_batch(self._engine, deliveries, self._terms, watch=self._watch)
         except _Tripped:
             self._trip()
             return len(claim.messages)
         if dead:
             # After the neighbours: they settle even while no dead letter can be written.
             with self._engine.begin() as connection:
-                record_dead_letters(connection, dead, now=now, build=self._terms.build)
+                record_dead_letters(connection, dead, build=self._terms.build)
         dropped = self._queues.drop(claim.token)
         self._unfinished = None
         if gate.paused:

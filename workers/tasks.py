@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,10 @@ from kino_refunds.events.client import redis_client
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.reconciliation.clocks import read_clocks
 from kino_refunds.reconciliation.overdue import rules_of
 from kino_refunds.reconciliation.overdue import sweep_overdue as sweep_jobs
+from kino_refunds.reconciliation.verified import sample_clock as sample
 from kino_refunds.schedule import claim_slot, entries, finish_slot
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
@@ -48,22 +49,21 @@ def _redis() -> redis.Redis:
     return redis_client(load_settings().require_redis_url())
 
 
-def _in_slot(name: str, run: Callable[[datetime], dict[str, Any]], *, settles: bool) -> None:
+def _in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
     """Run in this slot unless somebody has; a run that found something to do is worth a line.
 
     What settles events waits while intake is paused: a build that the tripwire has stopped must not go on
     with the events that wait for a retry.
     """
-    now = datetime.now(UTC)
     entry = next((entry for entry in entries(load_settings()) if entry.name == name), None)
     if entry is None:
         raise BadSettings(f"beat started {name}, which is switched off in this worker's settings: give both the same")
     with _engine().begin() as connection:
-        slot_at = claim_slot(connection, entry, now=now, claimed_by=f"{socket.gethostname()}:{os.getpid()}")
+        slot_at = claim_slot(connection, entry, claimed_by=f"{socket.gethostname()}:{os.getpid()}")
         paused = settles and read_gate(connection).paused
     if slot_at is None:
         return
-    result = {"paused": True} if paused else run(now)
+    result = {"paused": True} if paused else run()
     with _engine().begin() as connection:
         finish_slot(connection, entry, slot_at, result)
     if any(result.values()):
@@ -76,11 +76,10 @@ def sweep_retries() -> None:
     settings = load_settings()
     terms = terms_of(settings)
 
-    def run(now: datetime) -> dict[str, Any]:
+    def run() -> dict[str, Any]:
         swept = sweep(
             _engine(),
-            lambda due, at: outcomes_of(settle_batch(_engine(), due, terms, at)),
-            now=now,
+            lambda due: outcomes_of(settle_batch(_engine(), due, terms)),
             lease=settings.retry_lease,
         )
         return {"tried": swept.tried, "outcomes": swept.outcomes}
@@ -92,15 +91,32 @@ def sweep_retries() -> None:
 def expire_lots() -> None:
     """Expire lots whose time has come, in small transactions: a refund may be waiting for one of them."""
 
-    def run(now: datetime) -> dict[str, Any]:
+    def run() -> dict[str, Any]:
+        with _engine().connect() as connection:
+            disagreement = read_clocks(connection, _redis()).disagreement()
+        if disagreement is not None:
+            log.error("expiry is withheld: the clocks disagree", why=disagreement)
+            return {"withheld": {"clock": 1}}
         count = expired = -1
         while expired:
             with _engine().begin() as connection:
-                expired = expire(connection, now=now)
+                expired = expire(connection)
             count += expired
         return {"lots": count + 1}
 
     _in_slot("kino.expire_lots", run, settles=False)
+
+
+@shared_task(name="kino.sample_clock")
+def sample_clock() -> None:
+    """Note which instant belongs to which transaction: "verified through" is read from these samples."""
+
+    def run() -> dict[str, Any]:
+        with _engine().begin() as connection:
+            sample(connection)
+        return {}
+
+    _in_slot("kino.sample_clock", run, settles=False)
 
 
 @shared_task(name="kino.sweep_overdue")
@@ -108,9 +124,9 @@ def sweep_overdue() -> None:
     """Ask about jobs whose event never came."""
     settings = load_settings()
 
-    def run(now: datetime) -> dict[str, Any]:
+    def run() -> dict[str, Any]:
         with source_of(settings) as source:
-            report = sweep_jobs(_engine(), _redis(), source, terms_of(settings), rules_of(settings), now=now)
+            report = sweep_jobs(_engine(), _redis(), source, terms_of(settings), rules_of(settings))
         return {name: value for name, value in report.as_dict().items() if name != "verified_through"}
 
     _in_slot("kino.sweep_overdue", run, settles=True)
@@ -121,7 +137,7 @@ def relay_refunds() -> None:
     """Tell the product of refunds, oldest first."""
     queue = load_settings().relay_queue
 
-    def run(_now: datetime) -> dict[str, Any]:
+    def run() -> dict[str, Any]:
         count = relayed = 0
         while queue is not None and (relayed := relay(_engine(), _redis(), queue)):
             count += relayed

@@ -14,13 +14,13 @@ from kino_refunds.cli.options import (
     AlthoughPast,
     AsJson,
     Edge,
-    ledger_clock,
     ledger_connection,
     product_connection,
     read_time,
     require_future,
 )
 from kino_refunds.cli.output import print_facts, print_items, print_json
+from kino_refunds.db.clock import read_clock
 from kino_refunds.ledger import ChargeRequest
 from kino_refunds.settings import load_settings
 
@@ -124,7 +124,7 @@ def open_charge(
         if instant is not None:
             require_future(connection, "--deadline", instant, although_past=although_past)
         elif wait is not None:
-            wanted = replace(wanted, deadline_at=ledger_clock(connection) + wait)
+            wanted = replace(wanted, deadline_at=read_clock(connection) + wait)
         charge = ledger.open_charges(connection, [wanted])[0]
     if as_json:
         print_json(charge)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -172,9 +172,8 @@ def replay(
                 warn_if_paused(connection)
         try:
             for number in dict.fromkeys(numbers):
-                now = datetime.now(UTC)
                 try:
-                    replays += [replay_letter(engine, number, terms, now, actor=by, edited=corrected, dry_run=dry_run)]
+                    replays += [replay_letter(engine, number, terms, actor=by, edited=corrected, dry_run=dry_run)]
                 except DeadLetterClosed as error:  # somebody's; the others are not
                     print_error(str(error))
         except MalformedMessage as error:  # only a correction can be one here
@@ -234,7 +233,6 @@ def discard(
                 source_configured=source_configured,
                 note=note,
                 actor=by,
-                now=datetime.now(UTC),
             )
 
     named = list(although_open or ())
@@ -280,5 +278,5 @@ def note(
     Example: kino-refunds dead-letters note 7 "the pipeline team is on it"
     """
     with ledger_connection() as connection:
-        note_letter(connection, number, text, actor=by, now=datetime.now(UTC))
+        note_letter(connection, number, text, actor=by)
     console.print(f"noted on dead letter {number}")

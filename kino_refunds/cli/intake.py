@@ -18,10 +18,10 @@ from kino_refunds.settlement.gate import pause_intake, read_gate, resume_intake
 # Three heartbeats: one may be late behind a slow batch.
 _WORKERS = sa.text("""
     SELECT CAST(worker_id AS text) AS worker_id, host, pid, build, started_at, seen_at,
-           (stopped_at IS NULL AND seen_at > clock_timestamp() - interval '30 seconds') AS alive,
+           (stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds') AS alive,
            CAST(coalesce(counts ->> 'messages', '0') AS bigint) AS messages
     FROM kino.intake_worker
-    WHERE seen_at > clock_timestamp() - interval '1 day'
+    WHERE seen_at > kino.clock() - interval '1 day'
     ORDER BY alive DESC, seen_at DESC LIMIT 20
 """)
 

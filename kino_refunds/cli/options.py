@@ -17,6 +17,7 @@ import typer
 
 from kino_refunds.cli.exit_codes import AWAY, FINDING, INSUFFICIENT_PRIVILEGE, explained
 from kino_refunds.cli.output import errors, shown
+from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import DependencyAway
 from kino_refunds.settings import PRODUCT_DATABASE_URL, Settings, load_settings
@@ -68,12 +69,6 @@ def _engine(url: str, settings: Settings) -> Iterator[sa.Engine]:
         yield engine
     finally:
         engine.dispose()
-
-
-def ledger_clock(connection: sa.Connection) -> datetime:
-    """Return the instant that it is by the ledger's one clock, in UTC: hosts' clocks disagree."""
-    now: datetime = connection.execute(sa.text("SELECT kino.clock()")).scalar_one()
-    return now
 
 
 def warn_if_paused(connection: sa.Connection) -> None:
@@ -129,7 +124,7 @@ AlthoughPast = Annotated[bool, typer.Option("--although-past", help="Take an ins
 
 def require_future(connection: sa.Connection, name: str, instant: datetime, *, although_past: bool) -> None:
     """Raise a usage error if an instant has passed by the ledger's clock, unless that was said to be meant."""
-    now = ledger_clock(connection)
+    now = read_clock(connection)
     if instant <= now and not although_past:
         raise typer.BadParameter(
             f"{name} {written(instant)} lies in the past (it is {written(now)}): add --although-past if you mean it"
@@ -138,7 +133,7 @@ def require_future(connection: sa.Connection, name: str, instant: datetime, *, a
 
 def require_past(connection: sa.Connection, name: str, instant: datetime) -> None:
     """Raise a usage error if an instant has not come yet by the ledger's clock."""
-    now = ledger_clock(connection)
+    now = read_clock(connection)
     if instant > now:
         raise typer.BadParameter(f"{name} {written(instant)} lies in the future (it is {written(now)})")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -60,7 +60,6 @@ def run(
             source,
             Terms(published_policy(), settings.lot_grace, settings.build),
             rules_of(settings),
-            now=datetime.now(UTC),
             dry_run=dry_run,
             progress=_show_progress,
         )

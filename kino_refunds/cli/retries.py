@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from typing import Annotated
 
 import sqlalchemy as sa
@@ -105,10 +104,9 @@ def show(
 # loses its second entry, as a sweep's does.
 _HASTEN = sa.text("""
     UPDATE kino.pending_event p SET
-        next_attempt_at = least(p.next_attempt_at, :now),
-        history = CASE WHEN jsonb_array_length(p.history) < :history_length_max
-                       THEN p.history || CAST(:entry AS jsonb)
-                       ELSE (p.history - 1) || CAST(:entry AS jsonb) END
+        next_attempt_at = least(p.next_attempt_at, kino.clock()),
+        history = CASE WHEN jsonb_array_length(p.history) < :history_length_max THEN p.history ELSE p.history - 1 END
+                  || jsonb_build_array(jsonb_build_object('at', kino.clock(), 'actor', CAST(:actor AS text)))
     FROM (SELECT source, event_id FROM kino.pending_event
           WHERE CAST(:event_id AS text) IS NULL OR event_id = :event_id
           ORDER BY source, event_id FOR UPDATE SKIP LOCKED) AS free
@@ -129,26 +127,15 @@ def run_now(
     """
     settings = load_settings()
     terms = Terms(published_policy(), settings.lot_grace, settings.build)
-    now = datetime.now(UTC)
     tried, outcomes = 0, dict[str, int]()
     with ledger_engine(settings) as engine:
         with engine.begin() as connection:
             warn_if_paused(connection)
-            entry = [{"at": now.isoformat(), "actor": by}]
-            connection.execute(
-                _HASTEN,
-                {
-                    "now": now,
-                    "event_id": event_id,
-                    "history_length_max": HISTORY_LENGTH_MAX,
-                    "entry": json.dumps(entry),
-                },
-            )
+            connection.execute(_HASTEN, {"event_id": event_id, "history_length_max": HISTORY_LENGTH_MAX, "actor": by})
         while True:
             swept = sweep_retries(
                 engine,
-                lambda due, at: outcomes_of(settle_batch(engine, due, terms, at)),
-                now=now,
+                lambda due: outcomes_of(settle_batch(engine, due, terms)),
                 lease=settings.retry_lease,
                 event_id=event_id,
             )

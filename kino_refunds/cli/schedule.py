@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 import typer
 
 from kino_refunds.cli.options import AsJson, ledger_connection
 from kino_refunds.cli.output import print_items
+from kino_refunds.db.clock import read_clock
 from kino_refunds.schedule import entries, read_schedule
 from kino_refunds.settings import load_settings
 
@@ -22,14 +22,14 @@ def register(app: typer.Typer) -> None:
 def schedule(as_json: AsJson = False) -> int:
     """Show what runs by itself: last, next, missed.
 
-    `missed` counts the runs of the last hour that did not happen. Exit code 1 means that one did not,
-    or that nothing has run for long.
+    `missed` counts the runs of the last hour that did not happen. Exit code 1 means that something does not
+    run now; it is 0 again when everything does.
 
     Example: kino-refunds schedule
     """
-    now = datetime.now(UTC)
     with ledger_connection() as connection:
-        runs = read_schedule(connection, entries(load_settings()), now=now)
+        now = read_clock(connection)
+        runs = read_schedule(connection, entries(load_settings()))
     rows = [asdict(run) for run in runs]
     if not as_json:
         rows = [
@@ -39,12 +39,13 @@ def schedule(as_json: AsJson = False) -> int:
                 "last": run.last and f"{run.last:{'%H:%M:%S' if run.last.date() == now.date() else '%m-%d %H:%M'}}",
                 "next": f"{run.next:%H:%M:%S}",
                 "missed": run.missed,
+                "state": "late" if run.late else "does not end" if run.stuck else "runs" if run.last else "not yet",
                 "found": _found(run.result or {}),
             }
             for run in runs
         ]
     print_items(rows, next_cursor=None, as_json=as_json, empty="nothing is scheduled")
-    return 1 if any(run.missed or run.is_late(now) for run in runs) else 0
+    return 1 if any(run.late or run.stuck for run in runs) else 0
 
 
 def _found(result: dict[str, Any]) -> str:

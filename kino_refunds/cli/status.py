@@ -5,50 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import redis
 import sqlalchemy as sa
 import typer
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kino_refunds.cli.exit_codes import explained
+from kino_refunds.cli.exit_codes import FINDING, explained
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import console, print_json, print_whole, shown
+from kino_refunds.desk.standing import read_standing
 from kino_refunds.events.client import redis_client
 from kino_refunds.events.queues import depths
-from kino_refunds.schedule import entries, read_schedule
 from kino_refunds.settings import Settings, load_settings
-from kino_refunds.settlement.gate import read_gate
 
 WATCH_EVERY_S = 2.0
 HANGS_AFTER_S = 3.0
 """Everything is read in milliseconds; what takes longer must not look as if it were now."""
-
-# Everything here is counted over what is open or of the last hour, so that a large ledger answers as fast.
-_NOW = sa.text("""
-    SELECT
-        (SELECT count(*) FROM kino.intake_worker
-         WHERE stopped_at IS NULL AND seen_at > clock_timestamp() - interval '30 seconds') AS workers_alive,
-        (SELECT count(*) FROM kino.pending_event) AS waiting_for_retry,
-        (SELECT min(first_seen_at) FROM kino.pending_event) AS waiting_since,
-        (SELECT count(*) FROM kino.break WHERE status = 'open') AS breaks_open,
-        (SELECT count(*) FROM kino.charge c
-         WHERE c.opened_at >= (SELECT v.opened_at FROM kino.verified_through v)
-           AND NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id)) AS charges_open,
-        (SELECT count(*) FROM kino.charge c
-         WHERE c.opened_at >= (SELECT v.opened_at FROM kino.verified_through v)
-           AND c.deadline_at + make_interval(secs => :grace_s) < clock_timestamp()
-           AND NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id)) AS charges_overdue
-""")
-_LETTERS = sa.text("""
-    SELECT reason, count(*) AS letters FROM kino.dead_letter WHERE status = 'open' GROUP BY reason ORDER BY 2 DESC
-""")
 
 
 def register(app: typer.Typer) -> None:
@@ -59,8 +40,10 @@ def register(app: typer.Typer) -> None:
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds until Ctrl-C.")] = False,
     as_json: AsJson = False,
-) -> None:
-    """Show on one screen how things stand.
+) -> int:
+    """Show on one screen how things stand; the first line says whether that is fine.
+
+    Exit code 1 means that it is not: each line that says so ends with the one command to type.
 
     Example: kino-refunds status --watch
     """
@@ -68,42 +51,53 @@ def status(
         raise typer.BadParameter("--watch is for a person's eyes; for a program, run --json again and again")
     settings = load_settings()
     with ledger_engine(settings) as engine, redis_client(settings.require_redis_url()) as client:
-        if as_json:
-            print_json(read_status(engine, client, settings))
-        elif watch:
+        if watch:
             _watch(lambda: _screen(read_status(engine, client, settings), lines_max=console.height - 1))
-        else:
-            print_whole(_screen(read_status(engine, client, settings)))
+        found = read_status(engine, client, settings)
+    if as_json:
+        print_json(found)
+    else:
+        print_whole(_screen(found))
+    return 0 if found["fine"] else FINDING
 
 
 def read_status(engine: sa.Engine, client: redis.Redis, settings: Settings) -> dict[str, Any]:
     """Read everything that on-call looks at first; raises what Postgres and Redis raise."""
-    now = datetime.now(UTC)
     with engine.connect() as connection:
-        gate = read_gate(connection)
-        counts = connection.execute(_NOW, {"grace_s": settings.overdue_grace_s}).mappings().one()
-        letters = {row.reason: row.letters for row in connection.execute(_LETTERS)}
-        runs = read_schedule(connection, entries(settings), now=now)
+        standing = read_standing(connection, settings)
+    troubles = list(standing.troubles())
+    gate = standing.gate
     return {
-        "at": now,
+        "fine": not troubles,
+        "at": standing.at,
+        "troubles": [asdict(trouble) for trouble in troubles],
         "intake": "paused" if gate.paused else "open",
         "intake_reason": gate.reason if gate.paused else None,
         "intake_paused_by": gate.actor if gate.paused else None,
-        **counts,
+        "workers_alive": standing.workers_alive,
+        "waiting_for_retry": standing.waiting_for_retry,
+        "waiting_since": standing.waiting_since,
+        "breaks_open": standing.breaks_open,
+        "charges_open": standing.open.charges,
+        "credits_held": standing.open.credits,
+        "charges_overdue": standing.overdue.charges,
+        "credits_overdue": standing.overdue.credits,
         "queues": depths(client),
-        "dead_letters_open": letters,
-        "missed_runs": {run.what: run.missed for run in runs if run.missed},
-        "late_runs": {run.what: run.last for run in runs if run.is_late(now)},
+        "dead_letters_open": standing.letters.by_reason,
+        "credits_at_stake": standing.letters.credits_at_stake,
+        "verified_through": standing.verified.through,
+        "missed_runs": {run.what: run.missed for run in standing.runs if run.missed},
+        "late_runs": {run.what: run.last for run in standing.runs if run.late or run.stuck},
     }
 
 
-def _watch(screen: Callable[[], Table]) -> None:
+def _watch(screen: Callable[[], Group]) -> NoReturn:
     """Look again and again; a server that is away is what on-call wants to see coming back, so it ends nothing.
 
     Looked at in a thread of its own: a server that hangs must not leave the last picture standing as if it were
     true, nor hold up Ctrl-C.
     """
-    seen: SimpleQueue[Table | Text | Exception] = SimpleQueue()
+    seen: SimpleQueue[Group | Text | Exception] = SimpleQueue()
 
     def look() -> None:
         try:
@@ -137,10 +131,10 @@ def _bad(text: str) -> Text:
     return Text.assemble(shown(datetime.now(UTC)), "  ", shown(text), style="bold red")
 
 
-def _draw(seen: Table | Text, live: Live | None) -> None:
+def _draw(seen: Group | Text, live: Live | None) -> None:
     if live is not None:
         live.update(seen, refresh=True)
-    elif isinstance(seen, Table):
+    elif isinstance(seen, Group):
         print_whole(seen)
     else:
         console.print(seen, soft_wrap=True)
@@ -148,32 +142,37 @@ def _draw(seen: Table | Text, live: Live | None) -> None:
 
 _NAMES = {"intake_reason": "reason", "intake_paused_by": "paused by"}
 _ONLY_WHERE_SO = frozenset({"intake_reason", "intake_paused_by"})
-_BAD_ABOVE_ZERO = frozenset({"breaks_open", "charges_overdue", "dead_letters_open", "missed_runs", "late_runs"})
+_AT_THE_TOP = frozenset({"fine", "at", "troubles"})
 
 
-def _screen(found: dict[str, Any], *, lines_max: int | None = None) -> Table:
-    """Draw one line a thing, in a fixed order; where there is no room for all, what is bad comes first."""
+def _screen(found: dict[str, Any], *, lines_max: int | None = None) -> Group:
+    """Draw what is not fine first, each with its command, then one line a thing; cut to `lines_max` from below."""
+    troubles = found["troubles"]
+    count = f"not fine: {len(troubles)} thing{'' if len(troubles) == 1 else 's'}"
+    verdict = ("fine", "bold green") if found["fine"] else (count, "bold red")
+    head = [Text.assemble(verdict, "  ", (shown(found["at"]).plain, "dim"))]
+    head += [
+        Text.assemble((f"  {shown(trouble['what'])}: ", "bold red"), (trouble["command"], "bold"))
+        for trouble in troubles
+    ]
     rows = []
     for name, value in found.items():
-        if name in _ONLY_WHERE_SO and value is None:
+        if name in _AT_THE_TOP or (name in _ONLY_WHERE_SO and value is None):
             continue
         if isinstance(value, dict):
             text = Text(", ").join(Text.assemble(key, " ", shown(each)) for key, each in value.items())
         else:
             text = shown(value)
-        bad = value == "paused" or (name == "workers_alive" and not value) or (name in _BAD_ABOVE_ZERO and bool(value))
-        label = _NAMES.get(name, name.replace("_", " "))
-        rows.append((label, text if value != {} else shown(None), bad))
-    table = _table(rows)
-    if lines_max is not None and len(console.render_lines(table)) > lines_max:
-        return _table(sorted(rows, key=lambda row: not row[2]))
-    return table
+        rows.append((_NAMES.get(name, name.replace("_", " ")), text if value != {} else shown(None)))
+    while lines_max is not None and rows and len(console.render_lines(Group(*head, _table(rows)))) > lines_max:
+        rows.pop()
+    return Group(*head, _table(rows))
 
 
-def _table(rows: list[tuple[str, Text, bool]]) -> Table:
+def _table(rows: list[tuple[str, Text]]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text, bad in rows:
-        table.add_row(label, text, style="bold red" if bad else None)
+    for label, text in rows:
+        table.add_row(label, text)
     return table

@@ -185,6 +185,27 @@ SELECT promise, violation FROM (
               FROM kino.transfer WHERE charge_id IS NOT NULL GROUP BY charge_id, lot_id) v
         WHERE gone NOT IN (0, got)
     )
+    -- what is open
+    UNION ALL
+    (
+        SELECT 'P9', 'charge ' || charge_id || ' is open, and nothing looks for its end: it has no row in open_charge'
+        FROM kino.charge c
+        WHERE NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id)
+          AND NOT EXISTS (SELECT FROM kino.open_charge o WHERE o.charge_id = c.charge_id)
+    )
+    UNION ALL
+    (
+        SELECT 'P9', 'charge ' || charge_id || ' has a row in open_charge and ' || CASE WHEN c.charge_id IS NULL
+               THEN 'does not exist' ELSE 'is settled' END
+        FROM kino.open_charge o LEFT JOIN kino.charge c USING (charge_id)
+        WHERE c.charge_id IS NULL OR EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = o.charge_id)
+    )
+    UNION ALL
+    (
+        SELECT 'P9', 'charge ' || charge_id || ' and its row in open_charge differ'
+        FROM kino.open_charge o JOIN kino.charge c USING (charge_id)
+        WHERE (o.account_id, o.deadline_at, o.credits) IS DISTINCT FROM (c.account_id, c.deadline_at, c.credits)
+    )
     -- transfers
     UNION ALL
     (

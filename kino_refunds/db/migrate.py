@@ -10,6 +10,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from kino_refunds.db.clock import restore_clock
 from kino_refunds.db.engine import driver_url
 
 # Any number will do as long as nobody else in this database takes it: the bytes of "kino".
@@ -42,9 +43,9 @@ def current_revision(connection: sa.Connection) -> str | None:
 def migrate(url: str) -> tuple[str | None, str]:
     """Upgrade the database at `url` (connect as kino_owner) to this build's schema, in one transaction.
 
-    Two at once are safe: the second waits and finds nothing to do. Returns the revisions before and
-    after. Raises sqlalchemy's OperationalError if the server is away and ProgrammingError if the roles
-    of `db/roles.sql` are missing; either way nothing has changed.
+    Two at once are safe: the second waits and finds nothing to do. A `kino.clock()` that a test has replaced is put
+    back. Returns the revisions before and after. Raises sqlalchemy's OperationalError if the server is away and
+    ProgrammingError if the roles of `db/roles.sql` are missing; either way nothing has changed.
     """
     engine = sa.create_engine(driver_url(url), poolclass=sa.pool.NullPool)
     with engine.begin() as connection:
@@ -54,4 +55,5 @@ def migrate(url: str) -> tuple[str | None, str]:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        restore_clock(connection)
         return before, head_revision()

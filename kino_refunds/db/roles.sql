@@ -13,9 +13,9 @@ BEGIN
     EXECUTE format('GRANT CONNECT, CREATE ON DATABASE %I TO kino_owner', current_database());
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO kino_worker, kino_product, kino_read', current_database());
 
-    -- The verified-through mark stays one hour behind now. A product transaction that opened charges an
-    -- hour ago and commits only now would land behind the mark, where no sweep looks: so it must not live
-    -- that long. Before Postgres 17 there is no limit on the whole transaction, only on each part of it.
+    -- A product transaction that was forgotten holds its account's lots and the horizon: no refund settles there,
+    -- and statements, relay and proofs stand still. Before Postgres 17 nothing limits a whole transaction, only each
+    -- part of it.
     ALTER ROLE kino_product SET statement_timeout = '5min';
     ALTER ROLE kino_product SET idle_in_transaction_session_timeout = '5min';
     IF current_setting('server_version_num')::int >= 170000 THEN

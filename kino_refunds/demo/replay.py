@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,6 @@ def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
         NobodyKnows(),
         Terms(published_policy(), settings.lot_grace, settings.build),
         OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
-        now=datetime.now(UTC),
     )
 
 

@@ -242,7 +242,7 @@ class Demo:
 
     def _note_transfers(self) -> None:
         """Digest every transfer that no open transaction can still add to: none of them may ever change (P5)."""
-        horizon = self._stage.one("SELECT CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text)")
+        horizon = self._stage.one("SELECT CAST(kino.horizon() AS text)")
         with self._stage.servers.postgres.connect("kino") as superuser:
             self._traffic.record["transfers"] = {"below": horizon, **promises.digest_transfers(superuser, horizon)}
 

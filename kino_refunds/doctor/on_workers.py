@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,13 +16,10 @@ from kino_refunds.settlement.gate import Gate, read_gate
 
 def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
     """Look at what workers and beat have written about themselves."""
-    now = datetime.now(UTC)
     yield _gate(read_gate(connection))
-    workers = connection.execute(_WORKERS).one()
-    yield _alive(workers)
-    for run in read_schedule(connection, entries(settings), now=now):
-        ended = connection.execute(_ENDED, {"name": run.name}).scalar_one()
-        yield _beat(run, ended, workers.since, now)
+    yield _alive(connection.execute(_WORKERS).one())
+    for run in read_schedule(connection, entries(settings)):
+        yield _beat(run)
 
 
 def _gate(gate: Gate) -> Finding:
@@ -39,12 +36,11 @@ def _gate(gate: Gate) -> Finding:
 # Three heartbeats: one may be late behind a slow batch.
 _WORKERS = sa.text("""
     WITH worker AS (
-        SELECT build, started_at, seen_at,
-               stopped_at IS NULL AND seen_at > clock_timestamp() - interval '30 seconds' AS alive
+        SELECT build, seen_at,
+               stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds' AS alive
         FROM kino.intake_worker
     )
     SELECT count(*) FILTER (WHERE alive) AS alive, max(seen_at) AS seen_at,
-           min(started_at) FILTER (WHERE alive) AS since,
            string_agg(DISTINCT build, ', ' ORDER BY build) FILTER (WHERE alive) AS builds
     FROM worker
 """)
@@ -60,21 +56,20 @@ def _alive(workers: Any) -> Finding:
     )
 
 
-_ENDED = sa.text("SELECT max(slot_at) FROM kino.schedule_slot WHERE name = :name AND finished_at IS NOT NULL")
-
-
-def _beat(run: Run, ended: datetime | None, workers_since: datetime | None, now: datetime) -> Finding:
+def _beat(run: Run) -> Finding:
     found = f"{run.what}: last {_shown(run.last) if run.last else 'never'}"
-    # What never ran is late only where a worker has been there to run it.
-    waited = run.last is None and workers_since is not None and now - workers_since > run.late_after
-    if run.is_late(now) or waited:
+    if run.late:
         advice = "see that `celery -A workers.app beat` and a worker run, and that Redis is not full"
         return Finding("beat", "fail", found, advice)
     if run.last is None:
         return Finding("beat", "warn", found, "wait a minute; then see that `celery -A workers.app beat` runs")
-    if run.last - (ended or workers_since or run.last) > run.late_after:
-        to_the_end = f"to its end {_shown(ended) if ended else 'never'}"
-        return Finding("beat", "warn", f"{found}, {to_the_end}", "a worker's log says what stops it")
+    if run.stuck:
+        return Finding(
+            "beat",
+            "warn",
+            f"{found}, to its end {_shown(run.ended) if run.ended else 'never'}",
+            "a worker's log says what stops it",
+        )
     return Finding("beat", "ok", found)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import (
     AccountNotActive,
     ChargeAlreadySettled,
@@ -228,16 +229,16 @@ def _spendable(connection: sa.Connection, account_ids: Sequence[str]) -> dict[st
     """Lock what can be drawn, per account in burn order, as mutable [lot id, remaining]."""
     # Postgres checks the inner condition again after a wait only if the holder changed the row; the outer
     # one looks at the clock when the lot is had, so a lot that expired while we waited is not drawn either.
-    # clock_timestamp() and not now(): the caller's transaction may be old.
+    # The clock and not now(): the caller's transaction may be old.
     rows = connection.execute(
         sa.text("""
             WITH locked AS MATERIALIZED (
                 SELECT lot_id, account_id, class, remaining, priority, granted_at, expires_at FROM kino.credit_lot
                 WHERE account_id = ANY(CAST(:ids AS text[])) AND state = 'active' AND remaining > 0
-                  AND (expires_at IS NULL OR expires_at > clock_timestamp())
+                  AND (expires_at IS NULL OR expires_at > kino.clock())
                 ORDER BY lot_id FOR NO KEY UPDATE
             )
-            SELECT * FROM locked WHERE expires_at IS NULL OR expires_at > clock_timestamp()
+            SELECT * FROM locked WHERE expires_at IS NULL OR expires_at > kino.clock()
         """),
         {"ids": list(account_ids)},
     ).all()
@@ -300,27 +301,39 @@ class Ending(NamedTuple):
     event_at: datetime
 
 
-def end_charges(
-    connection: sa.Connection, endings: Sequence[Ending], *, now: datetime, lot_grace: timedelta, actor: str
-) -> None:
+def end_charges(connection: sa.Connection, endings: Sequence[Ending], *, lot_grace: timedelta, actor: str) -> None:
     """Capture and refund charges whose settlement the caller has just inserted (P1 is that insert).
 
     Refunded credits go where the lot's fate, read under its lock, sends them (design, section 4):
-    voided: back, then void. Frozen: back, and stay frozen. Expired, or expiring within `lot_grace` of
-    `now`: to a successor that lives `lot_grace`, so that a customer can still use what a failure of ours
-    held. Else: back. Raises LedgerInconsistent if the lines are not what the charge took (P4); raises
-    sqlalchemy's OperationalError (lock_not_available) if a lot is held for longer than the lock timeout.
+    voided: back, then void. Frozen: back, and stay frozen. Expired, or expiring within `lot_grace`: to a
+    successor that lives `lot_grace`, so that a customer can still use what a failure of ours held. Else: back.
+    Raises LedgerInconsistent if the lines are not what the charge took (P4); raises sqlalchemy's
+    OperationalError (lock_not_available) if a lot is held for longer than the lock timeout.
     """
     for ending in endings:
         if sum(credits for _, credits in ending.lines) != ending.credits:
             message = f"charge {ending.charge_id} took {ending.credits} credits but its lines say otherwise"
             raise LedgerInconsistent(message)
     returns = [(ending, lot_id, credits) for ending in endings if ending.refunded for lot_id, credits in ending.lines]
+    successors, voids = _give_back(connection, returns, lot_grace=lot_grace) if returns else ({}, [])
+    post_transfers(connection, list(_endings_transfers(endings, successors, voids)), actor=actor)
+
+
+_Return = tuple[Ending, int, int]
+"""What one line of a refunded charge gives back: the ending, the lot, the credits."""
+
+
+def _give_back(
+    connection: sa.Connection, returns: Sequence[_Return], *, lot_grace: timedelta
+) -> tuple[dict[int, int], list[_Return]]:
+    """Put credits where their lots' fate sends them; return lot id -> successor, and what is to be voided."""
     lots = lock_lots(connection, {lot_id for _, lot_id, _ in returns})
+    # Read after the locks: a lot that expired while we waited for one has expired.
+    until = read_clock(connection) + lot_grace
     back: dict[int, int] = defaultdict(int)
     onward: dict[int, int] = defaultdict(int)
     references: dict[int, str] = {}
-    voids: list[tuple[Ending, int, int]] = []
+    voids: list[_Return] = []
     for ending, lot_id, credits in returns:
         lot = lots.get(lot_id)
         if lot is None or lot.account_id != ending.account_id:
@@ -328,15 +341,14 @@ def end_charges(
             raise LedgerInconsistent(message)
         if lot.state is LotState.VOIDED:
             voids.append((ending, lot_id, credits))
-        elif _needs_successor(lot, now + lot_grace):
+        elif _needs_successor(lot, until):
             onward[lot_id] += credits
             # A charge is settled once, so a charge and a lot name one successor and no other.
             references.setdefault(lot_id, f"{SUCCESSOR_PREFIX}{lot_id}:{ending.charge_id}")
         else:
             back[lot_id] += credits
     add_to_lots(connection, back)
-    successors = add_successors(connection, onward, references=references, expires_at=now + lot_grace)
-    post_transfers(connection, list(_endings_transfers(endings, successors, voids)), actor=actor)
+    return add_successors(connection, onward, references=references, expires_at=until), voids
 
 
 def _needs_successor(lot: LockedLot, until: datetime) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import GrantConflict
 from kino_refunds.events.schema import ID_LENGTH_MAX
 from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
@@ -328,7 +329,7 @@ def add_successors(
     return {row[0]: row[1] for row in rows}
 
 
-def expire_lots(connection: sa.Connection, *, now: datetime, limit: int = 1000) -> int:
+def expire_lots(connection: sa.Connection, *, limit: int = 1000) -> int:
     """Expire up to `limit` active lots whose time has come; return how many; call again until it is 0.
 
     A lot that somebody holds is passed over: the next run finds it, and until then it is not drawn from,
@@ -336,10 +337,12 @@ def expire_lots(connection: sa.Connection, *, now: datetime, limit: int = 1000) 
     """
     rows = connection.execute(
         sa.text(
-            "SELECT lot_id, account_id, remaining FROM kino.credit_lot WHERE state = 'active' AND expires_at <= :now"
+            "SELECT lot_id, account_id, remaining FROM kino.credit_lot WHERE state = 'active'"
+            # As a sub-select it is read once, and the index on expires_at can be used.
+            " AND expires_at <= (SELECT kino.clock())"
             " ORDER BY lot_id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED"
         ),
-        {"now": now, "limit": limit},
+        {"limit": limit},
     ).all()
     _empty_lots(connection, rows, TransferKind.EXPIRE, LotState.EXPIRED, reason="expired", actor="expiry")
     return len(rows)
@@ -358,19 +361,19 @@ def freeze_purchase(connection: sa.Connection, purchase_id: str) -> list[int]:
     return frozen
 
 
-def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, now: datetime, lot_grace: timedelta) -> list[int]:
-    """Make a purchase's frozen lots active again; none of them expires before `now` + `lot_grace`."""
+def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, lot_grace: timedelta) -> list[int]:
+    """Make a purchase's frozen lots active again; none of them expires within `lot_grace` from now."""
     lot_ids = [row.lot_id for row in _lock_purchase(connection, purchase_id, [LotState.FROZEN])]
     connection.execute(
         sa.text(
             "UPDATE kino.credit_lot SET state = 'active',"
             " extended_from = CASE WHEN expires_at < :until THEN coalesce(extended_from, expires_at)"
             "                      ELSE extended_from END,"
-            " extended_at = CASE WHEN expires_at < :until THEN clock_timestamp() ELSE extended_at END,"
+            " extended_at = CASE WHEN expires_at < :until THEN kino.clock() ELSE extended_at END,"
             " expires_at = CASE WHEN expires_at < :until THEN :until ELSE expires_at END"
             " WHERE lot_id = ANY(CAST(:lot_ids AS bigint[]))"
         ),
-        {"lot_ids": lot_ids, "until": now + lot_grace},
+        {"lot_ids": lot_ids, "until": read_clock(connection) + lot_grace},
     )
     return lot_ids
 

@@ -96,7 +96,7 @@ def statement(
             WHERE t.account_id = :account_id
               AND (t.xid, t.transfer_id) > (coalesce((SELECT xid FROM kino.transfer WHERE transfer_id = :after),
                                                      CAST('0' AS xid8)), :after)
-              AND t.xid < pg_snapshot_xmin(pg_current_snapshot())
+              AND t.xid < kino.horizon()
             ORDER BY t.xid, t.transfer_id LIMIT :limit
         """),
         {"account_id": account_id, "after": after or 0, "limit": limit},

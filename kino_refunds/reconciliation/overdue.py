@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, assert_never
 
 import redis
 import sqlalchemy as sa
 from pydantic import ValidationError
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
 from kino_refunds.log import get_logger
+from kino_refunds.reconciliation.clocks import read_clocks
 from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.reconciliation.verified import read_verified
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import Break, raise_breaks
 from kino_refunds.settlement.deliveries import RECONCILER, delivery_of
@@ -39,9 +42,6 @@ log = get_logger(__name__)
 PAGE = 500
 ASK_BATCH = 100
 """Small enough for a query string or an IN list of any source."""
-MARK_BEHIND = timedelta(hours=1)
-"""Twice as long as a product transaction may live (db/roles.sql): a charge that is committed late is still
-in front of the mark."""
 RUNNING_PAST_CAP = "running_past_cap"
 
 
@@ -112,7 +112,6 @@ def sweep_overdue(
     terms: Terms,
     rules: OverdueRules,
     *,
-    now: datetime,
     dry_run: bool = False,
     progress: Callable[[OverdueReport], None] = lambda _: None,
 ) -> OverdueReport:
@@ -123,6 +122,8 @@ def sweep_overdue(
     raises; a source or a Redis that fails costs verdicts, not the sweep.
     """
     report = OverdueReport(dry_run)
+    with engine.connect() as connection:
+        now = read_clock(connection)
     # Without a source there is nobody whom three asks in a row could wake at a bad minute.
     asked_before = now if source is None else now - rules.ask_spacing
     for page in _pages(engine, rules, now, asked_before):
@@ -143,11 +144,10 @@ def sweep_overdue(
         deliveries += _own_verdicts(
             engine, redis_client, unheard, report, now=now, source_configured=source is not None
         )
-        _settle(engine, deliveries, page, terms, report, now=now)
+        _settle(engine, deliveries, page, terms, report)
         progress(report)
-    if not dry_run:
-        with engine.begin() as connection:
-            report.verified_through = advance_verified_through(connection, now=now)
+    with engine.connect() as connection:
+        report.verified_through = read_verified(connection).through
     return report
 
 
@@ -165,14 +165,14 @@ def _pages(
                 {
                     "due_before": now - rules.grace,
                     "asked_before": asked_before,
-                    "after_opened": after and after[0],
+                    "after_deadline": after and after[0],
                     "after_id": after and after[1],
                     "limit": PAGE,
                 },
             ).all()
         if not rows:
             return
-        after = (rows[-1].opened_at, rows[-1].charge_id)
+        after = (rows[-1].deadline_at, rows[-1].charge_id)
         page = [
             OverdueCharge(
                 row.charge_id,
@@ -191,15 +191,13 @@ def _pages(
 
 
 _OVERDUE = sa.text("""
-    SELECT c.charge_id, c.job_id, c.account_id, c.credits, c.opened_at, c.deadline_at, coalesce(a.asks, 0) AS asks,
+    SELECT o.charge_id, c.job_id, o.account_id, o.credits, c.opened_at, o.deadline_at, coalesce(a.asks, 0) AS asks,
            coalesce(a.last_asked_at <= :asked_before, true) AS askable
-    FROM kino.charge c LEFT JOIN kino.overdue_ask a USING (charge_id)
-    WHERE c.opened_at >= (SELECT v.opened_at FROM kino.verified_through v)
-      AND (CAST(:after_opened AS timestamptz) IS NULL
-           OR (c.opened_at, c.charge_id) > (CAST(:after_opened AS timestamptz), CAST(:after_id AS bigint)))
-      AND c.deadline_at < :due_before
-      AND NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id)
-    ORDER BY c.opened_at, c.charge_id
+    FROM kino.open_charge o JOIN kino.charge c USING (charge_id) LEFT JOIN kino.overdue_ask a USING (charge_id)
+    WHERE o.deadline_at < :due_before
+      AND (CAST(:after_deadline AS timestamptz) IS NULL
+           OR (o.deadline_at, o.charge_id) > (CAST(:after_deadline AS timestamptz), CAST(:after_id AS bigint)))
+    ORDER BY o.deadline_at, o.charge_id
     LIMIT :limit
 """)
 
@@ -301,7 +299,7 @@ def _raise_running(
     ]
     if found and not dry_run:
         with engine.begin() as connection:
-            raise_breaks(connection, found, now=now)
+            raise_breaks(connection, found)
 
 
 def event_of(charge: OverdueCharge, answer: Answer) -> Event:
@@ -356,6 +354,12 @@ def _own_verdicts(
     if not charges:
         return []
     guard = read_guard(engine, redis_client, charges, now=now, source_configured=source_configured)
+    with engine.connect() as connection:
+        disagreement = read_clocks(connection, redis_client).disagreement()
+    if guard.refused is None and disagreement is not None:
+        report.withheld["clock"] += len(charges)
+        log.error("presumed timeouts are withheld: the clocks disagree", why=disagreement, charges=len(charges))
+        return []
     verdicts = []
     for charge in charges:
         reason = guard.reason(charge)
@@ -372,29 +376,12 @@ def _settle(
     page: Sequence[OverdueCharge],
     terms: Terms,
     report: OverdueReport,
-    *,
-    now: datetime,
 ) -> None:
     if report.dry_run:
         report.outcomes.update(f"would settle: {delivery.event.type}" for delivery in deliveries)
         return
     credits = {charge.job_id: charge.credits for charge in page}
-    for decision in settle_batch(engine, deliveries, terms, now) if deliveries else ():
+    for decision in settle_batch(engine, deliveries, terms) if deliveries else ():
         report.outcomes[decision.outcome.value] += 1
         if decision.outcome is Outcome.REFUNDED:
             report.refunded_credits += credits[decision.delivery.event.job_id]
-
-
-def advance_verified_through(connection: sa.Connection, *, now: datetime) -> datetime:
-    """Move the mark before which every charge is settled; never past an open one, always an hour behind."""
-    mark: datetime = connection.execute(
-        sa.text("""
-            UPDATE kino.verified_through v SET opened_at = greatest(v.opened_at, least(:behind, (
-                SELECT min(c.opened_at) FROM kino.charge c
-                WHERE c.opened_at >= v.opened_at
-                  AND NOT EXISTS (SELECT FROM kino.settlement s WHERE s.charge_id = c.charge_id))))
-            RETURNING v.opened_at
-        """),
-        {"behind": now - MARK_BEHIND},
-    ).scalar_one()
-    return mark.astimezone(UTC)

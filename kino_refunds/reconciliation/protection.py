@@ -110,7 +110,6 @@ def discard_although_open(
     source_configured: bool,
     note: str,
     actor: str,
-    now: datetime,
 ) -> Protection:
     """Close an open letter whose protected charges are all named in `although_open`; return what it protected.
 
@@ -118,7 +117,7 @@ def discard_although_open(
     is not open; the caller must roll back then. The letter is closed first: that locks it, so what it protects is read
     in the transaction that ends the protection, and nothing is closed in between that nobody was shown.
     """
-    discard_letter(connection, dead_letter_id, note=note, actor=actor, now=now)
+    discard_letter(connection, dead_letter_id, note=note, actor=actor)
     found = read_protection(connection, dead_letter_id, source_configured=source_configured)
     if not set(found.names) <= set(although_open):
         raise LetterProtects(refusal(dead_letter_id, found))

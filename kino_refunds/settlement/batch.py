@@ -14,7 +14,6 @@ from kino_refunds.settlement.settle import Decision, Terms, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from datetime import datetime
 
     import sqlalchemy as sa
 
@@ -33,7 +32,6 @@ def settle_batch(
     engine: sa.Engine,
     deliveries: Sequence[Delivery],
     terms: Terms,
-    now: datetime,
     *,
     watch: Callable[[Part], None] = lambda _: None,
 ) -> list[Decision]:
@@ -56,7 +54,7 @@ def settle_batch(
         part, settled, failed = parts.pop(), [], 0
         try:
             with engine.connect() as connection:
-                settled = settle(connection, part, terms, now, busy_jobs=put_off)
+                settled = settle(connection, part, terms, busy_jobs=put_off)
         except Exception as error:
             fault = classify(error)
             if fault is Fault.KEEP:
@@ -66,7 +64,7 @@ def settle_batch(
                 parts += reversed(smaller)
             else:
                 try:
-                    settled = _settle_alone(engine, part[0], terms, now, fault, error)
+                    settled = _settle_alone(engine, part[0], terms, fault, error)
                     failed = 1 - len(settled)
                 except Exception as also:
                     if classify(also) is Fault.KEEP:
@@ -96,19 +94,19 @@ def _halves(part: Sequence[Delivery]) -> list[list[Delivery]]:
 
 
 def _settle_alone(
-    engine: sa.Engine, delivery: Delivery, terms: Terms, now: datetime, fault: Fault, error: Exception
+    engine: sa.Engine, delivery: Delivery, terms: Terms, fault: Fault, error: Exception
 ) -> list[Decision]:
     """Give up on one event for now, or for good; the record of that is written before anything is dropped."""
     match fault:
         case Fault.LOCK | Fault.SPLIT:
             with engine.connect() as connection:
-                return settle(connection, [delivery], terms, now, busy_jobs={delivery.event.job_id})
+                return settle(connection, [delivery], terms, busy_jobs={delivery.event.job_id})
         case Fault.BISECT:
             trace = "".join(traceback.format_exception(error))
             letter = event_letter(delivery, APPLY_ERROR, f"{type(error).__name__}: {error}", exception=trace)
             with engine.begin() as connection:
                 unpark(connection, {delivery.identity: delivery.fingerprint})
-                record_dead_letters(connection, [letter], now=now, build=terms.build)
+                record_dead_letters(connection, [letter], build=terms.build)
             return []
         case Fault.KEEP:
             raise error

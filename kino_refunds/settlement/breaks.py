@@ -11,7 +11,6 @@ from kino_refunds.errors import BreakNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from datetime import datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class Break:
 
 _RAISE = sa.text("""
     INSERT INTO kino.break AS b (kind, job_id, charge_id, credits, detail, seen, first_seen_at, last_seen_at)
-    SELECT kind, job_id, charge_id, credits, detail, seen, :now, :now
+    SELECT kind, job_id, charge_id, credits, detail, seen, kino.clock(), kino.clock()
     FROM unnest(CAST(:kinds AS text[]), CAST(:job_ids AS text[]), CAST(:charge_ids AS bigint[]),
                 CAST(:credits AS bigint[]), CAST(:details AS text[]), CAST(:seen AS bigint[]))
          AS n (kind, job_id, charge_id, credits, detail, seen)
@@ -36,7 +35,7 @@ _RAISE = sa.text("""
 """)
 
 
-def raise_breaks(connection: sa.Connection, found: Iterable[Break], *, now: datetime) -> None:
+def raise_breaks(connection: sa.Connection, found: Iterable[Break]) -> None:
     """Write breaks in the caller's transaction; one that is open already is only seen again."""
     first: dict[tuple[str, str], Break] = {}
     seen: dict[tuple[str, str], int] = {}
@@ -56,7 +55,6 @@ def raise_breaks(connection: sa.Connection, found: Iterable[Break], *, now: date
             "credits": [first[key].credits for key in keys],
             "details": [first[key].detail for key in keys],
             "seen": [seen[key] for key in keys],
-            "now": now,
         },
     )
 
@@ -69,7 +67,7 @@ def accept_break(connection: sa.Connection, break_id: int, *, note: str, actor: 
     changed = connection.execute(
         sa.text("""
             UPDATE kino.break SET status = 'accepted', status_actor = :actor, status_note = :note,
-                   status_at = clock_timestamp()
+                   status_at = kino.clock()
             WHERE break_id = :break_id AND status = 'open'
         """),
         {"break_id": break_id, "note": note, "actor": actor},

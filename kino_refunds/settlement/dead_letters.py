@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from hashlib import sha256
 from secrets import token_bytes
@@ -15,7 +14,6 @@ from kino_refunds.events.envelope import describe, message_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from datetime import datetime
 
     from kino_refunds.errors import MalformedMessage
     from kino_refunds.settlement.deliveries import Delivery
@@ -96,7 +94,9 @@ _RECORD = sa.text("""
         (message_key, raw, queue, reason, detail, group_fingerprint, exception, source, event_id, job_id, attempts,
          seen, first_seen_at, last_seen_at, build, history)
     VALUES (:key, :raw, :queue, :reason, :detail, :group_fingerprint, :exception, :source, :event_id, :job_id,
-            :attempts, :seen, :now, :now, :build, CAST(:entry AS jsonb))
+            :attempts, :seen, kino.clock(), kino.clock(), :build,
+            jsonb_build_array(jsonb_build_object('at', kino.clock(), 'reason', CAST(:reason AS text),
+                                                 'detail', CAST(:detail AS text))))
     ON CONFLICT (message_key) DO UPDATE SET
         seen = d.seen + excluded.seen,
         last_seen_at = excluded.last_seen_at,
@@ -120,7 +120,7 @@ _HELD = sa.text("""
 """)
 
 
-def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter], *, now: datetime, build: str) -> None:
+def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter], *, build: str) -> None:
     """Write dead letters in the caller's transaction; the same message again raises its row's count.
 
     A row that somebody holds for longer than the lock time-out (a person at the desk) holds up nobody: the
@@ -133,7 +133,7 @@ def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter]
         latest[letter.key] = letter
     if not latest:
         return
-    rows = [_row(latest[key], seen[key], now, build) for key in sorted(latest)]
+    rows = [_row(latest[key], seen[key], build) for key in sorted(latest)]
     try:
         with connection.begin_nested():
             connection.execute(_RECORD, rows)
@@ -147,14 +147,13 @@ def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter]
         connection.execute(_RECORD, rows)
 
 
-def _row(letter: DeadLetter, seen: int, now: datetime, build: str) -> dict[str, Any]:
-    detail = storable(letter.detail, DETAIL_LENGTH_MAX)
+def _row(letter: DeadLetter, seen: int, build: str) -> dict[str, Any]:
     return {
         "key": letter.key,
         "raw": letter.raw,
         "queue": letter.queue,
         "reason": letter.reason,
-        "detail": detail,
+        "detail": storable(letter.detail, DETAIL_LENGTH_MAX),
         "group_fingerprint": letter.group_fingerprint,
         "exception": letter.exception and storable(letter.exception, EXCEPTION_LENGTH_MAX),
         "source": letter.source,
@@ -162,7 +161,5 @@ def _row(letter: DeadLetter, seen: int, now: datetime, build: str) -> dict[str, 
         "job_id": letter.job_id,
         "attempts": letter.attempts,
         "seen": seen,
-        "now": now,
         "build": build,
-        "entry": json.dumps([{"at": now.isoformat(), "reason": letter.reason, "detail": detail}]),
     }

@@ -44,7 +44,7 @@ def pause_intake(connection: sa.Connection, *, reason: str, actor: str) -> bool:
         connection.execute(
             sa.text(
                 "UPDATE kino.intake_state SET paused = true, reason = :reason, actor = :actor,"
-                " changed_at = clock_timestamp() WHERE NOT paused OR (actor = :tripwire AND :actor <> :tripwire)"
+                " changed_at = kino.clock() WHERE NOT paused OR (actor = :tripwire AND :actor <> :tripwire)"
             ),
             {"reason": reason, "actor": actor, "tripwire": TRIPWIRE},
         ).rowcount
@@ -57,7 +57,7 @@ def resume_intake(connection: sa.Connection, *, reason: str, actor: str) -> bool
         connection.execute(
             sa.text(
                 "UPDATE kino.intake_state SET paused = false, reason = :reason, actor = :actor,"
-                " changed_at = clock_timestamp() WHERE paused AND (:actor <> :tripwire OR actor = :tripwire)"
+                " changed_at = kino.clock() WHERE paused AND (:actor <> :tripwire OR actor = :tripwire)"
             ),
             {"reason": reason, "actor": actor, "tripwire": TRIPWIRE},
         ).rowcount

@@ -24,7 +24,7 @@ CURSOR_WAIT_MS = 5_000
 
 # The first round starts at the horizon: whoever switches the relay on is told of what happens from then on.
 _START = sa.text("""
-    INSERT INTO kino.relay_cursor (xid, charge_id) VALUES (pg_snapshot_xmin(pg_current_snapshot()), 0)
+    INSERT INTO kino.relay_cursor (xid, charge_id) VALUES (kino.horizon(), 0)
     ON CONFLICT DO NOTHING
 """)
 _LOCK = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor FOR UPDATE SKIP LOCKED")
@@ -34,11 +34,11 @@ _NEXT = sa.text("""
     WITH refund AS (
         SELECT s.xid, s.charge_id, s.reason, s.clause, s.policy_version, s.settled_at AS at FROM kino.settlement s
         WHERE s.kind = 'refunded' AND (s.xid, s.charge_id) > (CAST(:xid AS xid8), :charge_id)
-          AND s.xid < pg_snapshot_xmin(pg_current_snapshot())
+          AND s.xid < kino.horizon()
         UNION ALL
         SELECT k.xid, k.charge_id, k.reason, k.clause, k.policy_version, k.corrected_at FROM kino.correction k
         WHERE (k.xid, k.charge_id) > (CAST(:xid AS xid8), :charge_id)
-          AND k.xid < pg_snapshot_xmin(pg_current_snapshot())
+          AND k.xid < kino.horizon()
     )
     SELECT CAST(r.xid AS text) AS xid, r.charge_id, r.reason, r.clause, r.policy_version, r.at,
            c.job_id, c.account_id, c.credits

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.schema import ID_LENGTH_MAX
@@ -23,7 +24,6 @@ from kino_refunds.settlement.settle import decide, read_charges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from datetime import datetime
 
     from kino_refunds.settlement.settle import Terms
 
@@ -49,7 +49,6 @@ def replay_letter(
     engine: sa.Engine,
     dead_letter_id: int,
     terms: Terms,
-    now: datetime,
     *,
     actor: str,
     edited: bytes | None = None,
@@ -64,7 +63,7 @@ def replay_letter(
     MalformedMessage if `edited` is no event or another one, and whatever is transient.
     """
     with nullcontext() if dry_run else _alone_with(engine, dead_letter_id):
-        return _replay(engine, dead_letter_id, terms, now, actor=actor, edited=edited, dry_run=dry_run)
+        return _replay(engine, dead_letter_id, terms, actor=actor, edited=edited, dry_run=dry_run)
 
 
 @contextmanager
@@ -114,7 +113,6 @@ def _replay(
     engine: sa.Engine,
     dead_letter_id: int,
     terms: Terms,
-    now: datetime,
     *,
     actor: str,
     edited: bytes | None,
@@ -127,7 +125,7 @@ def _replay(
 
     def close(status: str, **entry: Any) -> None:
         with engine.begin() as connection:
-            set_letter_status(connection, dead_letter_id, status, actor=actor, now=now, entry=entry)
+            set_letter_status(connection, dead_letter_id, status, actor=actor, entry=entry)
 
     try:
         ours = _is_ours(letter)
@@ -142,13 +140,13 @@ def _replay(
         if not dry_run:
             with engine.begin() as connection:
                 again = malformed_letter(letter.raw, letter.queue, error)
-                record_dead_letters(connection, [again], now=now, build=terms.build)
+                record_dead_letters(connection, [again], build=terms.build)
             if again.key != bytes(letter.message_key):
                 close("replayed", outcome=error.code)
             elif letter.status == "discarded":
                 close("open", outcome=error.code)
         return Replay(dead_letter_id, letter.event_id, letter.job_id, error.code, closed=False)
-    outcome, closed = _would_settle(engine, delivery, terms, now) if dry_run else _settle(engine, delivery, terms, now)
+    outcome, closed = _would_settle(engine, delivery, terms) if dry_run else _settle(engine, delivery, terms)
     # A letter under another key has taken this one's place: the same message, read by another build.
     replaced = not closed and event_letter(delivery, "", "").key != bytes(letter.message_key)
     if not dry_run:
@@ -186,18 +184,19 @@ def _edited(message: bytes, letter: Any, *, ours: bool) -> Delivery:
     return delivery_of(event.model_copy(update={"id": event_id}))
 
 
-def _settle(engine: sa.Engine, delivery: Delivery, terms: Terms, now: datetime) -> tuple[str, bool]:
-    decisions = settle_batch(engine, [delivery], terms, now)
+def _settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
+    decisions = settle_batch(engine, [delivery], terms)
     if not decisions:
         return APPLY_ERROR, False
     outcome = decisions[0].outcome
     return outcome.value, disposition(outcome) is not Disposition.DEAD_LETTER
 
 
-def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms, now: datetime) -> tuple[str, bool]:
+def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
     with engine.connect() as connection:
         record = read_record(connection, {delivery.identity})
         charges = read_charges(connection, {delivery.event.job_id})
+        now = read_clock(connection)
     (decision,) = decide([delivery], record, charges, terms.policy, now)
     return decision.outcome.value, disposition(decision.outcome) is not Disposition.DEAD_LETTER
 
@@ -208,29 +207,27 @@ def set_letter_status(
     status: str,
     *,
     actor: str,
-    now: datetime,
     entry: dict[str, Any],
 ) -> None:
     """Change a letter's status and keep who did it and why; raises DeadLetterNotFound."""
     changed = connection.execute(
         sa.text("""
-            UPDATE kino.dead_letter SET status = :status, status_actor = :actor, status_at = :now,
-                   history = history || CAST(:entry AS jsonb)
+            UPDATE kino.dead_letter SET status = :status, status_actor = :actor, status_at = kino.clock(),
+                   history = history || (jsonb_build_object('at', kino.clock()) || CAST(:entry AS jsonb))
             WHERE dead_letter_id = :dead_letter_id
         """),
         {
             "dead_letter_id": dead_letter_id,
             "status": status,
             "actor": actor,
-            "now": now,
-            "entry": json.dumps([{"at": now.isoformat(), "status": status, "actor": actor, **entry}]),
+            "entry": json.dumps({"status": status, "actor": actor, **entry}),
         },
     ).rowcount
     if not changed:
         raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")
 
 
-def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str, actor: str, now: datetime) -> None:
+def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str, actor: str) -> None:
     """Close an open letter without replaying it; raises DeadLetterNotFound, or DeadLetterClosed if it is not open."""
     # As a replay does: a letter whose credits are about to move must not be discarded meanwhile.
     if not connection.execute(_TRY_LOCK_HERE, _lock_key(dead_letter_id)).scalar_one():
@@ -238,7 +235,7 @@ def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str,
     letter = require_letter(connection, dead_letter_id)
     if letter.status != "open":
         raise DeadLetterClosed(_closed(dead_letter_id, letter))
-    set_letter_status(connection, dead_letter_id, "discarded", actor=actor, now=now, entry={"note": note})
+    set_letter_status(connection, dead_letter_id, "discarded", actor=actor, entry={"note": note})
 
 
 def _closed(dead_letter_id: int, letter: Any) -> str:
@@ -254,11 +251,15 @@ def require_letter(connection: sa.Connection, dead_letter_id: int) -> Any:
     return letter
 
 
-def note_letter(connection: sa.Connection, dead_letter_id: int, text: str, *, actor: str, now: datetime) -> None:
+def note_letter(connection: sa.Connection, dead_letter_id: int, text: str, *, actor: str) -> None:
     """Write a note on a letter; raises DeadLetterNotFound."""
     changed = connection.execute(
-        sa.text("UPDATE kino.dead_letter SET notes = notes || CAST(:note AS jsonb) WHERE dead_letter_id = :id"),
-        {"id": dead_letter_id, "note": json.dumps([{"at": now.isoformat(), "actor": actor, "text": text}])},
+        sa.text("""
+            UPDATE kino.dead_letter
+            SET notes = notes || (jsonb_build_object('at', kino.clock()) || CAST(:note AS jsonb))
+            WHERE dead_letter_id = :id
+        """),
+        {"id": dead_letter_id, "note": json.dumps({"actor": actor, "text": text})},
     ).rowcount
     if not changed:
         raise DeadLetterNotFound(f"there is no dead letter {dead_letter_id}; see `kino-refunds dead-letters list`")

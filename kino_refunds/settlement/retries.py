@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -44,17 +43,18 @@ def exhausted(delivery: Delivery, now: datetime) -> bool:
 _PARK = sa.text("""
     INSERT INTO kino.pending_event
         (source, event_id, job_id, fingerprint, event, queue, outcome, first_seen_at, next_attempt_at)
-    SELECT source, event_id, job_id, fingerprint, CAST(event AS jsonb), queue, outcome, :now, next_attempt_at
+    SELECT source, event_id, job_id, fingerprint, CAST(event AS jsonb), queue, outcome, kino.clock(),
+           kino.clock() + make_interval(secs => delay_s)
     FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[]), CAST(:job_ids AS text[]),
                 CAST(:fingerprints AS text[]), CAST(:events AS text[]), CAST(:queues AS text[]),
-                CAST(:outcomes AS text[]), CAST(:next_attempts AS timestamptz[]))
-         AS p (source, event_id, job_id, fingerprint, event, queue, outcome, next_attempt_at)
+                CAST(:outcomes AS text[]), CAST(:delays_s AS double precision[]))
+         AS p (source, event_id, job_id, fingerprint, event, queue, outcome, delay_s)
     ON CONFLICT (source, event_id) DO NOTHING
     RETURNING 1
 """)
 
 
-def park(connection: sa.Connection, waiting: Sequence[Waiting], *, now: datetime) -> None:
+def park(connection: sa.Connection, waiting: Sequence[Waiting]) -> None:
     """Let events wait that did not wait before; raises SettledElsewhere if one of them does by now."""
     if not waiting:
         return
@@ -70,8 +70,7 @@ def park(connection: sa.Connection, waiting: Sequence[Waiting], *, now: datetime
             "events": [delivery_of(delivery.event).raw.decode() for delivery in deliveries],
             "queues": [delivery.queue for delivery in deliveries],
             "outcomes": [outcome.value for _, outcome in rows],
-            "next_attempts": [now + retry_delay(0) for _ in rows],
-            "now": now,
+            "delays_s": [retry_delay(0).total_seconds() for _ in rows],
         },
     ).all()
     if len(inserted) < len(rows):
@@ -79,7 +78,7 @@ def park(connection: sa.Connection, waiting: Sequence[Waiting], *, now: datetime
         raise SettledElsewhere(message)
 
 
-def postpone(connection: sa.Connection, again: Sequence[Waiting], *, now: datetime) -> None:
+def postpone(connection: sa.Connection, again: Sequence[Waiting]) -> None:
     """Give events that were tried once more their next time, and keep what this attempt came to."""
     for delivery, outcome in sorted(again, key=lambda row: row[0].identity):
         source, event_id = delivery.identity
@@ -90,23 +89,22 @@ def postpone(connection: sa.Connection, again: Sequence[Waiting], *, now: dateti
         ).scalar_one_or_none()
         if attempts is None:
             continue  # a live duplicate decided it while this attempt was under way
-        entry = json.dumps([{"at": now.isoformat(), "outcome": outcome.value}])
         connection.execute(
             sa.text("""
                 UPDATE kino.pending_event SET
-                    attempts = attempts + 1, outcome = :outcome, next_attempt_at = :next_attempt_at,
+                    attempts = attempts + 1, outcome = :outcome,
+                    next_attempt_at = kino.clock() + make_interval(secs => :delay_s),
                     leased_until = NULL,
                     history = CASE WHEN jsonb_array_length(history) < :history_length_max
-                                   THEN history || CAST(:entry AS jsonb)
-                                   ELSE (history - 1) || CAST(:entry AS jsonb) END
+                                   THEN history ELSE history - 1 END
+                              || jsonb_build_object('at', kino.clock(), 'outcome', CAST(:outcome AS text))
                 WHERE source = :source AND event_id = :event_id
             """),
             {
                 **row,
                 "outcome": outcome.value,
-                "next_attempt_at": now + retry_delay(attempts + 1),
+                "delay_s": retry_delay(attempts + 1).total_seconds(),
                 "history_length_max": HISTORY_LENGTH_MAX,
-                "entry": entry,
             },
         )
 
@@ -132,7 +130,7 @@ def unpark(connection: sa.Connection, done: Mapping[Identity, str]) -> None:
 
 
 def lease_due(
-    connection: sa.Connection, *, now: datetime, lease: timedelta, limit: int = 500, event_id: str | None = None
+    connection: sa.Connection, *, lease: timedelta, limit: int = 500, event_id: str | None = None
 ) -> list[Delivery]:
     """Take events whose time has come, and those whose charge has come, for the length of `lease`.
 
@@ -142,26 +140,28 @@ def lease_due(
     """
     rows = connection.execute(
         sa.text("""
-            WITH due AS (
+            WITH clock AS MATERIALIZED (
+                SELECT kino.clock() AS now
+            ), due AS (
                 SELECT p.source, p.event_id FROM kino.pending_event p
-                WHERE coalesce(p.leased_until, '-infinity') <= :now
+                WHERE coalesce(p.leased_until, '-infinity') <= (SELECT now FROM clock)
                   AND (CAST(:event_id AS text) IS NULL OR p.event_id = :event_id)
                   AND p.job_id IN (
                       SELECT d.job_id FROM kino.pending_event d
-                      WHERE coalesce(d.leased_until, '-infinity') <= :now
+                      WHERE coalesce(d.leased_until, '-infinity') <= (SELECT now FROM clock)
                         AND (CAST(:event_id AS text) IS NULL OR d.event_id = :event_id)
-                        AND (d.next_attempt_at <= :now
+                        AND (d.next_attempt_at <= (SELECT now FROM clock)
                              OR (d.outcome = 'charge_not_found'
                                  AND EXISTS (SELECT FROM kino.charge c WHERE c.job_id = d.job_id)))
                       ORDER BY d.next_attempt_at LIMIT :limit)
                 FOR UPDATE SKIP LOCKED
             )
             UPDATE kino.pending_event p
-            SET leased_until = greatest(:now, clock_timestamp()) + make_interval(secs => :lease_s) FROM due
+            SET leased_until = kino.clock() + make_interval(secs => :lease_s) FROM due
             WHERE p.source = due.source AND p.event_id = due.event_id
             RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts
         """),
-        {"now": now, "lease_s": lease.total_seconds(), "limit": limit, "event_id": event_id},
+        {"lease_s": lease.total_seconds(), "limit": limit, "event_id": event_id},
     )
     return [
         delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
@@ -179,9 +179,8 @@ class Swept:
 
 def sweep_retries(
     engine: sa.Engine,
-    settle_deliveries: Callable[[Sequence[Delivery], datetime], Collection[Outcome]],
+    settle_deliveries: Callable[[Sequence[Delivery]], Collection[Outcome]],
     *,
-    now: datetime,
     lease: timedelta,
     limit: int = 500,
     event_id: str | None = None,
@@ -191,8 +190,8 @@ def sweep_retries(
     If Postgres goes away in between, the leases run out and no attempt is spent.
     """
     with engine.begin() as connection:
-        due = lease_due(connection, now=now, lease=lease, limit=limit, event_id=event_id)
+        due = lease_due(connection, lease=lease, limit=limit, event_id=event_id)
     outcomes: dict[str, int] = {}
-    for outcome in settle_deliveries(due, now) if due else ():
+    for outcome in settle_deliveries(due) if due else ():
         outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1
     return Swept(len(due), outcomes)

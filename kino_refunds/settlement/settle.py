@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import SettledElsewhere
 from kino_refunds.events.schema import JobCompleted
@@ -91,13 +92,12 @@ def settle(
     connection: sa.Connection,
     deliveries: Sequence[Delivery],
     terms: Terms,
-    now: datetime,
     *,
     busy_jobs: Collection[str] = (),
 ) -> list[Decision]:
     """Settle a batch in a transaction of its own; returns one decision a delivery, in their order.
 
-    All or nothing. `now` is aware. `busy_jobs` are put off without being looked at. If a lot is held by
+    All or nothing. `busy_jobs` are put off without being looked at. If a lot is held by
     another session for longer than the lock time-out, we ask once which, put those jobs off and settle
     the rest. Raises SettledElsewhere if other sessions keep deciding our events, and whatever Postgres
     raises; `kino_refunds.db.faults.classify` says what that means for the batch.
@@ -106,7 +106,7 @@ def settle(
     for _ in range(ROUNDS_MAX):
         try:
             with connection.begin():
-                return _settle_once(connection, deliveries, terms, now, busy_jobs, held_lots or set())
+                return _settle_once(connection, deliveries, terms, busy_jobs, held_lots or set())
         except SettledElsewhere:
             continue
         except sa.exc.OperationalError as error:
@@ -129,10 +129,10 @@ def _settle_once(
     connection: sa.Connection,
     deliveries: Sequence[Delivery],
     terms: Terms,
-    now: datetime,
     busy_jobs: Collection[str],
     held_lots: Collection[int],
 ) -> list[Decision]:
+    now = read_clock(connection)
     record = read_record(connection, {delivery.identity for delivery in deliveries})
     charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
     decisions = decide(deliveries, record, charges, terms.policy, now, busy_jobs=busy_jobs, held_lots=held_lots)
@@ -261,25 +261,15 @@ def _write(
         for fate in (Disposition.FINAL, Disposition.RETRY, Disposition.DEAD_LETTER)
     )
     _insert_settlements(connection, settling)
-    end_charges(
-        connection,
-        [_ending(decision) for decision in settling],
-        now=now,
-        lot_grace=terms.lot_grace,
-        actor=ACTOR,
-    )
+    end_charges(connection, [_ending(decision) for decision in settling], lot_grace=terms.lot_grace, actor=ACTOR)
     insert_inbox(
         connection,
         [(d.delivery, d.outcome) for d in final if d.outcome is not Outcome.DUPLICATE],
     )
 
     retry = {d.delivery.identity: (d.delivery, d.outcome) for d in retrying}
-    park(
-        connection,
-        [waiting for identity, waiting in retry.items() if identity not in record.pending],
-        now=now,
-    )
-    postpone(connection, [waiting for waiting in retry.values() if waiting[0].pending_since is not None], now=now)
+    park(connection, [waiting for identity, waiting in retry.items() if identity not in record.pending])
+    postpone(connection, [waiting for waiting in retry.values() if waiting[0].pending_since is not None])
     unpark(
         connection,
         {
@@ -290,11 +280,10 @@ def _write(
         },
     )
 
-    raise_breaks(connection, [_break(d) for d in decisions if d.outcome in BREAKS], now=now)
+    raise_breaks(connection, [_break(d) for d in decisions if d.outcome in BREAKS])
     record_dead_letters(
         connection,
         [event_letter(d.delivery, d.outcome.value, _why_dead(d, record)) for d in dead],
-        now=now,
         build=terms.build,
     )
 

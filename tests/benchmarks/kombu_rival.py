@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import kombu
@@ -62,7 +61,7 @@ def consume() -> None:
                 while len(batch) < BATCH:
                     connection.drain_events(timeout=LULL_S)
             deliveries = [read_delivery(bytes(message.body), Queue.JOB_FAILED) for message in batch]
-            settle_batch(engine, deliveries, terms, datetime.now(UTC))
+            settle_batch(engine, deliveries, terms)
             for message in batch:
                 message.ack()
             batch.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from functools import cache
 
 import sqlalchemy as sa
@@ -20,7 +19,7 @@ def settle_one(raw: str) -> None:
     engine, terms = _means()
     delivery = read_delivery(raw.encode(), Queue.JOB_FAILED)
     with engine.connect() as connection:
-        settle(connection, [delivery], terms, datetime.now(UTC))
+        settle(connection, [delivery], terms)
 
 
 @cache

@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +148,13 @@ class Bench:
         started, tried = time.monotonic(), 0
         with engine_of(self.servers) as engine:
 
-            def settle_again(due: Sequence[Delivery], now: datetime) -> list[Outcome]:
-                return outcomes_of(settle_batch(engine, due, terms, now))
+            def settle_again(due: Sequence[Delivery]) -> list[Outcome]:
+                return outcomes_of(settle_batch(engine, due, terms))
 
             while waiting(engine):
                 if time.monotonic() - started > DEADLINE_S:
                     raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
-                now = datetime.now(UTC)
-                tried += sweep_retries(engine, settle_again, now=now, lease=settings.retry_lease).tried
+                tried += sweep_retries(engine, settle_again, lease=settings.retry_lease).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:
             print(f"  {tried:,} jobs were busy, and settled by the retry sweep")

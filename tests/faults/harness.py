@@ -39,6 +39,7 @@ from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
 from kino_refunds.settlement.retries import sweep_retries
 from kino_refunds.settlement.settle import Terms
+from tests.clock import run_ahead
 from tests.faults.oracle import Job, Message, Verdict, Workload, judge, summary
 from workers.intake import Intake
 
@@ -216,6 +217,7 @@ class World:
         self._processes: list[CeleryProcess] = []
         self._numbers = count(1)
         self._swept_at = 0.0
+        self._later_s = 0.0
 
     def __enter__(self) -> Self:
         self._stack.callback(self.redis.close)
@@ -370,22 +372,27 @@ class World:
     def sweep_retries(self) -> None:
         """Try everything that waits, as beat would some minutes from now."""
         with suppress(sa.exc.SQLAlchemyError):
+            with self.engine.begin() as connection:
+                connection.exec_driver_sql(
+                    "UPDATE kino.pending_event SET next_attempt_at = kino.clock(), leased_until = NULL"
+                )
             sweep_retries(
                 self.engine,
-                lambda due, at: outcomes_of(settle_batch(self.engine, due, self.terms, at)),
-                now=datetime.now(UTC) + timedelta(minutes=20),
+                lambda due: outcomes_of(settle_batch(self.engine, due, self.terms)),
                 lease=timedelta(minutes=1),
             )
 
     def sweep_overdue(self, source: JobSource | None, *, asks: int = 1, later_s: float = 0.0) -> OverdueReport:
-        """Ask `source` about every overdue job, once; `later_s` is by how much the clock has gone on."""
+        """Ask `source` about every overdue job, once; the ledger's clock has gone on by `later_s` since the start."""
+        if later_s > self._later_s:  # time goes on and never back
+            self._later_s = later_s
+            run_ahead(self.engine, timedelta(seconds=later_s))
         return sweep_overdue(
             self.engine,
             self.redis,
             source,
             self.terms,
             OverdueRules(timedelta(0), asks, timedelta(0), timedelta(hours=24)),
-            now=datetime.now(UTC) + timedelta(seconds=later_s),
         )
 
     @property

@@ -48,6 +48,7 @@ INBOX = "kino_refunds/settlement/inbox.py"
 CHARGES = "kino_refunds/ledger/charges.py"
 QUEUES = "kino_refunds/events/queues.py"
 INTAKE = "workers/intake.py"
+MIGRATION = "kino_refunds/db/migrations/versions/0003_one_clock.py"
 OVERDUE = "kino_refunds/reconciliation/overdue.py"
 GUARD = "kino_refunds/reconciliation/guard.py"
 
@@ -56,8 +57,8 @@ PLANTED = [
         "drop before commit",
         Edit(
             INTAKE,
-            "        now = datetime.now(UTC)\n",
-            "        now = datetime.now(UTC)\n        self._queues.drop(claim.token)\n",
+            "        deliveries, dead = read_claim(claim)\n",
+            "        deliveries, dead = read_claim(claim)\n        self._queues.drop(claim.token)\n",
         ),
         ("every_statement_is_a_crash_point", "postgres_out_of_disk"),
     ),
@@ -225,6 +226,21 @@ PLANTED = [
         "sweep does not look at the gate",
         Edit(GUARD, 'refused = "intake_paused"', "refused = None"),
         ("paused_past_every_deadline",),
+    ),
+    Planted(
+        "a host's clock in the sweep",
+        Edit(OVERDUE, "        now = read_clock(connection)\n", "        now = datetime.now().astimezone()\n"),
+        ("host_that_is_fast",),
+    ),
+    Planted(
+        "clocks not compared",
+        Edit(OVERDUE, "if guard.refused is None and disagreement is not None:", 'if disagreement == "":'),
+        ("host_that_is_fast", "clock_that_jumps_and_is_set_back"),
+    ),
+    Planted(
+        "an open charge without its row",
+        Edit(MIGRATION, "n.credits FROM new_rows n;", "n.credits FROM new_rows n WHERE n.credits > 4;"),
+        ("host_that_is_slow",),
     ),
     Planted(
         "an error of the source is an answer",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from tests.faults import on_events, on_postgres, on_valkey, on_workers
+from tests.faults import on_clocks, on_events, on_postgres, on_valkey, on_workers
 from tests.faults.harness import SCENARIOS, Result, Scenario, arena
 from tests.faults.planted import HALTED, PLANTED, Caught, Planted, catch
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_SEED = 1
 CRITICAL = 50
 # Importing them registers their scenarios.
-MODULES = (on_workers, on_postgres, on_valkey, on_events)
+MODULES = (on_workers, on_postgres, on_valkey, on_events, on_clocks)
 
 
 def main() -> int:

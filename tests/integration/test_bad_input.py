@@ -283,7 +283,7 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
             )
     charge(scene, "neighbour", deadline=-timedelta(hours=1))
 
-    report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_terms(), RULES, now=NOW)
+    report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_terms(), RULES)
 
     assert report.overdue == 2 * len(ODD) + 1
     assert refunded(scene) == ["neighbour"]
@@ -295,7 +295,7 @@ def test_hostile_ids_go_through_the_sweep_as_ids(scene: Scene, redis: Redis, sta
     jobs = ["'; DROP TABLE kino.charge; --", "%s %(x)s", ":job_ids {} $1", "[bold]\U0001f3ac", "NULL", " "]
     charge(scene, *jobs, deadline=-timedelta(hours=1))
 
-    sweep_overdue(scene.worker, redis, Says(state), make_terms(), RULES, now=NOW)
+    sweep_overdue(scene.worker, redis, Says(state), make_terms(), RULES)
 
     assert refunded(scene) == sorted(jobs)
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,6 @@ def test_jobs_that_were_busy_are_settled_within_the_time(
             connection,
             [delivery_of(event) for event in events],
             terms_of(Settings.model_construct()),
-            datetime.now(UTC),
             busy_jobs={event.job_id for event in events},
         )
 

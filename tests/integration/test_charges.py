@@ -28,15 +28,14 @@ from kino_refunds.ledger import (
     Grant,
     LotClass,
     balance,
-    expire_lots,
     freeze_purchase,
     grant_lots,
     open_charge,
     open_charges,
     set_account_status,
-    unfreeze_purchase,
     void_purchase,
 )
+from tests.clock import expire_lots, unfreeze_purchase
 from tests.conftest import Database
 from tests.ledger_acts import DAY, GRACE, LATER, NOW, SOLD, charge, end_and_commit, give, lot_states
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from tests.clock import clock_at
 from tests.command_line import Run
 from tests.conftest import Database
 from tests.scenario import Scene, make_event
@@ -19,12 +21,14 @@ def cli(run: Run, database: Database) -> Run:
     return lambda *arguments, stdin=b"", **environment: run(*arguments, stdin=stdin, **(product | environment))
 
 
-def freeze_clock(scene: Scene, at: str) -> None:
-    """Stop the ledger's clock in this test's database: the host's goes on."""
-    scene.as_superuser(
-        "CREATE OR REPLACE FUNCTION kino.clock() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE"
-        f" AS $$SELECT timestamptz '{at}'$$"
-    )
+EPOCH = datetime(2040, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def stopped(scene: Scene) -> Iterator[None]:
+    """The ledger's clock stands at the beginning of 2040; the host's goes on."""
+    with clock_at(scene.worker, EPOCH):
+        yield
 
 
 def opened(scene: Scene) -> list[Any]:
@@ -34,10 +38,10 @@ def opened(scene: Scene) -> list[Any]:
 # --- open
 
 
+@pytest.mark.usefixtures("stopped")
 def test_a_charge_is_opened_as_by_the_product(cli: Run, scene: Scene) -> None:
     """Credits are held for the job until a quarter of an hour from now; the same charge again changes nothing."""
     lot = scene.grant("acme", 100)
-    freeze_clock(scene, "2040-01-01T00:00:00Z")
 
     first = cli("charges", "open", "job-1", "acme", "8", "--json")
     again = cli("charges", "open", "job-1", "acme", "8", "--json")
@@ -58,6 +62,7 @@ def test_a_charge_is_opened_as_by_the_product(cli: Run, scene: Scene) -> None:
     assert scene.balance("acme").held == 8
 
 
+@pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(
     ("deadline", "understood"),
     [
@@ -69,13 +74,13 @@ def test_a_charge_is_opened_as_by_the_product(cli: Run, scene: Scene) -> None:
 def test_a_deadline_is_minutes_or_an_instant(cli: Run, scene: Scene, deadline: str, understood: str) -> None:
     """Minutes count by the ledger's clock, and what was understood is shown."""
     scene.grant("acme", 100)
-    freeze_clock(scene, "2040-01-01T00:00:00Z")
 
     said = cli("charges", "open", "job-1", "acme", "0", "--deadline", deadline, "--json")
 
     assert (said.code, said.json["deadline_at"]) == (0, understood)
 
 
+@pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(
     ("deadline", "says"),
     [
@@ -92,7 +97,6 @@ def test_a_deadline_is_minutes_or_an_instant(cli: Run, scene: Scene, deadline: s
 def test_a_deadline_that_cannot_be_meant_opens_nothing(cli: Run, scene: Scene, deadline: str, says: str) -> None:
     """A job that is overdue at once would be refunded by the next sweep: that has to be said."""
     scene.grant("acme", 100)
-    freeze_clock(scene, "2040-01-01T00:00:00Z")
 
     said = cli("charges", "open", "job-1", "acme", "8", f"--deadline={deadline}")
 
@@ -207,9 +211,9 @@ def test_age_is_by_the_ledger_s_clock(cli: Run, scene: Scene) -> None:
     """A host whose clock is wrong shows the same age."""
     scene.grant("acme")
     charge = scene.open("job-1", "acme")
-    freeze_clock(scene, (charge.opened_at + timedelta(hours=3)).isoformat())
 
-    (item,) = cli("charges", "list", "--open", "--json").json["items"]
+    with clock_at(scene.worker, charge.opened_at + timedelta(hours=3)):
+        (item,) = cli("charges", "list", "--open", "--json").json["items"]
 
     assert item["age_s"] == 3 * 3600
     assert datetime.fromisoformat(item["opened_at"]) == charge.opened_at

@@ -27,7 +27,8 @@ from kino_refunds.events.queues import waiting
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.settings import PREFIX
-from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import malformed_letter
+from tests.clock import clock_at, record_dead_letters
 from tests.command_line import Result, Run
 from tests.conftest import Database
 from tests.scenario import NOW, Scene, make_event, until
@@ -423,17 +424,14 @@ def test_who_granted_is_kept_with_the_transfer(run: Run, scene: Scene) -> None:
 
 def test_credits_that_have_expired_already_are_granted_only_if_that_is_meant(run: Run, scene: Scene) -> None:
     """An expiry in the past by the ledger's clock is refused, unless it is said or the grant is an old one."""
-    scene.as_superuser(
-        "CREATE OR REPLACE FUNCTION kino.clock() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE"
-        " AS $$SELECT timestamptz '2040-01-01T00:00:00Z'$$"
-    )
     grant = ("grant", "acme", "5", "--reference", "order-1", "--expires-at")
 
-    refused = run(*grant, "2040-01-01T00:00:00Z")
-    nothing = scene.rows("SELECT 1 FROM kino.account")
-    meant = run(*grant, "2040-01-01T00:00:00Z", "--although-past")
-    again = run(*grant, "2040-01-01T01:00:00+01:00")
-    future = run(*grant[:4], "order-2", "--expires-at", "2040-01-01T00:00:01Z")
+    with clock_at(scene.worker, datetime(2040, 1, 1, tzinfo=UTC)):
+        refused = run(*grant, "2040-01-01T00:00:00Z")
+        nothing = scene.rows("SELECT 1 FROM kino.account")
+        meant = run(*grant, "2040-01-01T00:00:00Z", "--although-past")
+        again = run(*grant, "2040-01-01T01:00:00+01:00")
+        future = run(*grant[:4], "order-2", "--expires-at", "2040-01-01T00:00:01Z")
 
     assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
     assert "--expires-at 2040-01-01T00:00:00Z lies in the past (it is 2040-01-01T00:00:00Z)" in refused.err

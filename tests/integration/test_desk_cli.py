@@ -26,10 +26,11 @@ from kino_refunds.events.envelope import message_key
 from kino_refunds.events.schema import Queue, to_json
 from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
 from kino_refunds.reconciliation.protection import discard_although_open, read_protection
-from kino_refunds.schedule import Entry, claim_slot
+from kino_refunds.schedule import Entry
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement import replays
-from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter
+from tests.clock import claim_slot, record_dead_letters
 from tests.conftest import Database
 from tests.malformed import bare
 from tests.scenario import NOW, PATIENT, Broken, Scene, Waits, make_event, until
@@ -767,9 +768,7 @@ def test_what_a_letter_protects_is_read_when_nobody_else_can_change_it(database:
 
         def discard() -> None:
             with scene.worker.begin() as ours:
-                discard_although_open(
-                    ours, 1, although_open=(), source_configured=False, note="n", actor="bob", now=NOW
-                )
+                discard_although_open(ours, 1, although_open=(), source_configured=False, note="n", actor="bob")
 
         with ThreadPoolExecutor(1) as pool, scene.superuser.begin() as again:
             again.exec_driver_sql("UPDATE kino.dead_letter SET last_seen_at = kino.clock(), seen = seen + 1")

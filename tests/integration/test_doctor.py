@@ -25,16 +25,22 @@ from kino_refunds.errors import LedgerInconsistent
 from kino_refunds.events import client as redis_clients
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
+from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.server_guard import Orders
 from kino_refunds.settlement.gate import TRIPWIRE, pause_intake
+from tests.clock import clock_at
 from tests.command_line import Run
 from tests.conftest import Database
-from tests.scenario import EVENT_AT, Scene, make_event
+from tests.scenario import EVENT_AT, NOW, Scene, make_event
 
 AWAY_PORT = 1
 """Nobody listens on tcpmux here, and a connection to it is refused at once."""
 MINUTE = timedelta(minutes=1)
-SWEEPS = {"try waiting events again": "kino.sweep_retries", "expire lots": "kino.expire_lots"}
+SWEEPS = {
+    "try waiting events again": "kino.sweep_retries",
+    "expire lots": "kino.expire_lots",
+    "note which time belongs to which transaction": "kino.sample_clock",
+}
 OVERDUE = ("ask about jobs without an event", "kino.sweep_overdue")
 
 
@@ -82,6 +88,7 @@ def work(scene: Scene, *, ago: timedelta = timedelta(0), started_ago: timedelta 
             f" VALUES ('{each}', clock_timestamp() - {seconds}, 'beat', clock_timestamp(), '{{}}')"
             for each in ((name,) if name else (*SWEEPS.values(), OVERDUE[1]))
         ),
+        "INSERT INTO kino.xid_clock DEFAULT VALUES",
     )
 
 
@@ -147,8 +154,9 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
     checks = [re.split(r"  +", line)[1] for line in result.out.splitlines() if not line.startswith(" ")]
     assert checks == [
         *("settings", "job source"),
-        *("postgres version", "postgres writable", "durability", "postgres clock", "roles", "product limit"),
-        *("rights", "migrations", "append-only", "intake", "workers", "beat", "beat", "beat"),
+        *("postgres version", "postgres writable", "durability", "postgres clock", "roles"),
+        *("rights", "migrations", "append-only", "ledger clock", "intake", "workers", "beat", "beat", "beat", "beat"),
+        *("overdue charges", "dead letters", "breaks", "verified through", "horizon"),
         *("redis rights", "redis version", "redis role", "redis cluster", "redis eviction", "redis persistence"),
         *("redis memory", "redis clock", "queue names", "queue keys", "queues"),
     ]
@@ -414,68 +422,48 @@ def test_standby_is_found(doctor: Doctor, own_postgres: OwnPostgres) -> None:
 
 
 @pytest.mark.usefixtures("well")
-def test_clock_that_is_off_is_a_warning(doctor: Doctor) -> None:
-    """A minute's difference to either server judges deadlines and retries wrongly; a late beat is then late too."""
-    with time_machine.travel(datetime.now(UTC) + timedelta(seconds=20), tick=True):
+@pytest.mark.parametrize(("apart_s", "level"), [(4, None), (20, "fail"), (-20, "fail")])
+def test_clock_that_is_off_is_found(doctor: Doctor, apart_s: int, level: str | None) -> None:
+    """A host more than 5 s from a server is not kept by NTP; at 30 s presumed timeouts and expiry stop."""
+    with time_machine.travel(datetime.now(UTC) + timedelta(seconds=apart_s), tick=True):
         found = doctor()
 
-    assert found.code == 0
-    assert [(each.check, each.level) for each in found.bad] == [("postgres clock", "warn"), ("redis clock", "warn")]
-    assert float(found.bad[0].found.removesuffix(" s from ours")) > 19
-    assert found.bad[0].advice == (
-        "set both by NTP: retries, grace and overdue jobs are judged by this machine's clock"
-    )
+    expected = [("postgres clock", level), ("redis clock", level)] if level else []
+    assert [(each.check, each.level) for each in found.bad] == expected
+    assert found.code == (1 if level else 0)
+    for each in found.bad:
+        assert float(each.found.removesuffix(" s from this host's")) > abs(apart_s) - 1
+        assert each.advice.startswith("set both by NTP: ")
+
+
+def test_a_clock_that_somebody_replaced_is_found(doctor: Doctor, well: Scene, run: Run) -> None:
+    """A ledger whose `kino.clock()` is a test's decides by it: the doctor fails, and `migrate` puts ours back."""
+    with clock_at(well.worker, datetime.now(UTC) + timedelta(seconds=1)):
+        found = doctor()
+        migrated = run("migrate")
+
+    assert [each[:3] for each in found.bad if each.check == "ledger clock"] == [
+        ("ledger clock", "fail", "kino.clock() is a test's")
+    ]
+    assert (found.code, migrated.code) == (1, 0)
+    assert doctor() == Diagnosis(0, [])
 
 
 def test_missing_roles_and_ledger_are_found(doctor: Doctor, own_postgres: OwnPostgres) -> None:
-    """On a fresh server: who runs what to get the roles, the product's limit, and the schema."""
+    """On a fresh server: who runs what to get the roles and the schema."""
     found = doctor(KINO_DATABASE_URL=own_postgres.url("postgres", "postgres"))
 
     assert found.code == 1
     assert [each[:3] for each in found.bad] == [
         ("roles", "fail", "missing: kino_owner, kino_product, kino_read, kino_worker"),
-        ("product limit", "warn", "kino_product has none"),
         ("rights", "fail", "connected as postgres, which is a superuser"),
         ("migrations", "fail", "the database has no ledger yet"),
     ]
     assert [each.advice for each in found.bad] == [
         "a superuser runs kino_refunds/db/roles.sql in this database",
-        "a superuser runs kino_refunds/db/roles.sql: a charge committed an hour after it was opened is never swept",
         "connect workers as kino_worker: what runs must not be able to change what is only added to",
         "run `kino-refunds migrate` as kino_owner",
     ]
-
-
-@pytest.mark.parametrize(
-    ("limit", "level", "says"),
-    [
-        ("'59min'", None, ""),
-        ("3599999", None, ""),
-        ("'1h'", "warn", "a transaction of kino_product ends after 3,600 s"),
-        ("0", "warn", "kino_product has none"),
-    ],
-)
-def test_product_without_a_limit_is_a_warning(
-    doctor: Doctor, well: Scene, database: Database, limit: str, level: str | None, says: str
-) -> None:
-    """A product's transaction that may live for an hour can leave a charge where no sweep looks."""
-    well.as_superuser(f"ALTER ROLE kino_product IN DATABASE {database.name} SET transaction_timeout = {limit}")
-
-    found = doctor()
-
-    assert found.code == 0
-    assert [each[:3] for each in found.bad] == ([("product limit", level, says)] if level else [])
-
-
-@pytest.mark.usefixtures("well")
-def test_server_that_cannot_limit_the_product_is_a_warning(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before Postgres 17 a person has to see to it."""
-    monkeypatch.setattr(on_postgres, "TRANSACTION_TIMEOUT_SINCE", 99_00_00)
-
-    found = doctor()
-
-    assert (found.code, [(each.check, each.level) for each in found.bad]) == (0, [("product limit", "warn")])
-    assert "upgrade to Postgres 17" in found.bad[0].advice
 
 
 @pytest.mark.parametrize(
@@ -700,7 +688,7 @@ LATE = "see that `celery -A workers.app beat` and a worker run, and that Redis i
 
 @pytest.mark.parametrize(
     ("ago_s", "late"),
-    [(20, []), (31, ["try waiting events again"]), (181, ["try waiting events again", "expire lots", OVERDUE[0]])],
+    [(20, []), (31, ["try waiting events again"]), (181, [*SWEEPS, OVERDUE[0]])],
 )
 def test_sweep_that_stands_still_is_found(doctor: Doctor, scene: Scene, ago_s: int, late: list[str]) -> None:
     """Three slots without a run, and never less than half a minute, mean that beat is dead."""
@@ -727,6 +715,7 @@ def test_sweep_that_never_ran_is_late_once_a_worker_was_there(
     assert found.code == code
     assert [each[:3] for each in found.bad] == [
         ("beat", level, "expire lots: last never"),
+        ("beat", level, "note which time belongs to which transaction: last never"),
         ("beat", level, f"{OVERDUE[0]}: last never"),
     ]
 
@@ -743,6 +732,73 @@ def test_sweep_that_begins_and_never_ends_is_a_warning(doctor: Doctor, well: Sce
     ((check, level, text, advice),) = found.bad
     assert (found.code, check, level, advice) == (0, "beat", "warn", "a worker's log says what stops it")
     assert re.fullmatch(r"expire lots: last \S+ \S+Z, to its end \S+ \S+Z", text)
+
+
+# --- work
+
+
+def test_work_that_waits_for_a_person_is_found(doctor: Doctor, well: Scene) -> None:
+    """Overdue charges, letters with credits at stake and breaks fail the doctor, each with the command to type."""
+    well.grant("acct-1")
+    with well.product.begin() as connection:
+        late = ChargeRequest("job-late", "acct-1", 5, NOW - timedelta(hours=2))
+        open_charges(connection, [late, ChargeRequest("job-letter", "acct-1", 3, NOW + timedelta(hours=2))])
+    well.charged("job-2")
+    well.settle(make_event("failed platform", "job-2"), now=None)
+    wrong = make_event("timeout", "job-letter", account_id="somebody else")
+    well.settle(make_event("completed", "job-2"), wrong, now=None)
+
+    found = doctor()
+
+    assert found.code == 1
+    assert found.bad == [
+        Found(
+            "overdue charges",
+            "fail",
+            "1 charge with 5 credits stood open more than 5 min past deadline and grace",
+            "`kino-refunds overdue run --dry-run` says what is known of them, and what withholds them",
+        ),
+        Found(
+            "dead letters",
+            "fail",
+            "1 open (account_mismatch 1), 3 credits at stake",
+            "`kino-refunds dead-letters list`",
+        ),
+        Found("breaks", "fail", "1 break open", "a job's ending disagrees with the ledger: `kino-refunds breaks list`"),
+    ]
+
+
+def test_a_charge_that_is_being_asked_about_is_a_warning(doctor: Doctor, well: Scene) -> None:
+    """For 5 minutes past deadline and grace the sweep asks: that is said, and nothing has to be mended."""
+    well.grant("acct-1")
+    with well.product.begin() as connection:
+        open_charges(connection, [ChargeRequest("job-1", "acct-1", 5, datetime.now(UTC) - timedelta(minutes=2))])
+
+    found = doctor()
+
+    assert (found.code, [each[:3] for each in found.bad]) == (
+        0,
+        [("overdue charges", "warn", "1 charge past deadline and grace")],
+    )
+
+
+@pytest.mark.parametrize(("minutes", "level", "code"), [(4, None, 0), (6, "warn", 0), (61, "fail", 1)])
+def test_who_holds_the_horizon_is_named(
+    doctor: Doctor, well: Scene, minutes: int, level: str | None, code: int
+) -> None:
+    """A writing transaction that stays open holds back statements and relay: its session is named with its program."""
+    well.as_superuser(f"UPDATE kino.xid_clock SET sampled_at = kino.clock() - interval '{minutes} minutes'")
+    with well.product.begin() as forgotten:
+        grant_lots(forgotten, [Grant("never committed", "acct-1", 5, LotClass.COURTESY)])
+        pid = forgotten.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        well.as_superuser("INSERT INTO kino.xid_clock DEFAULT VALUES")
+
+        found = doctor()
+
+        forgotten.rollback()
+    assert (found.code, [each[:2] for each in found.bad]) == (code, [("horizon", level)] if level else [])
+    for each in found.bad:
+        assert each.found == f"stands still since {minutes} min, held by pid {pid} (kino_product, kino-refunds)"
 
 
 # --- Redis

@@ -48,10 +48,10 @@ def bad_build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Let every settle raise in a build named `bad`, for events whose job matches; "" mends it."""
 
     def break_for(jobs: str) -> None:
-        def failing(connection: Any, deliveries: Sequence[Any], terms: Any, now: Any, **more: Any) -> list[Decision]:
+        def failing(connection: Any, deliveries: Sequence[Any], terms: Any, **more: Any) -> list[Decision]:
             if jobs and terms.build == "bad" and any(re.match(jobs, d.event.job_id) for d in deliveries):
                 raise ZeroDivisionError("a mistake of this build")
-            return settle(connection, deliveries, terms, now, **more)
+            return settle(connection, deliveries, terms, **more)
 
         monkeypatch.setattr(batch, "settle", failing)
 

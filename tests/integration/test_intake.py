@@ -26,14 +26,13 @@ from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiti
 from kino_refunds.events.schema import Event, Queue, to_json
 from kino_refunds.ledger.lots import lock_lots
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.batch import outcomes_of, settle_batch
+from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import Delivery
-from kino_refunds.settlement.retries import sweep_retries
 from kino_refunds.settlement.settle import Decision, Terms, settle
 from tests.conftest import Database
 from tests.malformed import MALFORMED
 from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
-from tests.scenario import LEASE, NOW, Scene, Waits, make_event, make_terms, until
+from tests.scenario import Scene, Waits, make_event, make_terms, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
 from workers.bootstep import Chores, terms_of
@@ -314,12 +313,10 @@ def test_our_own_mistake_with_one_event_is_a_dead_letter_too(
     open_jobs(scene, *jobs)
     push(redis, *failures(jobs))
 
-    def trip(
-        connection: sa.Connection, part: list[Delivery], terms: Terms, now: datetime, *, busy_jobs: set[str]
-    ) -> list[Decision]:
+    def trip(connection: sa.Connection, part: list[Delivery], terms: Terms, *, busy_jobs: set[str]) -> list[Decision]:
         if any(delivery.event.job_id == "job-3" for delivery in part):
             raise KeyError("a field that nobody thought of")
-        return settle(connection, part, terms, now, busy_jobs=busy_jobs)
+        return settle(connection, part, terms, busy_jobs=busy_jobs)
 
     monkeypatch.setattr("kino_refunds.settlement.batch.settle", trip)
 
@@ -340,16 +337,11 @@ def test_a_job_whose_credits_somebody_holds_waits_alone(brisk_scene: Scene, redi
         lock_lots(other, {lot_id for lot_id, _ in held.lines})
         sizes = drain(intake)
         while_held = ledger(scene)
-    after = sweep_retries(
-        scene.worker,
-        lambda due, now: outcomes_of(settle_batch(scene.worker, due, make_terms(), now)),
-        now=datetime.now(UTC) + timedelta(minutes=1),
-        lease=LEASE,
-    )
+    after = scene.sweep(now=datetime.now(UTC) + timedelta(minutes=1))
 
     assert sizes == [3]
     assert while_held == {"held": [], "free-1": REFUNDED, "free-2": REFUNDED}
-    assert after.outcomes == {"refunded": 1}
+    assert after == {"refunded": 1}
     assert ledger(scene) == dict.fromkeys(("held", "free-1", "free-2"), REFUNDED)
 
 
@@ -577,7 +569,7 @@ def test_a_worker_that_died_between_commit_and_drop_paid_once(
     open_jobs(scene, "job-1", "job-2")
     push(redis, *failures(["job-1", "job-2"]))
     deliveries, _ = read_claim(Queues(redis, A, alive_ttl_s=60).claim())
-    settle_batch(scene.worker, deliveries, make_terms(), NOW)
+    settle_batch(scene.worker, deliveries, make_terms())
     redis.delete(f"kino:alive:{A}")
     survivor = make_intake(scene, redis, B)
 

@@ -30,15 +30,13 @@ from kino_refunds.ledger import (
     Grant,
     LotClass,
     balance,
-    end_charges,
-    expire_lots,
     freeze_purchase,
     grant_lots,
     open_charges,
     statement,
-    unfreeze_purchase,
     void_purchase,
 )
+from tests.clock import end_charges, expire_lots, unfreeze_purchase
 from tests.conftest import Database
 
 NOW = datetime.now(UTC)

@@ -24,13 +24,13 @@ from kino_refunds.ledger import (
     Grant,
     Lot,
     balance,
-    expire_lots,
     freeze_purchase,
     grant_lots,
     open_charges,
     set_account_status,
     void_purchase,
 )
+from tests.clock import expire_lots
 from tests.conftest import Database
 from tests.ledger_acts import DAY, LATER, NOW, SOLD, backend, charge, end, end_and_commit, give, lot_states, waits
 from tests.scenario import PATIENT

@@ -22,14 +22,13 @@ from kino_refunds.ledger import (
     LotClass,
     LotState,
     balance,
-    expire_lots,
     freeze_purchase,
     grant_lots,
     open_charges,
-    unfreeze_purchase,
     void_purchase,
 )
 from kino_refunds.ledger.lots import CREDITS_MAX
+from tests.clock import expire_lots, unfreeze_purchase
 from tests.conftest import Database
 from tests.ledger_acts import DAY, GRACE, NOW, SOLD, backend, charge, end, lot_states, waits
 from tests.scenario import PATIENT, until

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -20,11 +20,11 @@ from kino_refunds.ledger import Charge, ChargeRequest, open_charges
 from kino_refunds.reconciliation.overdue import (
     OverdueReport,
     OverdueRules,
-    advance_verified_through,
     sweep_overdue,
 )
 from kino_refunds.reconciliation.sources import Answer, JobState
-from kino_refunds.settlement.dead_letters import DeadLetter, record_dead_letters
+from kino_refunds.settlement.dead_letters import DeadLetter
+from tests.clock import clock_at, record_dead_letters
 from tests.malformed import MALFORMED, envelope
 from tests.scenario import NOW, Broken, Scene, make_event, make_terms
 
@@ -36,6 +36,13 @@ DUE = NOW - SECOND
 """Deadline plus grace of a charge that is overdue at NOW, unless a test says otherwise."""
 UNKNOWN, RUNNING, COMPLETED = (Answer(s) for s in (JobState.UNKNOWN, JobState.RUNNING, JobState.COMPLETED))
 WIRE_FORMS: dict[str, Callable[[bytes], bytes]] = {"bare": lambda raw: raw, "kombu": envelope}
+
+
+@pytest.fixture(autouse=True)
+def stopped_clock(scene: Scene) -> Iterator[None]:
+    """It is NOW in this file, unless a test says otherwise: charges are opened before they are swept."""
+    with clock_at(scene.worker, NOW):
+        yield
 
 
 class Source:
@@ -63,8 +70,8 @@ def charged(scene: Scene, *job_ids: str, due: datetime = DUE, credits: int = 10)
 
 
 def sweep(scene: Scene, redis: Redis, source: Any = None, *, now: datetime = NOW, **options: Any) -> dict[str, Any]:
-    report = sweep_overdue(scene.worker, redis, source, make_terms(), RULES, now=now, **options)
-    return report.as_dict()
+    with clock_at(scene.worker, now):
+        return sweep_overdue(scene.worker, redis, source, make_terms(), RULES, **options).as_dict()
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -79,7 +86,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "refunded": 0,
         "refunded_credits": 0,
         "withheld": {},
-        "verified_through": (NOW - HOUR).isoformat(),
+        "verified_through": None,
         **changes,
     }
 
@@ -276,7 +283,7 @@ def test_withheld_verdict_without_a_source_is_looked_at_again_at_once(scene: Sce
     came_to = sweep(scene, redis, now=NOW + TICK)
 
     assert paused == withheld(intake_paused=1)
-    assert came_to == {**REFUNDED_ONE, "verified_through": (NOW + TICK - HOUR).isoformat()}
+    assert came_to == REFUNDED_ONE
 
 
 def test_unknown_is_a_verdict_only_after_the_spaced_asks(scene: Scene, redis: Redis) -> None:
@@ -675,49 +682,11 @@ def test_dry_run_writes_nothing_and_says_what_would_be(scene: Scene, redis: Redi
             "would settle: kino.generation.safety-rejection.v1": 1,
             "would settle: kino.generation.timeout.v1": 2,
         },
-        verified_through=None,
     )
-
-
-# --- verified through
-
-
-def test_mark_stays_an_hour_behind(scene: Scene, redis: Redis) -> None:
-    """A charge that is committed late must still lie in front of the mark: it is never nearer than an hour."""
-    charged(scene, "job-1")
-
-    came_to = sweep(scene, redis, now=NOW + 5 * HOUR)
-
-    assert statuses(scene) == {"job-1": "refunded"}
-    assert came_to["verified_through"] == (NOW + 4 * HOUR).isoformat()
-    assert scene.rows("SELECT opened_at FROM kino.verified_through") == [(NOW + 4 * HOUR,)]
-
-
-def test_mark_stops_at_an_open_charge_and_goes_on_behind_it(scene: Scene, redis: Redis) -> None:
-    """Every charge before the mark is settled: it waits at the oldest open one, and that one is still swept."""
-    charged(scene, "settled")
-    (still_open,) = charged(scene, "open", due=NOW + 10 * HOUR)
-    charged(scene, "later")
-
-    waits = sweep(scene, redis, now=NOW + 5 * HOUR)
-    again = sweep(scene, redis, now=NOW + 6 * HOUR)
-    goes_on = sweep(scene, redis, now=NOW + 10 * HOUR + TICK)
-
-    assert waits["verified_through"] == again["verified_through"] == still_open.opened_at.isoformat()
-    assert (goes_on["overdue"], goes_on["refunded"]) == (1, 1)
-    assert goes_on["verified_through"] == (NOW + 9 * HOUR + TICK).isoformat()
-
-
-def test_mark_never_goes_back(scene: Scene) -> None:
-    """A sweep whose clock is behind leaves the mark where a better one has put it."""
-    with scene.worker.begin() as connection:
-        marks = [advance_verified_through(connection, now=NOW + hours * HOUR) for hours in (3, 1, -5, 4)]
-
-    assert marks == [NOW + 2 * HOUR, NOW + 2 * HOUR, NOW + 2 * HOUR, NOW + 3 * HOUR]
 
 
 def test_report_counts_what_it_did() -> None:
     """A report of a sweep that found nothing says so in plain values, for JSON."""
     found = OverdueReport(dry_run=False)
 
-    assert found.as_dict() == report(overdue=0, answers={}, verified_through=None)
+    assert found.as_dict() == report(overdue=0, answers={})

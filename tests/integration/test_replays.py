@@ -16,11 +16,18 @@ from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedM
 from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
 from kino_refunds.ledger import Balance
 from kino_refunds.settlement import batch, replays
-from kino_refunds.settlement.batch import settle_batch
-from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter
 from kino_refunds.settlement.deliveries import RECONCILER, delivery_of, read_delivery
-from kino_refunds.settlement.replays import Replay, discard_letter, note_letter, replay_letter, set_letter_status
+from kino_refunds.settlement.replays import Replay
 from kino_refunds.settlement.settle import settle as settle_events
+from tests.clock import (
+    discard_letter,
+    note_letter,
+    record_dead_letters,
+    replay_letter,
+    set_letter_status,
+    settle_batch_at,
+)
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
 from tests.malformed import event as document
@@ -62,7 +69,7 @@ def record(scene: Scene, *letters: DeadLetter) -> None:
 
 def settle(scene: Scene, *events: Event) -> None:
     """Settle as intake does, so that what fails becomes a dead letter."""
-    settle_batch(scene.worker, [delivery_of(event) for event in events], make_terms(), NOW)
+    settle_batch_at(scene.worker, [delivery_of(event) for event in events], make_terms(), NOW)
 
 
 def malformed(raw: bytes) -> DeadLetter:

@@ -13,9 +13,10 @@ import sqlalchemy as sa
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from kino_refunds.schedule import KEPT_FOR, Entry, Run, claim_slot, entries, finish_slot, read_schedule
+from kino_refunds.schedule import KEPT_FOR, Entry, Run, entries, finish_slot
 from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.relay import relay_refunds
+from tests.clock import claim_slot, read_schedule
 from tests.scenario import EVENT_AT, Scene, make_event
 from workers import tasks
 from workers.schedule import beat_schedule
@@ -143,7 +144,19 @@ def test_what_never_ran_is_said_so(scene: Scene) -> None:
     """On the first day there is a next run and no last one, and nothing was missed yet."""
     found = read(scene, SLOT + SECOND)
 
-    assert found == Run(ENTRY.name, 60.0, None, None, None, SLOT + MINUTE, 0, "expire lots")
+    assert found == Run(
+        name=ENTRY.name,
+        every_s=60.0,
+        last=None,
+        finished=None,
+        ended=None,
+        result=None,
+        next=SLOT + MINUTE,
+        missed=0,
+        late=False,
+        stuck=False,
+        what="expire lots",
+    )
 
 
 def test_a_run_is_kept_with_its_result(scene: Scene) -> None:
@@ -232,7 +245,7 @@ def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as
 
 def test_what_is_off_is_not_scheduled() -> None:
     """Without a job source nobody is asked, and without a queue nobody is told; both are off by default."""
-    always = ["kino.sweep_retries", "kino.expire_lots"]
+    always = ["kino.sweep_retries", "kino.expire_lots", "kino.sample_clock"]
 
     default = entries(Settings.model_construct())
     everything = entries(Settings.model_construct(job_source="none", relay_queue=QUEUE))

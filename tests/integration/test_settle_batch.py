@@ -253,7 +253,7 @@ def test_a_database_that_is_gone_keeps_the_batch(scene: Scene, database: Databas
     nobody = create_engine(database.url().replace(database.name, "no_such_database"))
 
     with pytest.raises(sa.exc.OperationalError) as raised:
-        settle_batch(nobody, deliveries_of([event]), make_terms(), NOW)
+        settle_batch(nobody, deliveries_of([event]), make_terms())
 
     nobody.dispose()
     assert classify(raised.value) is Fault.KEEP

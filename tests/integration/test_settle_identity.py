@@ -11,8 +11,8 @@ from kino_refunds.events.schema import JobFailed
 from kino_refunds.ledger import Balance
 from kino_refunds.policy.document import Policy, make_policy, published_policy
 from kino_refunds.settlement.deliveries import delivery_of
-from kino_refunds.settlement.retries import GIVE_UP_AFTER, LONGEST_DELAY, lease_due
-from kino_refunds.settlement.settle import settle
+from kino_refunds.settlement.retries import GIVE_UP_AFTER, LONGEST_DELAY
+from tests.clock import lease_due, settle_at
 from tests.scenario import EVENT_AT, LEASE, NOW, SOURCE, Dead, Scene, Waits, make_event, make_terms
 
 SECOND = timedelta(seconds=1)
@@ -30,7 +30,7 @@ def test_the_same_event_again_changes_nothing(scene: Scene, kind: str) -> None:
     before = scene.everything()
 
     with scene.worker.connect() as connection:
-        [again] = settle(connection, [event], make_terms(), NOW + timedelta(days=1))
+        [again] = settle_at(connection, [event], make_terms(), NOW + timedelta(days=1))
 
     assert (again.outcome, again.first) == ("duplicate", first)
     assert scene.everything() == before
@@ -42,7 +42,7 @@ def test_the_same_event_in_one_batch_is_decided_once(scene: Scene) -> None:
     event = delivery_of(make_event("failed platform"))
 
     with scene.worker.connect() as connection:
-        decisions = settle(connection, [event, event, event], make_terms(), NOW)
+        decisions = settle_at(connection, [event, event, event], make_terms(), NOW)
 
     assert [(d.outcome, d.first) for d in decisions] == [
         ("refunded", None),

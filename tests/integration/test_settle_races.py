@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.ledger import Balance, expire_lots, void_purchase
+from kino_refunds.ledger import Balance, void_purchase
 from kino_refunds.settlement import batch as batch_module
 from kino_refunds.settlement import settle as settle_module
+from tests.clock import expire_lots
 from tests.scenario import (
     EVENT_AT,
     NOW,

@@ -15,14 +15,13 @@ from kino_refunds.ledger import (
     Balance,
     StatementLine,
     balance,
-    expire_lots,
     freeze_purchase,
     grant_lots,
     open_charge,
     statement,
-    unfreeze_purchase,
     void_purchase,
 )
+from tests.clock import expire_lots, unfreeze_purchase
 from tests.conftest import Database
 from tests.ledger_acts import DAY, GRACE, NOW, SOLD, charge, end_and_commit, give
 

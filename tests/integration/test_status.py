@@ -25,8 +25,9 @@ from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.settings import PREFIX
-from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import malformed_letter
 from kino_refunds.settlement.gate import pause_intake
+from tests.clock import record_dead_letters
 from tests.command_line import Result, Run
 from tests.conftest import Database
 from tests.scenario import NOW, Scene, make_event
@@ -34,7 +35,10 @@ from tests.scenario import NOW, Scene, make_event
 SCRIPT = Path(sys.executable).with_name("kino-refunds")
 AWAY_PORT = 1
 EMPTY = dict.fromkeys((*SERVED, "in-flight", "recovered"), 0)
+NO_WORKER = {"what": "no worker is alive", "command": "kino-refunds intake status"}
 QUIET = {
+    "fine": False,
+    "troubles": [NO_WORKER],
     "intake": "open",
     "intake_reason": None,
     "intake_paused_by": None,
@@ -43,9 +47,13 @@ QUIET = {
     "waiting_since": None,
     "breaks_open": 0,
     "charges_open": 0,
+    "credits_held": 0,
     "charges_overdue": 0,
+    "credits_overdue": 0,
     "queues": EMPTY,
     "dead_letters_open": {},
+    "credits_at_stake": 0,
+    "verified_through": None,
     "missed_runs": {},
     "late_runs": {},
 }
@@ -87,7 +95,7 @@ def test_quiet_ledger_has_every_name(run: Run) -> None:
 
     document = result.json
     at = datetime.fromisoformat(document.pop("at"))
-    assert (result.code, result.err, document) == (0, "", QUIET)
+    assert (result.code, result.err, document) == (1, "", QUIET)
     assert at.utcoffset() == timedelta(0)
 
 
@@ -103,6 +111,14 @@ def test_everything_is_counted(run: Run, scene: Scene, redis: Redis) -> None:
     assert document.pop("waiting_since").startswith(f"{NOW:%Y}")
     assert document.pop("missed_runs")["expire lots"] >= 60
     assert document == {
+        "fine": False,
+        "troubles": [
+            {"what": "intake is paused by anna: [red]maintenance[/red]", "command": "kino-refunds intake status"},
+            {"what": "overdue and not settled: 1 charge, 5 credits", "command": "kino-refunds why job-late"},
+            {"what": "3 dead letters open, 0 credits at stake", "command": "kino-refunds dead-letters list"},
+            {"what": "1 break open", "command": "kino-refunds breaks show 1"},
+            {"what": "expire lots: does not run", "command": "kino-refunds schedule"},
+        ],
         "intake": "paused",
         "intake_reason": "[red]maintenance[/red]",
         "intake_paused_by": "anna",
@@ -110,9 +126,13 @@ def test_everything_is_counted(run: Run, scene: Scene, redis: Redis) -> None:
         "waiting_for_retry": 1,
         "breaks_open": 1,
         "charges_open": 3,
+        "credits_held": 15,
         "charges_overdue": 1,
+        "credits_overdue": 5,
         "queues": EMPTY | {SERVED[0]: 3, "recovered": 1},
         "dead_letters_open": {"bad_json": 2, "unknown_type": 1},
+        "credits_at_stake": 0,
+        "verified_through": None,
         "late_runs": {"expire lots": last.isoformat()},
     }
 
@@ -125,10 +145,13 @@ def test_person_reads_one_screen(run: Run, scene: Scene, redis: Redis) -> None:
 
     lines = result.out.splitlines()
     told = [" ".join(line.split()) for line in lines]
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (1, "")
     assert max(map(len, lines)) <= 80
-    assert len(lines) <= 24
-    assert told[1:5] == ["intake paused", "reason [red]maintenance[/red]", "paused by anna", "workers alive 1"]
+    assert len(lines) <= 34
+    assert told[0].startswith("not fine: 5 things 20")
+    assert "overdue and not settled: 1 charge, 5 credits: kino-refunds why job-late" in told
+    assert told.index("intake paused") > told.index("expire lots: does not run: kino-refunds schedule")
+    assert "reason [red]maintenance[/red]" in told
     assert "dead letters open bad_json 2, unknown_type 1" in told
     assert any(line.startswith("late runs expire lots 20") for line in told)
 
@@ -238,23 +261,37 @@ def test_watch_says_that_a_server_hangs(run: Run, monkeypatch: pytest.MonkeyPatc
     assert last.startswith("late runs")
 
 
-def test_short_screen_has_what_is_bad_first(run: Run, scene: Scene) -> None:
-    """Where not everything fits, a dead letter is not what is cut off; with room enough nothing moves."""
+def test_fine_is_one_word_and_exit_code_0(run: Run, scene: Scene) -> None:
+    """With a worker alive and nothing that waits for a person, the first line says fine."""
+    scene.as_superuser(
+        "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at)"
+        " VALUES (gen_random_uuid(), 'lives', 1, 'b', clock_timestamp(), clock_timestamp())"
+    )
+
+    result = run("status")
+
+    assert result.code == 0
+    assert result.out.splitlines()[0].startswith("fine  20")
+
+
+def test_short_screen_has_what_is_not_fine(run: Run, scene: Scene) -> None:
+    """Where not everything fits, what is cut off is never what is not fine."""
     scene.as_superuser(
         "INSERT INTO kino.dead_letter (message_key, raw, queue, reason, detail, group_fingerprint, build)"
         " VALUES ('x', 'x', 'generation.timeout', 'bad_json', 'x', 'x', 'x')"
     )
     found = json.loads(run("status", "--json").out)
-    fixed = [name.replace("_", " ") for name in found if found[name] is not None or "intake" not in name]
 
-    def names(lines_max: int) -> list[str]:
-        return [str(cell) for cell in status._screen(found, lines_max=lines_max).columns[0].cells]
+    short = console.render_lines(status._screen(found, lines_max=4))
+    whole = console.render_lines(status._screen(found, lines_max=100))
 
-    assert names(len(fixed) - 1)[:2] == ["workers alive", "dead letters open"]
-    assert names(100) == fixed
-
-    # The queues take two lines on 80 columns, so as many lines as rows are too few.
-    assert names(len(fixed))[:2] == ["workers alive", "dead letters open"]
+    told = ["".join(segment.text for segment in line).strip() for line in short]
+    assert told[0].startswith("not fine: 2 things")
+    assert told[1:3] == [
+        "no worker is alive: kino-refunds intake status",
+        "1 dead letter open, 0 credits at stake: kino-refunds dead-letters show 1",
+    ]
+    assert len(told) == 4 < len(whole)
 
 
 def test_watch_knows_how_high_the_screen_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

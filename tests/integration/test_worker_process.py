@@ -68,7 +68,11 @@ def start(processes: list[CeleryProcess], database: Database, redis_url: str, tm
 def log_of(process: CeleryProcess) -> list[dict[str, Any]]:
     """What a process has said so far, a line each."""
     assert process.log_file is not None
-    lines = process.log_file.read_text(encoding="utf-8").splitlines()
+    return log_of_file(process.log_file)
+
+
+def log_of_file(log_file: Path) -> list[dict[str, Any]]:
+    lines = log_file.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 

@@ -26,6 +26,18 @@ RULES = {
         "settings",
         *UNDER_EVERYTHING,
     },
+    "desk": {
+        "desk",
+        "reconciliation",
+        "settlement",
+        "ledger",
+        "policy",
+        "events",
+        "db",
+        "schedule",
+        "settings",
+        *UNDER_EVERYTHING,
+    },
 }
 
 

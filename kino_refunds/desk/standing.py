@@ -1,0 +1,170 @@
+"""How things stand: what is open, waits, or disagrees, and whether that is fine; for `status` and the doctor."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verified, read_verified
+from kino_refunds.schedule import Run, entries, read_schedule
+from kino_refunds.settlement.gate import Gate, read_gate
+
+if TYPE_CHECKING:
+    from kino_refunds.settings import Settings
+
+OVERDUE_MAX = timedelta(minutes=5)
+"""P9: without an event a job is settled within 5 minutes of its deadline and grace; before that the sweep is asking."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun: `1 charge`, `2,000 charges`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Charges:
+    """Some open charges: how many, their whole credits, and the job among them that has waited longest."""
+
+    charges: int
+    credits: int
+    oldest_job: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """Open dead letters by reason, and the credits of open charges that they name (each charge once)."""
+
+    by_reason: Mapping[str, int]
+    credits_at_stake: int
+    oldest: int | None
+    """The number of the oldest."""
+
+    @property
+    def count(self) -> int:
+        """How many letters are open."""
+        return sum(self.by_reason.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One thing that is not fine, and the one command to type."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Everything that on-call looks at first, read in one transaction; `at` is the ledger's clock."""
+
+    at: datetime
+    gate: Gate
+    workers_alive: int
+    waiting_for_retry: int
+    waiting_since: datetime | None
+    open: Charges
+    overdue: Charges
+    """Past deadline and grace; up to 5 minutes of that is the time in which the sweep asks."""
+    overdue_late: Charges
+    """Those of them for which that time is over."""
+    letters: Letters
+    breaks_open: int
+    oldest_break: int | None
+    runs: Sequence[Run]
+    verified: Verified
+
+    def troubles(self) -> Iterator[Trouble]:
+        """Say what is not fine, the most urgent first."""
+        if self.gate.paused:
+            yield Trouble(f"intake is paused by {self.gate.actor}: {self.gate.reason}", "kino-refunds intake status")
+        if not self.workers_alive:
+            yield Trouble("no worker is alive", "kino-refunds intake status")
+        if self.overdue_late.charges:
+            late = self.overdue_late
+            text = f"overdue and not settled: {counted(late.charges, 'charge')}, {counted(late.credits, 'credit')}"
+            one = f"kino-refunds why {shlex.quote(late.oldest_job or '')}"
+            yield Trouble(text, one if late.charges == 1 else "kino-refunds overdue run --dry-run")
+        if self.letters.count:
+            stake = counted(self.letters.credits_at_stake, "credit")
+            one = f"kino-refunds dead-letters show {self.letters.oldest}"
+            yield Trouble(
+                f"{counted(self.letters.count, 'dead letter')} open, {stake} at stake",
+                one if self.letters.count == 1 else "kino-refunds dead-letters list",
+            )
+        if self.breaks_open:
+            one = f"kino-refunds breaks show {self.oldest_break}"
+            text = f"{counted(self.breaks_open, 'break')} open"
+            yield Trouble(text, one if self.breaks_open == 1 else "kino-refunds breaks list")
+        for run in self.runs:
+            if run.late or run.stuck:
+                state = "does not run" if run.late else "starts and does not end"
+                yield Trouble(f"{run.what}: {state}", "kino-refunds schedule")
+        age = self.verified.horizon_age
+        if age is not None and age > HORIZON_AGE_WARN:
+            text = f"a transaction has been open for {age.total_seconds() / 60:,.0f} min; statements and relay wait"
+            yield Trouble(text, "kino-refunds doctor")
+
+
+# Everything here is counted over what is open, so that a large ledger answers as fast. Three heartbeats for a worker:
+# one may be late behind a slow batch.
+_COUNTS = sa.text("""
+    WITH overdue AS (
+        SELECT o.charge_id, o.credits, o.deadline_at + make_interval(secs => :grace_s) AS due_at
+        FROM kino.open_charge o
+        WHERE o.deadline_at < (SELECT kino.clock()) - make_interval(secs => :grace_s)
+    )
+    SELECT kino.clock() AS at,
+        (SELECT count(*) FROM kino.intake_worker
+         WHERE stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds') AS workers_alive,
+        (SELECT count(*) FROM kino.pending_event) AS waiting_for_retry,
+        (SELECT min(first_seen_at) FROM kino.pending_event) AS waiting_since,
+        (SELECT count(*) FROM kino.break WHERE status = 'open') AS breaks_open,
+        (SELECT min(break_id) FROM kino.break WHERE status = 'open') AS oldest_break,
+        (SELECT c.job_id FROM overdue JOIN kino.charge c USING (charge_id) ORDER BY due_at, charge_id LIMIT 1)
+            AS oldest_job,
+        o.charges, o.credits, d.overdue, d.overdue_credits, d.late, d.late_credits
+    FROM (SELECT count(*) AS charges, coalesce(sum(credits), 0) AS credits FROM kino.open_charge) o,
+         (SELECT count(*) AS overdue, coalesce(sum(credits), 0) AS overdue_credits,
+                 count(*) FILTER (WHERE due_at < kino.clock() - :overdue_max) AS late,
+                 coalesce(sum(credits) FILTER (WHERE due_at < kino.clock() - :overdue_max), 0) AS late_credits
+          FROM overdue) d
+""")
+_LETTERS = sa.text("""
+    SELECT reason, count(*) AS letters, min(dead_letter_id) AS oldest FROM kino.dead_letter
+    WHERE status = 'open' GROUP BY reason ORDER BY 2 DESC, 1
+""")
+_AT_STAKE = sa.text("""
+    SELECT coalesce(sum(o.credits), 0) FROM kino.open_charge o JOIN kino.charge c USING (charge_id)
+    WHERE c.job_id IN (SELECT d.job_id FROM kino.dead_letter d WHERE d.status = 'open' AND d.job_id IS NOT NULL)
+""")
+
+
+def read_standing(connection: sa.Connection, settings: Settings) -> Standing:
+    """Read how things stand; raises what Postgres raises."""
+    wanted = {"grace_s": settings.overdue_grace_s, "overdue_max": OVERDUE_MAX}
+    counts = connection.execute(_COUNTS, wanted).one()
+    letters = connection.execute(_LETTERS).all()
+    return Standing(
+        at=counts.at,
+        gate=read_gate(connection),
+        workers_alive=counts.workers_alive,
+        waiting_for_retry=counts.waiting_for_retry,
+        waiting_since=counts.waiting_since,
+        open=Charges(counts.charges, int(counts.credits), None),
+        overdue=Charges(counts.overdue, int(counts.overdue_credits), counts.oldest_job),
+        overdue_late=Charges(counts.late, int(counts.late_credits), counts.oldest_job if counts.late else None),
+        letters=Letters(
+            {row.reason: row.letters for row in letters},
+            int(connection.execute(_AT_STAKE).scalar_one()),
+            min((row.oldest for row in letters), default=None),
+        ),
+        breaks_open=counts.breaks_open,
+        oldest_break=counts.oldest_break,
+        runs=read_schedule(connection, entries(settings)),
+        verified=read_verified(connection),
+    )

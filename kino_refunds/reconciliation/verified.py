@@ -1,0 +1,87 @@
+"""Verified through: the time before which every charge is settled, for people (design, section 4).
+
+Order and completeness come from transactions and not from time. A sample (an instant, a transaction's number) joins the
+two: once the horizon has passed the number, every row that was written before the instant can be seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HORIZON_AGE_WARN = timedelta(minutes=5)
+HORIZON_AGE_FAIL = timedelta(hours=1)
+"""Statements and the relay stand still behind the horizon; so does every proof."""
+
+# The instant is read before the number is drawn (columns are evaluated in this order): whoever draws a lower number
+# afterwards writes later instants, which are not claimed to be complete; the other way round some would be.
+_SAMPLE = sa.text("INSERT INTO kino.xid_clock (sampled_at, xid) VALUES (kino.clock(), kino.this_transaction())")
+
+
+def sample_clock(connection: sa.Connection) -> None:
+    """Note which instant belongs to which transaction; in a transaction of its own, which has written nothing yet."""
+    connection.execute(_SAMPLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How far the ledger can be vouched for.
+
+    `through`: every charge opened before this is settled; None before the first sample is below the horizon.
+    `horizon_age`: how long ago the newest sample below the horizon was taken; None without one.
+    """
+
+    through: datetime | None
+    horizon_age: timedelta | None
+    oldest_open: datetime | None
+
+
+_VERIFIED = sa.text("""
+    SELECT kino.clock() AS now,
+           (SELECT sampled_at FROM kino.xid_clock WHERE xid < kino.horizon() ORDER BY xid DESC LIMIT 1) AS sampled_at,
+           (SELECT min(c.opened_at) FROM kino.open_charge o JOIN kino.charge c USING (charge_id)) AS oldest_open
+""")
+
+
+def read_verified(connection: sa.Connection) -> Verified:
+    """Read how far everything is settled, as of the newest sample below the horizon."""
+    row = connection.execute(_VERIFIED).one()
+    if row.sampled_at is None:
+        return Verified(None, None, row.oldest_open)
+    # A sample of a clock that has been set back since must not vouch for what is still to come.
+    sampled_at = min(row.sampled_at, row.now)
+    return Verified(min(sampled_at, row.oldest_open or sampled_at), row.now - sampled_at, row.oldest_open)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A session or prepared transaction whose open transaction holds the horizon."""
+
+    name: str
+    started_at: datetime | None
+
+
+# Every role may read pg_locks: a transaction with a number holds a lock on it. What else pg_stat_activity says of
+# another role's session is not shown to us.
+_HOLDERS = sa.text("""
+    SELECT coalesce('pid ' || a.pid || ' (' || coalesce(a.usename, '?') || ', '
+                    || coalesce(nullif(a.application_name, ''), 'no application name') || ')',
+                    'pid ' || l.pid) AS name, a.xact_start AS started_at
+    FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'transactionid' AND l.granted AND l.mode = 'ExclusiveLock' AND l.pid IS NOT NULL
+      AND l.transactionid = CAST(kino.horizon() AS xid)
+    UNION ALL
+    SELECT 'prepared transaction ' || gid || ' of ' || owner, prepared FROM pg_catalog.pg_prepared_xacts
+    WHERE transaction = CAST(kino.horizon() AS xid)
+""")
+
+
+def horizon_holders(connection: sa.Connection) -> Sequence[Holder]:
+    """Name who holds the horizon at this moment; empty if nobody does."""
+    return [Holder(row.name, row.started_at) for row in connection.execute(_HOLDERS)]

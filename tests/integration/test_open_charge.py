@@ -1,0 +1,215 @@
+"""`kino.open_charge` says what is open: whoever opens or settles a charge, and whenever that was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+
+from kino_refunds.db.engine import create_engine
+from kino_refunds.db.migrate import _config, migrate
+from kino_refunds.demo.promises import violations
+from kino_refunds.embedded import Servers
+from kino_refunds.ledger import ChargeRequest, open_charges
+from tests.conftest import Database
+from tests.scenario import NOW, Scene, make_event
+
+HOUR = timedelta(hours=1)
+REFUSED = "42501"
+SETTLED_RAW = """
+    INSERT INTO kino.settlement (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)
+    SELECT charge_id, 'captured', 'completed', '1', 'v', 's', job_id, now() FROM kino.charge WHERE job_id = '{}'
+"""
+
+
+def open_jobs(scene: Scene) -> list[tuple[str, str, int]]:
+    """Each open charge's job, account and credits, as the table says."""
+    rows = scene.rows(
+        "SELECT c.job_id, o.account_id, o.credits FROM kino.open_charge o JOIN kino.charge c USING (charge_id)"
+        " WHERE o.deadline_at = c.deadline_at ORDER BY c.job_id"
+    )
+    return [tuple(row) for row in rows]
+
+
+def refusal(role: sa.Engine, *statements: str) -> str | None:
+    with role.connect() as connection:
+        try:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+        except sa.exc.DBAPIError as error:
+            return getattr(error.orig, "sqlstate", None)
+    return None
+
+
+@pytest.mark.usefixtures("sound_books")
+def test_a_charge_is_open_until_it_is_settled(scene: Scene) -> None:
+    """Opening brings a row for each charge, a charge of nothing too; settling takes exactly those away."""
+    scene.grant("acct-1")
+    with scene.product.begin() as connection:
+        open_charges(connection, [ChargeRequest(f"job-{n}", "acct-1", n, NOW + HOUR) for n in range(4)])
+    opened = open_jobs(scene)
+
+    scene.settle(make_event("failed platform", "job-1"), make_event("completed", "job-2"))
+
+    assert opened == [(f"job-{n}", "acct-1", n) for n in range(4)]
+    assert open_jobs(scene) == [("job-0", "acct-1", 0), ("job-3", "acct-1", 3)]
+    assert scene.balance("acct-1").held == 3
+
+
+@pytest.mark.usefixtures("sound_books")
+def test_a_charge_that_is_rolled_back_was_never_open(scene: Scene) -> None:
+    """An error that the product catches, or a transaction that it gives up, leaves no row behind."""
+    scene.grant("acct-1", 5)
+    requests = [ChargeRequest(job_id, "acct-1", 4, NOW + HOUR) for job_id in ("job-1", "job-2")]
+
+    with scene.product.begin() as connection, pytest.raises(Exception, match="needs 4 credits"):
+        open_charges(connection, requests)
+    with scene.product.connect() as connection:
+        open_charges(connection, requests[:1])
+        connection.rollback()
+
+    assert open_jobs(scene) == []
+
+
+def test_a_build_of_before_keeps_the_table_too(scene: Scene) -> None:
+    """Rows written one by one, as a build without this table writes them, open and end their charges all the same."""
+    scene.grant("acct-1")
+    with scene.product.begin() as connection:
+        for job_id in ("job-1", "job-2"):
+            connection.exec_driver_sql(
+                "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)"
+                f" VALUES ('{job_id}', 'acct-1', 0, now()) ON CONFLICT (job_id) DO NOTHING"
+            )
+    opened = open_jobs(scene)
+
+    with scene.worker.begin() as connection:
+        connection.exec_driver_sql(SETTLED_RAW.format("job-1") + " ON CONFLICT (charge_id) DO NOTHING RETURNING 1")
+
+    assert opened == [("job-1", "acct-1", 0), ("job-2", "acct-1", 0)]
+    assert open_jobs(scene) == [("job-2", "acct-1", 0)]
+
+
+FORGED = {
+    "opened_at": "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at, opened_at)"
+    " VALUES ('j', 'a', 0, now(), now() - interval '3 hours')",
+    "charge_id": "INSERT INTO kino.charge (charge_id, job_id, account_id, credits, deadline_at)"
+    " OVERRIDING SYSTEM VALUE VALUES (7, 'j', 'a', 0, now())",
+    "created_at": "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, actor, created_at)"
+    " VALUES ('grant', 'issued', 'wallet', 'a', 1, 1, 'x', now() - interval '1 year')",
+    "xid": "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, actor, xid)"
+    " VALUES ('grant', 'issued', 'wallet', 'a', 1, 1, 'x', '3')",
+    "granted_at": "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining, granted_at)"
+    " VALUES ('r', 'a', 'courtesy', 1, 1, now() - interval '1 year')",
+    "state": "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining, state)"
+    " VALUES ('r', 'a', 'courtesy', 1, 1, 'frozen')",
+    "status": "INSERT INTO kino.account (account_id, status) VALUES ('a', 'terminated')",
+    "what opens": "INSERT INTO kino.open_charge VALUES (1, 'a', now(), 1)",
+    "what is open": "DELETE FROM kino.open_charge",
+    "a deadline": "UPDATE kino.open_charge SET deadline_at = 'infinity'",
+    "a sample": "INSERT INTO kino.xid_clock DEFAULT VALUES",
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_the_product_does_not_choose_when_or_under_which_number(scene: Scene, what: str) -> None:
+    """Times, numbers and states are the ledger's; what is open is nobody's to write."""
+    assert refusal(scene.product, FORGED[what]) == REFUSED
+
+
+@pytest.mark.parametrize("function", ["charge_opens", "charge_ends"])
+@pytest.mark.parametrize("party", ["product", "worker"])
+def test_nobody_borrows_the_triggers(scene: Scene, party: str, function: str) -> None:
+    """On a table of the caller's own the trigger would write open_charge with the owner's rights: it is refused."""
+    role: sa.Engine = getattr(scene, party)
+    scene.as_superuser("GRANT TEMPORARY ON DATABASE " + str(role.url.database) + " TO PUBLIC")
+
+    refused = refusal(
+        role,
+        "CREATE TEMP TABLE mine (charge_id bigint, account_id text, deadline_at timestamptz, credits bigint)",
+        "CREATE TRIGGER t AFTER INSERT ON mine REFERENCING NEW TABLE AS new_rows"
+        f" FOR EACH STATEMENT EXECUTE FUNCTION kino.{function}()",
+    )
+
+    assert refused == REFUSED
+
+
+def test_a_temporary_table_of_that_name_is_not_written(scene: Scene) -> None:
+    """A session with a table `open_charge` of its own opens charges in the ledger's."""
+    scene.grant("acct-1")
+    with scene.product.begin() as connection:
+        connection.exec_driver_sql("CREATE TEMP TABLE open_charge (LIKE kino.open_charge)")
+        open_charges(connection, [ChargeRequest("job-1", "acct-1", 4, NOW + HOUR)])
+
+    assert open_jobs(scene) == [("job-1", "acct-1", 4)]
+
+
+# --- integrity
+
+
+DAMAGE = {
+    "DELETE FROM kino.open_charge": ("charge 1 is open, and nothing looks for its end: it has no row in open_charge"),
+    "UPDATE kino.open_charge SET deadline_at = deadline_at + interval '1 year'": (
+        "charge 1 and its row in open_charge differ"
+    ),
+    "UPDATE kino.open_charge SET credits = 1": "charge 1 and its row in open_charge differ",
+    "INSERT INTO kino.open_charge VALUES (99, 'acct-1', now(), 1)": (
+        "charge 99 has a row in open_charge and does not exist"
+    ),
+    "INSERT INTO kino.open_charge SELECT charge_id, account_id, deadline_at, credits FROM kino.charge"
+    " WHERE job_id = 'settled'": "charge 2 has a row in open_charge and is settled",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_integrity_compares_what_is_open(scene: Scene, damage: str) -> None:
+    """A charge without its row, a row without its charge, and a row that says something else are violations."""
+    scene.charged("open")
+    scene.charged("settled")
+    scene.settle(make_event("timeout", "settled"))
+
+    scene.as_superuser(damage)
+
+    with scene.superuser.begin() as connection:
+        assert DAMAGE[damage] in violations(connection)
+
+
+# --- the migration
+
+
+@pytest.fixture
+def old_database(embedded: Servers) -> Iterator[Database]:
+    """A database at the schema of before this table, and an engine of its owner's."""
+    name = "t_before_0003"
+    embedded.create_database(name)
+    database = Database(name, embedded)
+    engine = create_engine(database.url("kino_owner"), pooled=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA IF NOT EXISTS kino")
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+    yield database
+    with embedded.postgres.connect() as superuser:
+        superuser.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+def test_migrating_a_ledger_that_has_rows_finds_what_is_open(old_database: Database) -> None:
+    """Charges that were open before, hours behind the old mark too, are open after; settled ones are not."""
+    with Scene.of(old_database) as scene:
+        scene.as_superuser(
+            "INSERT INTO kino.account (account_id) VALUES ('acct-1')",
+            "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at, opened_at) VALUES"
+            " ('settled', 'acct-1', 0, now(), now()), ('open', 'acct-1', 0, now(), now()),"
+            " ('behind the mark', 'acct-1', 0, now(), now() - interval '9 hours')",
+            SETTLED_RAW.format("settled"),
+            "UPDATE kino.verified_through SET opened_at = now()",
+        )
+
+        migrate(old_database.url("kino_owner"))
+
+        assert open_jobs(scene) == [("behind the mark", "acct-1", 0), ("open", "acct-1", 0)]
+        scene.settle(make_event("timeout", "behind the mark"), make_event("completed", "open"))
+        assert open_jobs(scene) == []
