@@ -127,7 +127,12 @@ def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, now: datet
 
 
 def end_charges(
-    connection: sa.Connection, endings: Sequence[ledger.Ending], *, now: datetime, lot_grace: timedelta, actor: str
+    connection: sa.Connection,
+    endings: Sequence[ledger.Ending],
+    *,
+    now: datetime | None,
+    lot_grace: timedelta,
+    actor: str,
 ) -> None:
     with clock_at(connection, now):
         ledger.end_charges(connection, endings, lot_grace=lot_grace, actor=actor)

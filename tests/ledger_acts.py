@@ -35,10 +35,11 @@ def end(
     connection: sa.Connection,
     *charges: Charge,
     kind: str = "refunded",
-    now: datetime = NOW,
+    now: datetime | None = NOW,
     lot_grace: timedelta = GRACE,
 ) -> None:
-    """Settle charges in one batch, as the settlement does, in the connection's transaction."""
+    """Settle charges in one batch, in the connection's transaction, at `now` (None: as it is)."""
+    event_at = (now or NOW) - DAY
     reason, clause = {"refunded": ("timeout", "2.timeout"), "captured": ("completed", "1")}[kind]
     for opened in charges:
         connection.execute(
@@ -53,11 +54,11 @@ def end(
                 "reason": reason,
                 "clause": clause,
                 "job_id": opened.job_id,
-                "now": now,
+                "now": now or NOW,
             },
         )
     endings = [
-        Ending(c.charge_id, c.account_id, c.credits, c.lines, kind == "refunded", reason, now - DAY) for c in charges
+        Ending(c.charge_id, c.account_id, c.credits, c.lines, kind == "refunded", reason, event_at) for c in charges
     ]
     end_charges(connection, endings, now=now, lot_grace=lot_grace, actor="test")
 
@@ -66,7 +67,7 @@ def end_and_commit(
     connection: sa.Connection,
     *charges: Charge,
     kind: str = "refunded",
-    now: datetime = NOW,
+    now: datetime | None = NOW,
     lot_grace: timedelta = GRACE,
 ) -> None:
     """Settle charges in one batch, and commit."""

@@ -41,9 +41,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Show on one screen how things stand; the first line says whether that is fine.
+    """Show on one screen how things stand.
 
-    Exit code 1 means that it is not: each line that says so ends with the one command to type.
+    The first line says whether that is fine. Exit code 1 means that it is not: each line that says so ends with the
+    one command to type.
 
     Example: kino-refunds status --watch
     """

@@ -723,9 +723,8 @@ def test_overdue_run_settles_what_the_dry_run_announced(run: Run, scene: Scene) 
         "outcomes": {"refunded": 1},
         "refunded": 1,
         "refunded_credits": 8,
-        "verified_through": wet.json["verified_through"],
+        "verified_through": None,
     }
-    assert instant(wet.json["verified_through"]) < datetime.now(UTC) - timedelta(minutes=59)
     assert ["overdue", "0"] in [line.split() for line in again.out.splitlines()]
     assert scene.balance("acme").held == 0
 

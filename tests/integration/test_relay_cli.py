@@ -21,17 +21,17 @@ from kino_refunds.settings import PREFIX
 from kino_refunds.settlement.relay import Rewound, relay_refunds, rewind_relay
 from tests.command_line import Run
 from tests.conftest import Database
-from tests.scenario import PATIENT, Scene, make_event, until
+from tests.scenario import NOW, PATIENT, Scene, make_event, until
 
 QUEUE = "kino.credits-refunded"
 SCRIPT = Path(sys.executable).with_name("kino-refunds")
 LONG_AGO = "2001-01-01T00:00:00Z"
 
 
-def refund(scene: Scene, *job_ids: str) -> list[str]:
-    """Charge jobs, refund them in one transaction, and return the ids of the news."""
+def refund(scene: Scene, *job_ids: str, at: datetime = NOW) -> list[str]:
+    """Charge jobs, refund them in one transaction at an instant, and return the ids of the news."""
     charges = [scene.charged(job_id) for job_id in job_ids]
-    scene.settle(*[make_event("failed platform", job_id) for job_id in job_ids])
+    scene.settle(*[make_event("failed platform", job_id) for job_id in job_ids], now=at)
     return [f"refund:{charge.charge_id}" for charge in charges]
 
 
@@ -66,7 +66,7 @@ def move_settlement(scene: Scene, job_id: str, by: timedelta) -> None:
 def test_what_redis_lost_is_told_again_under_the_same_ids(run: Run, scene: Scene, redis: Redis) -> None:
     """FLUSHALL lost the news: a rewind to before it tells them again, and what came later once."""
     relay_refunds(scene.worker, redis, QUEUE)
-    before = refund(scene, "job-1")
+    before = refund(scene, "job-1", at=NOW - timedelta(seconds=1))
     lost = refund(scene, "job-2", "job-3")
     relay_refunds(scene.worker, redis, QUEUE)
     redis.flushdb()

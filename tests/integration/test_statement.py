@@ -21,7 +21,7 @@ from kino_refunds.ledger import (
     statement,
     void_purchase,
 )
-from tests.clock import expire_lots, unfreeze_purchase
+from tests.clock import clock_at, expire_lots, unfreeze_purchase
 from tests.conftest import Database
 from tests.ledger_acts import DAY, GRACE, NOW, SOLD, charge, end_and_commit, give
 
@@ -72,14 +72,14 @@ class TestBalance:
         step()
         first, second, third = (charge(product, job_id, 40) for job_id in ("a", "b", "c"))
         step()
-        end_and_commit(connection, first, kind="captured")
+        end_and_commit(connection, first, kind="captured", now=None)
         step()
-        end_and_commit(connection, second, kind="refunded")
+        end_and_commit(connection, second, kind="refunded", now=None)
         step()
         void_purchase(connection, "p-1", reason="payout", actor="ops")
         connection.commit()
         step()
-        end_and_commit(connection, third, kind="refunded")
+        end_and_commit(connection, third, kind="refunded", now=None)
         step()
 
         assert [now for _, now in steps] == [
@@ -132,7 +132,7 @@ class TestBalance:
         before = balance(product, "ada", at=at)
         product.rollback()
         freeze_purchase(connection, "p-1")
-        unfreeze_purchase(connection, "p-1", now=NOW, lot_grace=GRACE)
+        unfreeze_purchase(connection, "p-1", now=clock(product), lot_grace=GRACE)
         connection.commit()
 
         after = balance(product, "ada", at=at)
@@ -164,10 +164,11 @@ class TestStatement:
         """Each transfer is a line with its effect on the wallet, and the effects add up to what is left."""
         give(product, replace(SOLD, expires_at=NOW + DAY))
         captured, refunded = charge(product, "a", 30), charge(product, "b", 20)
-        end_and_commit(connection, captured, kind="captured")
-        end_and_commit(connection, refunded, kind="refunded")
+        end_and_commit(connection, captured, kind="captured", now=None)
+        end_and_commit(connection, refunded, kind="refunded", now=None)
         expire_lots(connection, now=NOW + DAY)
-        void_purchase(connection, "p-1", reason="payout", actor="ops")
+        with clock_at(connection, NOW + 2 * DAY):
+            void_purchase(connection, "p-1", reason="payout", actor="ops")
         connection.commit()
 
         lines = statement(connection, "ada")
