@@ -27,11 +27,12 @@ _PIPELINE_LENGTH: Final = 500
 class EventPublisher:
     """Publish the ends of jobs; what is published without an error is on its queue.
 
-    `DependencyAway` means that Redis did not confirm: it is away, slow, full (`maxmemory`), or refuses the
-    user. The event may or may not be on its queue. **Publish it again, unchanged and with the same id, until
-    this succeeds**: the same event twice refunds once. Keep it durably until then, for nobody else has it
-    (if it is lost, the job is found overdue after its deadline). No event is sent twice in here, so
-    that no caller waits longer than it knows.
+    `DependencyAway` means that Redis did not confirm: it is away, slow, full (`maxmemory`), no primary any more,
+    or refuses the user. The next call connects anew, so also to the new primary after a failover. The event
+    may or may not be on its queue. **Publish it again, unchanged and with the same id, until this succeeds**:
+    the same event twice refunds once. Keep it durably until then, for nobody else has it (if it is lost, the
+    job is found overdue after its deadline). No event is sent twice in here, so that no caller waits longer
+    than it knows.
 
     `MalformedMessage` means that no worker would understand the event, with the reason under which a worker
     would have made it a dead letter. Publishing it again cannot help; correct the caller.
