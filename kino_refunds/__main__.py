@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
@@ -12,6 +13,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; see `kino_refunds.cli.main`."""
+    _forget_impossible_sizes()
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:  # in the background of a script Ctrl-C is nobody's business
         signal.signal(signal.SIGINT, _leave)
@@ -19,6 +21,13 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, before)
     run()
+
+
+def _forget_impossible_sizes() -> None:
+    """Drop a terminal's size that is none (`COLUMNS=0`): libraries take it, and then show nothing or fail."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "1")):
+            del os.environ[name]
 
 
 def _leave(*_: object) -> None:

@@ -115,3 +115,11 @@ class BadTrace(KinoError):
 
 class ServerFailed(KinoError):
     """An embedded server did not start; its last log lines are in the text."""
+
+
+class LetterProtects(KinoError):
+    """This dead letter keeps open charges from a presumed timeout, and they were not named; nothing was done."""
+
+
+class RelayNotReady(KinoError):
+    """The relay has no cursor yet, or a round has it in hand; nothing was moved."""

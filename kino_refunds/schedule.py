@@ -108,6 +108,21 @@ def claim_slot(connection: sa.Connection, entry: Entry, *, claimed_by: str) -> d
     return slot_at
 
 
+def begin_by_hand(connection: sa.Connection, entry: Entry, *, actor: str) -> datetime:
+    """Keep that a person starts a run now, in the caller's transaction; return what `finish_slot` finds the row by.
+
+    No slot is claimed: beat's next run takes place all the same. These rows are kept; a person's runs are few.
+    """
+    begun: datetime = connection.execute(
+        sa.text(
+            "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by) VALUES (:name, kino.clock(), :claimed_by)"
+            " RETURNING slot_at"
+        ),
+        {"name": entry.name, "claimed_by": actor},
+    ).scalar_one()
+    return begun
+
+
 def finish_slot(connection: sa.Connection, entry: Entry, slot_at: datetime, result: dict[str, Any]) -> None:
     """Say that a run has ended, and with what."""
     connection.execute(

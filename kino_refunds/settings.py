@@ -20,6 +20,7 @@ from kino_refunds.events.connection import EXAMPLE, read_url
 from kino_refunds.events.queues import CLAIM_LIMIT_MAX, QUEUE_KEYS
 
 PREFIX = "KINO_"
+DATABASE_URL, PRODUCT_DATABASE_URL = f"{PREFIX}DATABASE_URL", f"{PREFIX}PRODUCT_DATABASE_URL"
 NOT_OURS = frozenset({"KINO_TRACE"})
 """Names that belong to the tests and the Makefile."""
 
@@ -37,6 +38,10 @@ class Settings(BaseSettings):
     )
 
     database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
+    product_database_url: SecretStr | None = Field(
+        None,
+        description="Postgres, as `kino_product`; for `charges open` and `grant`. Unset: `KINO_DATABASE_URL`.",
+    )
     migration_database_url: SecretStr | None = Field(
         None, description="Postgres, as `kino_owner`; only `migrate` uses it."
     )
@@ -164,7 +169,17 @@ class Settings(BaseSettings):
 
     def require_database_url(self) -> str:
         """Return the worker's database URL; raises BadSettings that says how to set it."""
-        return _require_postgres(self.database_url, "KINO_DATABASE_URL", "postgresql://kino_worker@HOST/DATABASE")
+        return _require_postgres(self.database_url, DATABASE_URL, "postgresql://kino_worker@HOST/DATABASE")
+
+    def require_product_database_url(self) -> tuple[str, str]:
+        """Return the database URL of what the product does, and the name of the setting that it comes from.
+
+        Raises BadSettings that says how to set it.
+        """
+        if self.product_database_url is None:
+            return self.require_database_url(), DATABASE_URL
+        example = "postgresql://kino_product@HOST/DATABASE"
+        return _require_postgres(self.product_database_url, PRODUCT_DATABASE_URL, example), PRODUCT_DATABASE_URL
 
     def require_migration_database_url(self) -> str:
         """Return the owner's database URL; raises BadSettings that says how to set it."""

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
 
+from kino_refunds.cli.exit_codes import FINDING
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, said, warn_if_paused
-from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
-from kino_refunds.errors import DeadLetterClosed, MalformedMessage
+from kino_refunds.cli.output import (
+    console,
+    errors,
+    print_error,
+    print_facts,
+    print_items,
+    print_json,
+    print_table,
+    shown,
+)
+from kino_refunds.errors import DeadLetterClosed, LetterProtects, MalformedMessage
 from kino_refunds.events.envelope import opened, split
 from kino_refunds.policy.document import published_policy
+from kino_refunds.reconciliation.protection import ALL, Protection, discard_although_open, read_protection
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
-from kino_refunds.settlement.replays import Replay, discard_letter, note_letter, replay_letter, require_letter
+from kino_refunds.settlement.replays import Replay, note_letter, replay_letter, require_letter
 from kino_refunds.settlement.settle import Terms
 
 RAW_SHOWN_MAX = 4_000
@@ -209,16 +223,67 @@ def discard(
     number: Number,
     by: By,
     note: Annotated[str, typer.Option(help="Why it needs nobody.", callback=said)],
+    although_open: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A job whose open charge the letter protects, once each; `all` where it names no job.", metavar="JOB"
+        ),
+    ] = None,
     yes: Yes = False,
 ) -> None:
     """Close a dead letter without replaying it; it is kept.
 
+    A letter may be a job's completion, and while it is open its job is not presumed timed out and refunded. The open
+    charges that it protects are shown, and must be named: --yes is not enough.
+
     Example: kino-refunds dead-letters discard 7 --note "a test message"
     """
     confirm(f"Discard dead letter {number}?", yes=yes)
-    with ledger_connection() as connection:
-        discard_letter(connection, number, note=note, actor=by)
+    settings = load_settings()
+    source_configured = settings.job_source not in {None, "none"}
+
+    def close(although_open: Collection[str]) -> Protection:
+        with ledger_connection(settings) as connection:
+            return discard_although_open(
+                connection,
+                number,
+                although_open=although_open,
+                source_configured=source_configured,
+                note=note,
+                actor=by,
+            )
+
+    named = list(although_open or ())
+    try:
+        protected = close(named)
+    except LetterProtects:
+        if not sys.stdin.isatty():
+            raise
+        with ledger_connection(settings) as connection:
+            found = read_protection(connection, number, source_configured=source_configured)
+        protected = close([*named, *_ask_for_names(number, found, named)])
     console.print(f"dead letter {number} is discarded; it is kept")
+    if protected.charges:
+        console.print(f"no longer protected: open charges {protected.charges:,}, credits {protected.credits:,}")
+
+
+def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> list[str]:
+    """Show the open charges that a letter protects and have each named; what is not typed ends the command."""
+    protects = "of its jobs" if found.names_its_jobs else "it may be the end of any of these"
+    errors.print(f"dead letter {number} protects open charges {found.charges:,}, credits {found.credits:,}: {protects}")
+    for each in found.sample:
+        deadline = f"{each.deadline_at.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+        line = f"  {each.job_id}: {each.credits:,} credits of account {each.account_id}, deadline {deadline}"
+        errors.print(shown(line), soft_wrap=True)
+    if found.charges > len(found.sample):
+        errors.print(f"  and {found.charges - len(found.sample):,} more")
+    asked = [name for name in found.names if name not in named]
+    for name in asked:
+        what = f"the word {ALL}" if name == ALL else "the job's id"
+        if typer.prompt(f"They may be refunded as timed out. To discard all the same, type {what}", err=True) != name:
+            errors.print("nothing was done")
+            raise typer.Exit(FINDING)
+    return asked
 
 
 def note(

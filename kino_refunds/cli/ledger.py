@@ -9,7 +9,17 @@ import sqlalchemy as sa
 import typer
 
 from kino_refunds import ledger
-from kino_refunds.cli.options import AsJson, ledger_connection, read_time
+from kino_refunds.cli.options import (
+    AlthoughPast,
+    AsJson,
+    By,
+    Edge,
+    ledger_connection,
+    product_connection,
+    read_time,
+    require_future,
+    require_past,
+)
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_items, print_json
 from kino_refunds.ledger import Grant, LotClass
 
@@ -26,12 +36,15 @@ def register(app: typer.Typer) -> None:
 def grant(
     account: Account,
     credits: Annotated[int, typer.Argument(help="Whole credits, above zero.", metavar="CREDITS")],
+    *,
     reference: Annotated[
         str,
         typer.Option(help="What this grant is for, such as an order; the same one again changes nothing."),
     ],
+    by: By,
     lot_class: Annotated[LotClass, typer.Option("--class", help="Where the credits come from.")] = LotClass.PURCHASED,
     expires_at: Annotated[str | None, typer.Option(help="When they expire (RFC 3339); without it: never.")] = None,
+    although_past: AlthoughPast = False,
     priority: Annotated[
         int, typer.Option(min=-(2**31), max=2**31 - 1, help="Lots with a lower number burn first.")
     ] = 100,
@@ -40,16 +53,20 @@ def grant(
 ) -> None:
     """Give an account credits, once for each reference.
 
-    The first grant creates the account.
+    The first grant creates the account. Connects to KINO_PRODUCT_DATABASE_URL if that is set.
 
     Example: kino-refunds grant acme 500 --reference order-1234
     """
+    expiry = None if expires_at is None else read_time(expires_at, Edge.END)
     try:
-        wanted = Grant(reference, account, credits, lot_class, read_time(expires_at), priority, purchase)
+        wanted = Grant(reference, account, credits, lot_class, expiry, priority, purchase)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    with ledger_connection() as connection:
-        lot = ledger.grant_lots(connection, [wanted])[0]
+    with product_connection() as connection:
+        # The same grant again is fine for ever, and so also after it has expired.
+        if expiry is not None and not _was_granted(connection, reference):
+            require_future(connection, "--expires-at", expiry, although_past=although_past)
+        lot = ledger.grant_lots(connection, [wanted], actor=by)[0]
     if as_json:
         print_json(lot)
     else:
@@ -65,15 +82,18 @@ def balance(
 
     Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
     """
-    instant = read_time(at)
+    instant = None if at is None else read_time(at, Edge.END)
     with ledger_connection() as connection:
+        if instant is not None:
+            require_past(connection, "--at", instant)
         if not _exists(connection, account):
             return 1
         found = ledger.balance(connection, account, at=instant)
+    told = {"account_id": account, **({} if instant is None else {"at": instant}), **asdict(found)}
     if as_json:
-        print_json({"account_id": account, **asdict(found)})
+        print_json(told)
     else:
-        print_facts([("account", account), ("available", found.available), ("held", found.held)])
+        print_facts((name.removesuffix("_id"), value) for name, value in told.items())
     return 0
 
 
@@ -107,6 +127,11 @@ def statement(
         # On standard error, so that the JSON keeps its shape and its reader is told as well.
         errors.print("later lines exist: a transaction before them is still open; ask again soon", soft_wrap=True)
     return 0
+
+
+def _was_granted(connection: sa.Connection, reference: str) -> bool:
+    found = sa.text("SELECT EXISTS (SELECT FROM kino.credit_lot WHERE reference = :reference)")
+    return bool(connection.execute(found, {"reference": reference}).scalar_one())
 
 
 def _exists(connection: sa.Connection, account: str) -> bool:

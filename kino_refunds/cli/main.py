@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ import typer
 
 from kino_refunds.cli import (
     breaks,
+    charges,
     dead_letters,
     demo,
     doctor,
@@ -26,6 +28,7 @@ from kino_refunds.cli import (
     ledger,
     overdue,
     publish,
+    relay,
     replay,
     retries,
     schedule,
@@ -51,7 +54,9 @@ for room in (
     doctor,
     status,
     ledger,
+    charges,
     publish,
+    relay,
     explain,
     intake,
     retries,
@@ -73,24 +78,32 @@ COMPLETING = "_KINO_REFUNDS_COMPLETE"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 fine, 1 a finding, 2 usage, 3 a dependency is away, 130 interrupted."""
-    _open_closed_streams()
+    _make_streams_usable()
     # By default structlog writes to standard output, which is the answer's alone: `--json | jq` must work.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     # Between two presses of TAB whatever is said lands in the middle of the line that is being typed.
     for name, nearest in unknown_names() if COMPLETING not in os.environ else ():
         hint = f"; did you mean {nearest}?" if nearest else ""
         errors.print(shown(f"warning: {name} is not a setting and is ignored{hint}"), soft_wrap=True)
+    structlog.contextvars.clear_contextvars()
     started = time.monotonic()
     code = _run(arguments)
     _say(sys.argv[1:] if arguments is None else arguments, code, time.monotonic() - started)
     sys.exit(code)
 
 
-def _open_closed_streams() -> None:
-    """Stand in for streams that our parent closed (`>&-`): Python has None there, and libraries write to it."""
+def _make_streams_usable() -> None:
+    """Stand in for streams that our parent closed (`>&-`): Python has None there, and libraries write to it.
+
+    The others are made to take every character.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for as long as we live
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Not every terminal has every character of an id: what it lacks is shown escaped, and nothing fails.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
@@ -101,6 +114,7 @@ def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
     known = _words(typer.main.get_command(app))
     words = [word for word in arguments[:2] if word in known]
     line = {"event": "command", "command": " ".join(words), "exit_code": code, "took_ms": round(took_s * 1000)}
+    line |= structlog.contextvars.get_contextvars()  # who did it, and how much
     sys.stderr.write(json.dumps({"timestamp": datetime.now(UTC).isoformat(), **line}) + "\n")
 
 
@@ -139,8 +153,9 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _show_usage_error(error: Any) -> None:
     """Say what is wrong with the command line, in one line; a command that lacks everything shows its help."""
-    if "\n" in (message := error.format_message()):
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if context is not None and message == context.get_help():
         errors.print(message, soft_wrap=True)
     else:
-        command = error.ctx.command_path if getattr(error, "ctx", None) else "kino-refunds"
+        command = context.command_path if context is not None else "kino-refunds"
         print_error(f"{message.rstrip('.')}; see {command} --help")

@@ -7,16 +7,20 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Annotated
+from datetime import UTC, date, datetime, timedelta
+from enum import Enum
+from typing import Annotated, Any
 
 import sqlalchemy as sa
+import structlog
 import typer
 
-from kino_refunds.cli.exit_codes import FINDING
+from kino_refunds.cli.exit_codes import AWAY, FINDING, INSUFFICIENT_PRIVILEGE, explained
 from kino_refunds.cli.output import errors, shown
+from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
-from kino_refunds.settings import Settings, load_settings
+from kino_refunds.errors import DependencyAway
+from kino_refunds.settings import PRODUCT_DATABASE_URL, Settings, load_settings
 from kino_refunds.settlement.gate import TRIPWIRE, read_gate
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -26,19 +30,45 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def ledger_engine(settings: Settings | None = None) -> Iterator[sa.Engine]:
     """Give an engine for KINO_DATABASE_URL; raises BadSettings if it is not set."""
     settings = settings or load_settings()
-    url = settings.require_database_url()
+    with _engine(settings.require_database_url(), settings) as engine:
+        yield engine
+
+
+@contextmanager
+def ledger_connection(settings: Settings | None = None) -> Iterator[sa.Connection]:
+    """Give a connection to KINO_DATABASE_URL; what is done in it is committed at the end."""
+    with ledger_engine(settings) as engine, engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def product_connection() -> Iterator[sa.Connection]:
+    """Give a connection for what the product does, to KINO_PRODUCT_DATABASE_URL or else to KINO_DATABASE_URL.
+
+    What is done in it is committed at the end. Raises DependencyAway that names the setting where the server is away
+    or the login has no right: a worker's login opens no charges.
+    """
+    settings = load_settings()
+    url, name = settings.require_product_database_url()
+    try:
+        with _engine(url, settings) as engine, engine.begin() as connection:
+            yield connection
+    except sa.exc.DBAPIError as error:
+        code, text = explained(error, setting=name)
+        if code != AWAY:
+            raise
+        if getattr(error.orig, "sqlstate", None) == INSUFFICIENT_PRIVILEGE:
+            text = f"{text}; the product's work needs {PRODUCT_DATABASE_URL}, a login of kino_product"
+        raise DependencyAway(text) from error
+
+
+@contextmanager
+def _engine(url: str, settings: Settings) -> Iterator[sa.Engine]:
     engine = create_engine(url, limits=settings.session_limits, application_name="kino-cli")
     try:
         yield engine
     finally:
         engine.dispose()
-
-
-@contextmanager
-def ledger_connection() -> Iterator[sa.Connection]:
-    """Give a connection to KINO_DATABASE_URL; what is done in it is committed at the end."""
-    with ledger_engine() as engine, engine.begin() as connection:
-        yield connection
 
 
 def warn_if_paused(connection: sa.Connection) -> None:
@@ -49,16 +79,63 @@ def warn_if_paused(connection: sa.Connection) -> None:
         errors.print(shown(text), soft_wrap=True)
 
 
-def read_time(text: str | None) -> datetime | None:
-    """Read an instant from the command line; one without an offset is taken as UTC."""
-    if text is None:
-        return None
+class Edge(Enum):
+    """Which end of a day a person means who types a day where an instant is needed."""
+
+    START = "start"
+    END = "end"
+
+
+_TIME_EXAMPLE = "2026-01-31T12:00:00Z"
+
+
+def read_time(text: str, edge: Edge) -> datetime:
+    """Read an instant from the command line and return it in UTC.
+
+    Raises a usage error for a day without a time and for a time without an offset, with what to type instead: taken as
+    UTC midnight, a customer's credits would expire a day early. `edge` is the end of the day that is offered.
+    """
+    try:
+        day = date.fromisoformat(text)
+        if edge is Edge.END:
+            day += timedelta(days=1)
+    except (ValueError, OverflowError):
+        pass
+    else:
+        where = "begins" if edge is Edge.START else "ends"
+        raise typer.BadParameter(f"{text!r} is a day, not an instant; in UTC it {where} at {day}T00:00:00Z: type that")
     try:
         value = datetime.fromisoformat(text)
-        value = value.replace(tzinfo=UTC) if value.utcoffset() is None else value
+        if value.utcoffset() is None:
+            written = value.isoformat()
+            raise typer.BadParameter(f"{text!r} has no offset; type {written}Z for UTC, or for example {written}+01:00")
         return value.astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise typer.BadParameter(f"{text!r} is not a time; for example 2026-01-31T12:00:00Z") from error
+        raise typer.BadParameter(f"{text!r} is not a time; for example {_TIME_EXAMPLE}") from error
+
+
+def written(instant: datetime) -> str:
+    """Write an instant as it can be typed again: RFC 3339, in UTC."""
+    return instant.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+AlthoughPast = Annotated[bool, typer.Option("--although-past", help="Take an instant that lies in the past.")]
+
+
+def require_future(connection: sa.Connection, name: str, instant: datetime, *, although_past: bool) -> None:
+    """Raise a usage error if an instant has passed by the ledger's clock, unless that was said to be meant."""
+    now = read_clock(connection)
+    if instant <= now and not although_past:
+        raise typer.BadParameter(
+            f"{name} {written(instant)} lies in the past (it is {written(now)}): add --although-past if you mean it"
+        )
+
+
+def require_past(connection: sa.Connection, name: str, instant: datetime) -> None:
+    """Raise a usage error if an instant has not come yet by the ledger's clock."""
+    now = read_clock(connection)
+    if instant > now:
+        raise typer.BadParameter(f"{name} {written(instant)} lies in the future (it is {written(now)})")
 
 
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")]
@@ -81,23 +158,32 @@ def said(text: str) -> str:
 def _person(name: str) -> str:
     if name == TRIPWIRE:
         raise typer.BadParameter(f"{TRIPWIRE} is not a person: what it closes opens by itself")
+    # The command's line in the logs says who, for every command that asks.
+    structlog.contextvars.bind_contextvars(actor=name)
     return said(name)
 
 
-By = Annotated[
-    str,
-    typer.Option(
-        "--by", help="Who does this; kept with it.", default_factory=_login, show_default="your login", callback=_person
-    ),
-]
+def _by(kept: str) -> Any:
+    text = f"Who does this; {kept}."
+    return typer.Option("--by", help=text, default_factory=_login, show_default="your login", callback=_person)
+
+
+By = Annotated[str, _by("kept with it")]
+ByInTheLog = Annotated[str, _by("in the log, where each command has a line")]
+"""For what leaves no row of its own that could say who did it."""
+
+
+def require_terminal() -> None:
+    """Raise a usage error where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
 
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask before something that others will feel; raises a usage error where nobody can answer."""
     if yes:
         return
-    if not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
+    require_terminal()
     if not typer.confirm(question, err=True):
         errors.print("nothing was done")
         raise typer.Exit(FINDING)

@@ -27,8 +27,12 @@ def _reader_left() -> NoReturn:
 
 
 WIDTH_IN_A_PIPE = 100_000
+WIDTH_MIN = 40
+"""Narrower than this nobody reads a table; squeezed into one column it would show nothing at all."""
 _GAP = Text("  ")
 NOTHING = "-"
+ERROR_LENGTH_MAX = 2_000
+"""What is wrong and what to do about it stand at the ends; whatever was typed, both fit on a screen."""
 
 
 class _Console(Console):
@@ -154,7 +158,7 @@ def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
 
 def print_whole(table: RenderableType) -> None:
     """Print a table; in a pipe each row is one line, whole, without the blanks that fill its last column."""
-    if console.is_terminal:
+    if console.is_terminal and console.width >= WIDTH_MIN:
         console.print(table)
         return
     page = io.StringIO()
@@ -163,7 +167,7 @@ def print_whole(table: RenderableType) -> None:
 
 
 def _room() -> int:
-    return console.width if console.is_terminal or "COLUMNS" in os.environ else WIDTH_IN_A_PIPE
+    return max(WIDTH_MIN, console.width) if console.is_terminal or "COLUMNS" in os.environ else WIDTH_IN_A_PIPE
 
 
 def _is_number(value: Any) -> bool:
@@ -189,5 +193,7 @@ def shown(value: Any) -> Text:
 
 
 def print_error(text: str) -> None:
-    """Print an error as one line on standard error."""
+    """Print an error as one line on standard error; of one that quotes something endless, beginning and end."""
+    if len(text) > ERROR_LENGTH_MAX:
+        text = f"{text[: ERROR_LENGTH_MAX // 2]} … {text[-ERROR_LENGTH_MAX // 2 :]}"
     errors.print(Text.assemble(("error: ", "bold red"), shown(text)), soft_wrap=True)

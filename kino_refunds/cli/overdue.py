@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated
 
 import typer
 
 from kino_refunds.cli.exit_codes import AWAY, FINDING
-from kino_refunds.cli.options import AsJson, ledger_engine
+from kino_refunds.cli.options import AsJson, By, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
 from kino_refunds.events.connection import redis_client
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue
+from kino_refunds.schedule import Entry, begin_by_hand, finish_slot
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.settle import Terms
+
+BY_HAND = Entry("by hand: overdue run", timedelta(0), "a person asked about jobs without an event")
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    by: By,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -35,6 +40,8 @@ def run(
 
     Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
     while intake is paused or an older message still waits.
+
+    Who ran it and what came of it is kept in kino.schedule_slot, under the name `by hand: overdue run`.
 
     Exit code 1 means that the job source gave no answer for some jobs, or one that breaks its contract; `source
     problem` says what. 3 means that Redis or the job source is away.
@@ -47,6 +54,8 @@ def run(
         ledger_engine(settings) as engine,
         redis_client(settings.require_redis_url()) as client,
     ):
+        with engine.begin() as connection:
+            slot_at = None if dry_run else begin_by_hand(connection, BY_HAND, actor=by)
         report = sweep_overdue(
             engine,
             client,
@@ -56,6 +65,9 @@ def run(
             dry_run=dry_run,
             progress=_show_progress,
         )
+        if slot_at is not None:
+            with engine.begin() as connection:
+                finish_slot(connection, BY_HAND, slot_at, report.as_dict())
     if as_json:
         print_json(report.as_dict())
     else:

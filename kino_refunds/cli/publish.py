@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
+import structlog
 import typer
 
-from kino_refunds.cli.options import AsJson
+from kino_refunds.cli.options import AsJson, ByInTheLog
 from kino_refunds.cli.output import console, print_error, print_json
 from kino_refunds.errors import DependencyAway, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason, parse
@@ -27,12 +28,15 @@ def publish(
         typer.FileBinaryRead,
         typer.Argument(help="JSON lines, one CloudEvent each; - reads standard input.", metavar="FILE|-"),
     ],
+    by: ByInTheLog,  # noqa: ARG001 - reading it puts it into the command's line in the log
     as_json: AsJson = False,
 ) -> int:
     """Publish events from a file of JSON lines.
 
     All lines are checked first, and if one is wrong nothing is published. Publishing the same
     events again is safe: each refunds once.
+
+    Who did it, and how many, is in the log where KINO_LOG_FORMAT is json: no row could say so.
 
     Example: kino-refunds publish events.jsonl
     """
@@ -60,6 +64,7 @@ def publish(
     except DependencyAway as error:
         advice = "see `kino-refunds doctor`; part of the events may be published: publish all of them again"
         raise DependencyAway(f"{error}; {advice}") from error
+    structlog.contextvars.bind_contextvars(published=count)
     if as_json:
         print_json({"published": count})
     else:

@@ -8,12 +8,12 @@ from typing import Annotated
 import sqlalchemy as sa
 import typer
 
-from kino_refunds.cli.options import AsJson, ledger_connection, ledger_engine, warn_if_paused
+from kino_refunds.cli.options import AsJson, By, ledger_connection, ledger_engine, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
-from kino_refunds.settlement.retries import sweep_retries
+from kino_refunds.settlement.retries import HISTORY_LENGTH_MAX, sweep_retries
 from kino_refunds.settlement.settle import Terms
 
 _LIST = sa.text("""
@@ -95,15 +95,33 @@ def show(
         print_facts((name.replace("_", " "), value) for name, value in row.items())
         if history:
             console.print("\nattempts", style="bold")
-            print_table(history)
+            names = list(dict.fromkeys(key for entry in history for key in entry))
+            print_table([{key: entry.get(key) for key in names} for entry in history])
     return 0
 
 
+# A row that is locked is being tried at this moment. The entry says who had the event tried; a history that is full
+# loses its second entry, as a sweep's does.
+_HASTEN = sa.text("""
+    UPDATE kino.pending_event p SET
+        next_attempt_at = least(p.next_attempt_at, kino.clock()),
+        history = CASE WHEN jsonb_array_length(p.history) < :history_length_max THEN p.history ELSE p.history - 1 END
+                  || jsonb_build_array(jsonb_build_object('at', kino.clock(), 'actor', CAST(:actor AS text)))
+    FROM (SELECT source, event_id FROM kino.pending_event
+          WHERE CAST(:event_id AS text) IS NULL OR event_id = :event_id
+          ORDER BY source, event_id FOR UPDATE SKIP LOCKED) AS free
+    WHERE p.source = free.source AND p.event_id = free.event_id
+""")
+
+
 def run_now(
+    by: By,
     event_id: Annotated[str | None, typer.Argument(help="Only this event.", metavar="EVENT")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Try waiting events again now, all of them or one.
+
+    Who did it is kept in the history of each event for as long as it waits.
 
     Example: kino-refunds retries run-now
     """
@@ -113,14 +131,7 @@ def run_now(
     with ledger_engine(settings) as engine:
         with engine.begin() as connection:
             warn_if_paused(connection)
-            connection.execute(
-                sa.text(
-                    "UPDATE kino.pending_event SET next_attempt_at = kino.clock()"
-                    " WHERE next_attempt_at > kino.clock()"
-                    " AND (CAST(:event_id AS text) IS NULL OR event_id = :event_id)"
-                ),
-                {"event_id": event_id},
-            )
+            connection.execute(_HASTEN, {"event_id": event_id, "history_length_max": HISTORY_LENGTH_MAX, "actor": by})
         while True:
             swept = sweep_retries(
                 engine,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -17,11 +18,12 @@ import typer
 from alembic.util import CommandError
 
 from kino_refunds.cli.options import AsJson
-from kino_refunds.cli.output import console, print_json
+from kino_refunds.cli.output import console, errors, print_json, shown
 from kino_refunds.db.migrate import migrate as migrate_database
 from kino_refunds.embedded import servers
 from kino_refunds.errors import BadSettings, DependencyAway
-from kino_refunds.processes import settings_for, start_beat, start_worker
+from kino_refunds.processes import Restarted, passed_on, settings_for, start_beat, start_worker
+from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
 
 LOOK_EVERY_S = 0.5
@@ -91,9 +93,19 @@ def migrate(as_json: AsJson = False) -> None:
 
     Example: kino-refunds migrate
     """
-    url = load_settings().require_migration_database_url()
+    before, after = _migrated(load_settings().require_migration_database_url())
+    if as_json:
+        print_json({"before": before, "after": after})
+    elif before == after:
+        console.print(f"the schema is at {after}, nothing to do")
+    else:
+        console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
+
+
+def _migrated(url: str) -> tuple[str | None, str]:
+    """Bring a database to this build's schema; raises what says in one line why that cannot be."""
     try:
-        before, after = migrate_database(url)
+        return migrate_database(url)
     except CommandError as error:
         raise BadSettings(f"{redacted(url)}: {error}; is this build older than that database's schema?") from error
     except sa.exc.OperationalError as error:
@@ -108,40 +120,76 @@ def migrate(as_json: AsJson = False) -> None:
         raise DependencyAway(
             f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; {advice}; nothing was changed"
         ) from error
-    if as_json:
-        print_json({"before": before, "after": after})
-    elif before == after:
-        console.print(f"the schema is at {after}, nothing to do")
-    else:
-        console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
+
+
+def _folder(text: str) -> Path:
+    """Read a folder's name; an empty one (an unset variable) would be the working folder, and be filled with data."""
+    if not text:
+        raise typer.BadParameter("it is empty; name a folder")
+    return Path(text)
 
 
 def dev(
-    data_dir: Annotated[Path, typer.Option(help="Where the data is kept across restarts.")] = Path(".kino-dev"),
+    data_dir: Annotated[
+        Path, typer.Option(help="Where the data is kept across restarts.", parser=_folder, metavar="FOLDER")
+    ] = Path(".kino-dev"),
 ) -> None:
     """Run servers, worker and beat here until Ctrl-C.
 
-    Postgres and Valkey are real, on free loopback ports; the data is kept for the next time.
+    Postgres and Valkey are real, on free loopback ports; the data is kept for the next time. KINO_* settings of this
+    shell hold for worker and beat too, but for the servers' addresses. A worker or beat that ends is started again.
 
     Example: kino-refunds dev --data-dir /tmp/kino
     """
+    chosen = load_settings()
+    if chosen.job_source is not None:
+        with source_of(chosen):  # a wrong one is told here, once, and not by every sweep
+            pass
+    others = passed_on()
     with stopping() as stop, servers(data_dir, log=console.print) as running:
-        migrate_database(running.database_url(role="kino_owner"))
-        # Nobody but the events tells a development ledger how jobs ended.
-        settings = settings_for(running, KINO_JOB_SOURCE="none")
+        _migrated(running.database_url(role="kino_owner"))
+        addresses = settings_for(running)
+        settings = addresses | {"KINO_JOB_SOURCE": "none"} | others
         environment_file = running.data_dir / "env"
-        environment_file.write_text(exports(settings), encoding="utf-8")
-        worker = start_worker(settings)
-        beat = start_beat(settings, running.data_dir / "beat-schedule")
-        try:
-            for name, value in settings.items():
-                console.print(f"{name}={value}", soft_wrap=True)
-            console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True)
+        _write_private(environment_file, exports(settings))
+        with ExitStack() as stack:
+            kept = []
+            for start in (
+                lambda: start_worker(settings),
+                lambda: start_beat(settings, running.data_dir / "beat-schedule"),
+            ):
+                kept.append(Restarted(start, _tell))
+                stack.callback(kept[-1].stop)
+            stack.callback(console.print, "stopping")
+            _introduce(addresses, others, environment_file)
             while not stop.wait(LOOK_EVERY_S):
-                worker.require_alive()
-                beat.require_alive()
-        finally:
-            console.print("stopping")
-            beat.stop()
-            worker.stop()
+                running.postgres.require_alive()
+                running.redis.require_alive()
+                for each in kept:
+                    each.look()
     console.print(f"stopped; the data is kept in {data_dir}")
+
+
+def _introduce(addresses: Mapping[str, str], others: Mapping[str, str], environment_file: Path) -> None:
+    """Say where everything is and which settings hold; never what a setting of this shell is: it may be a secret."""
+    for name, value in addresses.items():
+        console.print(f"{name}={value}", soft_wrap=True)
+    if ignored := [name for name in addresses if os.environ.get(name) not in {None, "", addresses[name]}]:
+        console.print(f"not used, these servers are dev's own: {', '.join(ignored)} of this shell", soft_wrap=True)
+    if others:
+        console.print(f"as in this shell: {', '.join(others)}", soft_wrap=True)
+    if "KINO_JOB_SOURCE" not in others:
+        text = "job source: none, KINO_JOB_SOURCE is not set; a job without an event is refunded once it is overdue"
+        console.print(text, soft_wrap=True)
+    console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True)
+
+
+def _tell(text: str) -> None:
+    errors.print(shown(text), soft_wrap=True)
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner reads: settings may hold a token or a password."""
+    file.touch(mode=0o600)
+    file.chmod(0o600)
+    file.write_text(text, encoding="utf-8")

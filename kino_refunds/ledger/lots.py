@@ -148,8 +148,10 @@ def _lot(row: Any) -> Lot:
     )
 
 
-def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
+def grant_lots(connection: sa.Connection, grants: Iterable[Grant], *, actor: str = "grant") -> list[Lot]:
     """Give credits, in the caller's transaction; one lot a grant, in the order of `grants`.
+
+    `actor` is kept with the transfer of each lot that is new: who gave the credits.
 
     Idempotent on `reference`: the same grant again returns its lot as it stands now. Raises GrantConflict
     if a reference already names other terms (clause 1: a customer must be able to trust what was bought).
@@ -168,12 +170,12 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant]) -> list[Lot]:
         return []
 
     with savepoint(connection):
-        lots = _insert_lots(connection, by_reference)
+        lots = _insert_lots(connection, by_reference, actor=actor)
         lots |= _same_grants(connection, {r: g for r, g in wanted.items() if r not in lots})
     return [lots[reference] for reference in order]
 
 
-def _insert_lots(connection: sa.Connection, by_reference: Sequence[Grant]) -> dict[str, Lot]:
+def _insert_lots(connection: sa.Connection, by_reference: Sequence[Grant], *, actor: str) -> dict[str, Lot]:
     connection.execute(
         sa.text(
             "INSERT INTO kino.account (account_id) SELECT * FROM unnest(CAST(:ids AS text[]))"
@@ -210,7 +212,7 @@ def _insert_lots(connection: sa.Connection, by_reference: Sequence[Grant]) -> di
             Transfer(TransferKind.GRANT, lot.account_id, lot.lot_id, lot.granted, reason=lot.lot_class.value)
             for lot in sorted(lots.values(), key=lambda lot: lot.lot_id)
         ],
-        actor="grant",
+        actor=actor,
     )
     return lots
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.faults import Fault, classify
+from kino_refunds.errors import RelayNotReady
+
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import redis
 
 EVENT_TYPE = "kino.credits-refunded.v1"
 EVENT_SOURCE = "kino-refunds"
 BATCH = 500
+CURSOR_WAIT_MS = 5_000
+"""A round that holds its cursor for longer than this hangs at Redis, and nobody waits for it."""
 
 # The first round starts at the horizon: whoever switches the relay on is told of what happens from then on.
 _START = sa.text("""
@@ -58,6 +66,75 @@ def relay_refunds(engine: sa.Engine, client: redis.Redis, queue: str, *, limit: 
         client.lpush(queue, *(json.dumps(refund_event(row)) for row in rows))
         connection.execute(_ADVANCE, {"xid": rows[-1].xid, "charge_id": rows[-1].charge_id})
         return len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """What a rewind came to: how many refunds are told again, and when the oldest of them was settled."""
+
+    told_again: int
+    oldest_at: datetime | None
+
+
+def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = False) -> Rewound:
+    """Set the cursor back so that every refund and correction settled at or after `to` is told again.
+
+    "At least once" ends at Redis: news that a Redis lost before the product read it comes again only by this. The
+    ids stay the same, so a consumer that deduplicates takes each once. The order is that of transactions and not of
+    time: some refunds settled before `to` may be told again too. With `dry_run` nothing is written.
+
+    Raises RelayNotReady if the relay has no cursor yet, or a round holds it for longer than CURSOR_WAIT_MS.
+    """
+    if dry_run:
+        cursor = connection.execute(_READ).one_or_none()
+    else:
+        # Longer than a session waits elsewhere: a round holds the cursor while it pushes to Redis.
+        connection.execute(sa.text("SELECT set_config('lock_timeout', :ms, true)"), {"ms": str(CURSOR_WAIT_MS)})
+        try:
+            # (1) a round has read the cursor and pushes, (2) we wait here, (3) it moves the cursor and commits,
+            # (4) we read where it stands then: what that round told is told again too.
+            cursor = connection.execute(_LOCK_FOR_REWIND).one_or_none()
+        except sa.exc.OperationalError as error:
+            if classify(error) is not Fault.LOCK:
+                raise
+            raise RelayNotReady("a round of the relay holds its cursor; nothing was moved, try again") from error
+    if cursor is None:
+        raise RelayNotReady("the relay has no cursor: no worker has run it yet (KINO_RELAY_QUEUE); nothing was moved")
+    told = {"xid": cursor[0], "charge_id": cursor[1], "to": to}
+    first = connection.execute(_FIRST_SINCE, told).one_or_none()
+    if first is None:
+        return Rewound(0, None)
+    # Behind the refund before: a cursor names the last one that was told.
+    before = {"first_xid": first.xid, "first_charge_id": first.charge_id - 1}
+    found = connection.execute(_BETWEEN, told | before).one()
+    if not dry_run:
+        connection.execute(_ADVANCE, {"xid": first.xid, "charge_id": first.charge_id - 1})
+    return Rewound(found.told_again, found.oldest_at)
+
+
+_READ = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor")
+_LOCK_FOR_REWIND = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor FOR UPDATE")
+# No index leads to a time: this reads every refund that was told, once for each rewind.
+_FIRST_SINCE = sa.text("""
+    WITH refund AS (
+        SELECT s.xid, s.charge_id, s.settled_at AS at FROM kino.settlement s WHERE s.kind = 'refunded'
+        UNION ALL
+        SELECT k.xid, k.charge_id, k.corrected_at FROM kino.correction k
+    )
+    SELECT CAST(r.xid AS text) AS xid, r.charge_id FROM refund r
+    WHERE r.at >= :to AND (r.xid, r.charge_id) <= (CAST(:xid AS xid8), :charge_id)
+    ORDER BY r.xid, r.charge_id LIMIT 1
+""")
+_BETWEEN = sa.text("""
+    WITH refund AS (
+        SELECT s.xid, s.charge_id, s.settled_at AS at FROM kino.settlement s WHERE s.kind = 'refunded'
+        UNION ALL
+        SELECT k.xid, k.charge_id, k.corrected_at FROM kino.correction k
+    )
+    SELECT count(*) AS told_again, min(r.at) AS oldest_at FROM refund r
+    WHERE (r.xid, r.charge_id) > (CAST(:first_xid AS xid8), :first_charge_id)
+      AND (r.xid, r.charge_id) <= (CAST(:xid AS xid8), :charge_id)
+""")
 
 
 def refund_event(row: Any) -> dict[str, Any]:

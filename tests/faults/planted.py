@@ -243,6 +243,34 @@ PLANTED = [
         ("host_that_is_slow",),
     ),
     Planted(
+        "the first name only",
+        Edit(
+            "kino_refunds/events/envelope.py",
+            "        jobs[1:],\n        may_hold_others=not (readable and sure and len(jobs) == 1),",
+            "        (),\n        may_hold_others=not jobs,",
+        ),
+        ("completions_that_nobody_can_read",),
+    ),
+    Planted(
+        "bindings not looked after",
+        Edit(QUEUES, "      if not found then\n", "      if not members then\n"),
+        ("flushed_beside_a_simple_queue",),
+    ),
+    Planted(
+        "a demoted primary keeps its connections",
+        Edit(
+            "kino_refunds/events/connection.py",
+            "            if not _is_not_primary(error):\n",
+            "            if error:\n",
+        ),
+        ("failover_with_a_living_old_primary",),
+    ),
+    Planted(
+        "dates as the database writes them",
+        Edit("kino_refunds/db/engine.py", '    "DateStyle": "ISO, MDY",\n', ""),
+        ("defaults_of_the_database",),
+    ),
+    Planted(
         "an error of the source is an answer",
         Edit(
             OVERDUE,

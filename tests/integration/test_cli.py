@@ -29,7 +29,7 @@ from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.settings import PREFIX
 from kino_refunds.settlement.dead_letters import malformed_letter
-from tests.clock import record_dead_letters
+from tests.clock import clock_at, record_dead_letters
 from tests.command_line import Result, Run
 from tests.conftest import Database
 from tests.scenario import NOW, Scene, make_event, until
@@ -153,6 +153,22 @@ def test_command_without_its_verb_shows_help(bare: Run, arguments: tuple[str, ..
         (["grant", HOSTILE, "5", "--reference", "r"], "account_id must be 1 to 128 printable characters"),
         (["grant", "acme", "5", "--reference", "a\nb"], "reference must be 1 to 128 printable characters"),
         (["balance", "acme", "--at", "2026-13-01"], "'2026-13-01' is not a time; for example 2026-"),
+        (
+            ["grant", "acme", "5", "--reference", "r", "--expires-at", "2031-03-28"],
+            "'2031-03-28' is a day, not an instant; in UTC it ends at 2031-03-29T00:00:00Z: type that",
+        ),
+        (["balance", "acme", "--at", "20260131"], "in UTC it ends at 2026-02-01T00:00:00Z: type that"),
+        (
+            ["balance", "acme", "--at", "2026-01-31 12:00"],
+            "has no offset; type 2026-01-31T12:00:00Z for UTC, or for example 2026-01-31T12:00:00+01:00",
+        ),
+        (["balance", "acme", "--at", "9999-12-31"], "'9999-12-31' has no offset; type 9999-12-31T00:00:00Z for UTC"),
+        (["balance", "acme", "--at", ""], "'' is not a time; for example 2026-"),
+        (["relay", "rewind", "--to", "2026-01-31", "--yes"], "in UTC it begins at 2026-01-31T00:00:00Z: type that"),
+        (["charges", "open", "j", "acme", "-5"], "No such option: -5"),
+        (["charges", "open", "--", "j", "acme", "-5"], "credits must be a whole number from 0 to "),
+        (["charges", "open", "", "acme", "5"], "job_id must be 1 to 128 printable characters"),
+        (["dev", "--data-dir", ""], "Invalid value for '--data-dir': it is empty; name a folder"),
         (["statement", "acme", "--limit", "0"], "Invalid value for '--limit'"),
         (["statement", "acme", "--limit", "10001"], "Invalid value for '--limit'"),
         (["statement", "acme", "--after", "x"], "Invalid value for '--after'"),
@@ -181,6 +197,91 @@ def test_argument_that_is_not_utf_8_is_refused(run: Run, command: str) -> None:
 
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert result.err.startswith("error: 'acme\\udcff' is not text: write it in UTF-8")
+
+
+GIVEN = {"number": "1", "numbers": "1", "credits": "5", "file": "-", "edited": "/dev/null", "to": "2026-01-31T12:00Z"}
+"""What a parameter is given while another one of its command is odd; the others get a plain word."""
+ODD = [
+    "", " ", "0", "-1", "9" * 40, str(2**63), HOSTILE, "/", "x" * 200_000, "9999-12-31T23:59:59-12:00", "a\0b",
+    "\udcff",
+]  # fmt: skip
+STARTS_SERVERS = {"demo", "dev", "replay-trace"}
+
+
+@pytest.mark.parametrize("command", sorted(commands().keys() - STARTS_SERVERS))
+def test_an_odd_value_for_any_parameter_is_an_answer_or_one_clear_line(
+    run: Run, scene: Scene, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Whatever is typed for whichever argument: an exit code that means something, and no more than a screen of it."""
+    monkeypatch.chdir(tmp_path)  # an odd name of a file makes a file
+    scene.charged("job-1")
+    with scene.worker.begin() as connection:
+        letter = malformed_letter(b"{", "generation.job-failed", MalformedMessage("bad_json", "cut off"))
+        record_dead_letters(connection, [letter], now=NOW, build="test")
+    parameters = [each for each in commands()[command].params if each.name != "help"]
+    product = database.url("kino_product")
+
+    wrong = []
+    for parameter in parameters:
+        for odd in [] if getattr(parameter, "is_flag", False) else ODD:
+            arguments = typed(command, parameters, str(parameter.name), odd)
+            said = run(*arguments, KINO_PRODUCT_DATABASE_URL=product)
+            one_line = said.err.startswith("error: ") and said.err.count("\n") == 1
+            answered = said.code in {0, 1} and (said.code == 0 or said.out != "")
+            if not (harmless(said) and len(said.err) < 2_500 and (answered or (said.code in {1, 2} and one_line))):
+                wrong.append((parameter.name, odd[:40], said.code, said.out[:200], said.err[:200]))
+    assert wrong == []
+
+
+def typed(command: str, parameters: list[Any], name: str, odd: str) -> list[str]:
+    """A command line on which one parameter is odd and the others that it needs are given."""
+    arguments, behind = command.split(), ["--"]
+    for each in parameters:
+        value = odd if each.name == name else GIVEN.get(str(each.name), "x")
+        if each.name == "yes":
+            arguments.append("--yes")
+        elif each.name == name or each.required:
+            if each.param_type_name == "option":
+                arguments.append(f"{each.opts[0]}={value}")
+            else:
+                behind.append(value)
+    return arguments + behind
+
+
+def harmless(said: Result) -> bool:
+    """Nothing that was printed acts on a terminal."""
+    return all(c.isprintable() or c == "\n" for c in said.out + said.err)
+
+
+def test_a_file_whose_name_breaks_a_line_is_shown_on_one(run: Run, scene: Scene, tmp_path: Path) -> None:
+    """A file's name is text as any other: in an error it neither ends the line nor acts on the terminal."""
+    scene.charged()
+    with scene.worker.begin() as connection:
+        letter = malformed_letter(b"{", "generation.job-failed", MalformedMessage("bad_json", "cut off"))
+        record_dead_letters(connection, [letter], now=NOW, build="test")
+    edited = tmp_path / f"{HOSTILE.replace('/', '')}\n"
+    edited.write_bytes(b"no event")
+
+    said = run("dead-letters", "replay", "1", "--edited", str(edited))
+
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert said.err[:-1].isprintable()
+    assert "bad_json" in said.err
+
+
+READ_ONLY = {
+    "balance", "breaks list", "breaks show", "charges list", "dead-letters list", "dead-letters show", "doctor",
+    "intake status", "retries list", "retries show", "schedule", "statement", "status", "why",
+}  # fmt: skip
+NOBODY_ACTS = STARTS_SERVERS | {"migrate", "charges open"}
+"""Scratch servers; the schema, whose owner's login is known; and what the product does, which has no actor yet."""
+
+
+def test_every_command_that_changes_something_asks_who_does_it() -> None:
+    """Whoever looks next finds a name: no command that writes comes without --by."""
+    without = {words for words, command in commands().items() if "by" not in {each.name for each in command.params}}
+
+    assert without == READ_ONLY | NOBODY_ACTS
 
 
 # --- settings and servers
@@ -314,13 +415,54 @@ def test_grant_gives_once_and_a_conflict_changes_nothing(run: Run, scene: Scene)
     )
 
 
+def test_who_granted_is_kept_with_the_transfer(run: Run, scene: Scene) -> None:
+    """The grant's transfer says who gave the credits; the same grant by another changes nothing."""
+    for who in ("anna", "bob"):
+        assert run("grant", "acme", "5", "--reference", "order-1", "--by", who).code == 0
+
+    assert [tuple(row) for row in scene.rows("SELECT kind, actor FROM kino.transfer")] == [("grant", "anna")]
+
+
+def test_credits_that_have_expired_already_are_granted_only_if_that_is_meant(run: Run, scene: Scene) -> None:
+    """An expiry in the past by the ledger's clock is refused, unless it is said or the grant is an old one."""
+    grant = ("grant", "acme", "5", "--reference", "order-1", "--expires-at")
+
+    with clock_at(scene.worker, datetime(2040, 1, 1, tzinfo=UTC)):
+        refused = run(*grant, "2040-01-01T00:00:00Z")
+        nothing = scene.rows("SELECT 1 FROM kino.account")
+        meant = run(*grant, "2040-01-01T00:00:00Z", "--although-past")
+        again = run(*grant, "2040-01-01T01:00:00+01:00")
+        future = run(*grant[:4], "order-2", "--expires-at", "2040-01-01T00:00:01Z")
+
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert "--expires-at 2040-01-01T00:00:00Z lies in the past (it is 2040-01-01T00:00:00Z)" in refused.err
+    assert "add --although-past if you mean it" in refused.err
+    assert nothing == []
+    assert [each.code for each in (meant, again, future)] == [0, 0, 0]
+    assert "2040-01-01 00:00:01Z" in future.out
+
+
+def test_a_balance_of_the_future_is_refused(run: Run, scene: Scene) -> None:
+    """What an account will have nobody knows; what was understood is shown with the answer."""
+    scene.grant("acme", 5)
+    ((now,),) = scene.rows("SELECT kino.clock()")
+
+    future = run("balance", "acme", "--at", (now + timedelta(hours=1)).isoformat())
+    past = run("balance", "acme", "--at", now.isoformat())
+
+    assert (future.code, future.out, future.err.count("\n")) == (2, "", 1)
+    assert "lies in the future (it is " in future.err
+    assert past.code == 0
+    assert ["at", *f"{now:%Y-%m-%d %H:%M:%SZ}".split()] in [line.split() for line in past.out.splitlines()]
+
+
 def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: Scene) -> None:
     """A page of the statement names where the next begins, until there is none."""
     lot = scene.grant("acme", 100)
     scene.open("job-1", "acme", 8)
 
     balance = run("balance", "acme", "--json")
-    before = run("balance", "acme", "--at", "2020-01-01", "--json")
+    before = run("balance", "acme", "--at", "2020-01-01T02:00:00+02:00", "--json")
     page = run("statement", "acme", "--limit", "1", "--json")
     rest = run("statement", "acme", "--after", str(page.json["next"]), "--json")
     end = run("statement", "acme", "--after", str(rest.json["items"][-1]["transfer_id"]), "--json")
@@ -333,7 +475,7 @@ def test_balance_and_statement_say_what_an_account_has_and_why(run: Run, scene: 
         return {**ids, "kind": kind, "credits": credits, "lot_id": lot.lot_id, "job_id": job_id, "reason": reason}
 
     assert balance.json == {"account_id": "acme", "available": 92, "held": 8}
-    assert before.json == {"account_id": "acme", "available": 0, "held": 0}
+    assert before.json == {"account_id": "acme", "at": "2020-01-01T00:00:00+00:00", "available": 0, "held": 0}
     granted = line(page, "grant", 100, None, "purchased")
     assert page.json == {"items": [granted], "next": granted["transfer_id"]}
     assert rest.json == {"items": [line(rest, "hold", -8, "job-1", None)], "next": None}
@@ -926,19 +1068,102 @@ def test_no_is_an_answer(database: Database, answer: bytes, code: int, says: byt
     assert b"Traceback" not in err
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_closed_stream_is_no_traceback(closed: str) -> None:
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("publish - --json", 0),
+        ("--help", 0),
+        ("balance acme --json", 0),
+        ("charges list --open", 0),
+        ("balance nobody", 1),
+        ("dead-letters discard 1 --note n", 2),
+        ("demo --jobs 1", 2),
+        ("retries run-now --json", 0),
+    ],
+)
+def test_closed_stream_is_no_traceback(
+    database: Database, scene: Scene, redis_url: str, command: str, code: int, closed: str
+) -> None:
     """A parent that closes a stream (cron, some supervisors) gets its exit code all the same."""
-    command = f'"$0" publish - --json {closed}'
+    scene.grant("acme")
     ran = subprocess.run(
-        ["sh", "-c", command, SCRIPT],
+        ["sh", "-c", f'"$0" {command} {closed}', SCRIPT],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        env=outside() | {"KINO_REDIS_URL": f"redis://127.0.0.1:{AWAY_PORT}/0"},
+        env=outside() | {"KINO_DATABASE_URL": database.url(), "KINO_REDIS_URL": redis_url},
         check=False,
     )
 
-    assert (ran.returncode, b"Traceback" in ran.stderr) == (0, False), ran.stderr
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False), ran.stderr
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        {"COLUMNS": "0"},
+        {"COLUMNS": "1"},
+        {"COLUMNS": "-5"},
+        {"COLUMNS": "\u00b2"},
+        {"COLUMNS": "9" * 5_000},
+        {"LINES": "\u00b2"},
+        {"TERM": "nothing"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"HOME": "/nowhere", "USER": "", "LOGNAME": ""},
+        {"PATH": ""},
+    ],
+    ids=lambda each: ascii(" ".join(f"{name}={value[:9]}" for name, value in each.items())),
+)
+def test_odd_surroundings_change_no_answer(database: Database, scene: Scene, surroundings: dict[str, str]) -> None:
+    """A terminal without a size, a locale without the letters, a user without a name: an answer, or one line."""
+    account = "caf\u00e9 \u2026"
+    scene.grant(account, 5)
+    urls = {"KINO_DATABASE_URL": database.url()}
+
+    answer = script("balance", account, **urls, **surroundings)
+    out, err = answer.communicate(timeout=60)
+    refused = script("balance", f"{account}!", **urls, **surroundings)
+    nothing, why = refused.communicate(timeout=60)
+    act = script("intake", "resume", **urls, **surroundings)
+    done = act.communicate(timeout=60)
+
+    assert (answer.returncode, err, b"5" in out) == (0, b"", True)
+    assert (refused.returncode, nothing, why.count(b"\n")) == (1, b"", 1)
+    assert why.startswith(b"error: there is no account ")
+    assert (act.returncode, done[1]) == (0, b"")
+
+
+def test_working_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    """A shell may stand in a folder that somebody has removed: one line says so."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    ran = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD"; "$0" dev', SCRIPT], cwd=gone, capture_output=True, env=outside(), check=False
+    )
+
+    assert (ran.returncode, ran.stdout, ran.stderr.count(b"\n")) == (2, b"", 1)
+    assert b"the working folder is gone" in ran.stderr
+
+
+@pytest.mark.parametrize("folder", ["/proc/no", "/dev/null", "/dev/null/below", "x" * 300])
+def test_folder_in_which_nothing_can_be_kept_is_a_usage_error(tmp_path: Path, folder: str) -> None:
+    """`dev` names the folder and why, and starts nothing."""
+    ran = subprocess.run(
+        [SCRIPT, "dev", "--data-dir", folder], cwd=tmp_path, capture_output=True, env=outside(), check=False
+    )
+
+    assert (ran.returncode, ran.stdout, ran.stderr.count(b"\n")) == (2, b"", 1)
+    assert folder.encode() in ran.stderr
+
+
+def test_disk_that_is_full_is_no_traceback() -> None:
+    """An answer that cannot be written is an error and no success, also in its exit code."""
+    for command in (["--help"], ["doctor"], ["doctor", "--json"]):
+        with Path("/dev/full").open("wb") as full:
+            ran = subprocess.run([SCRIPT, *command], stdout=full, stderr=subprocess.PIPE, env=outside(), check=False)
+
+        assert (ran.returncode, ran.stderr.count(b"\n")) == (1, 1), ran.stderr
 
 
 def ended_by(

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import structlog
 from redis import Redis
 
 from kino_refunds.cli.main import _run, main
+from kino_refunds.errors import LetterProtects
 from kino_refunds.events.envelope import message_key
-from kino_refunds.events.schema import to_json
+from kino_refunds.events.schema import Queue, to_json
+from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
+from kino_refunds.reconciliation.protection import discard_although_open, read_protection
 from kino_refunds.schedule import Entry
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement import replays
@@ -24,8 +33,9 @@ from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter, stor
 from tests.clock import claim_slot, record_dead_letters
 from tests.conftest import Database
 from tests.malformed import bare, envelope
-from tests.scenario import NOW, Broken, Scene, Waits, make_event
+from tests.scenario import NOW, PATIENT, Broken, Scene, Waits, make_event, until
 
+SCRIPT = Path(sys.executable).with_name("kino-refunds")
 FAILED = "generation.job-failed"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\x00\r\x7f"
 MARKUP = "[bold red]x[/] [link=http://evil]y[/link] :warning: [/nonsense]"
@@ -129,6 +139,11 @@ COMMANDS = [
     "breaks list",
     "breaks show",
     "breaks accept",
+    "charges",
+    "charges list",
+    "charges open",
+    "relay",
+    "relay rewind",
     "schedule",
     "overdue",
     "overdue run",
@@ -151,7 +166,9 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     [
         ["intake", "pause", "--reason", "r"],
         ["dead-letters", "discard", "1", "--note", "n"],
+        ["dead-letters", "discard", "1", "--note", "n", "--although-open", "job-1"],
         ["breaks", "accept", "1", "--note", "n"],
+        ["relay", "rewind", "--to", "2026-01-31T12:00:00Z"],
     ],
     ids=" ".join,
 )
@@ -329,8 +346,9 @@ def test_retries_are_listed_shown_and_run(cli: Cli, scene: Scene) -> None:
     """A waiting event is seen with its job and attempts, and settles at once when somebody says so."""
     scene.settle(make_event("failed platform", event_id="e-1"))
     listed = cli("retries", "list", "--json").document
-    tried = cli("retries", "run-now", "--json")
+    tried = cli("retries", "run-now", "--by", "bob", "--json")
     shown = cli("retries", "show", "e-1", "--json").document
+    table = cli("retries", "show", "e-1")
     scene.charged()
     settled = cli("retries", "run-now", "e-1", "--json")
 
@@ -338,7 +356,13 @@ def test_retries_are_listed_shown_and_run(cli: Cli, scene: Scene) -> None:
     assert listed["next"] is None
     assert (waiting["event_id"], waiting["job_id"], waiting["attempts"]) == ("e-1", "job-1", 0)
     assert (tried.code, tried.document) == (0, {"tried": 1, "outcomes": {"charge_not_found": 1}})
-    assert [(each["attempts"], len(each["history"])) for each in shown["items"]] == [(1, 1)]
+    (row,) = shown["items"]
+    assert row["attempts"] == 1
+    assert [(entry.get("actor"), entry.get("outcome")) for entry in row["history"]] == [
+        ("bob", None),
+        (None, "charge_not_found"),
+    ]
+    assert (table.code, "bob" in table.out) == (0, True)
     assert (settled.code, settled.document) == (0, {"tried": 1, "outcomes": {"refunded": 1}})
     assert cli("retries", "list", "--json").document == {"items": [], "next": None}
 
@@ -370,6 +394,33 @@ def test_what_is_tried_by_hand_is_leased_as_by_a_sweep(cli: Cli, scene: Scene, m
 
     ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")
     assert before + ttl <= leased_until <= after + ttl
+
+
+def test_who_has_an_event_tried_is_kept_within_the_history_s_bounds(cli: Cli, scene: Scene) -> None:
+    """However often people try an event by hand, its history keeps its first entry and its latest, and no more."""
+    scene.settle(make_event("timeout"))
+    scene.as_superuser(
+        "UPDATE kino.pending_event SET history ="
+        " (SELECT jsonb_agg(jsonb_build_object('outcome', n)) FROM generate_series(1, 50) AS n)"
+    )
+
+    cli("retries", "run-now", "--by", "bob")
+
+    ((history,),) = scene.rows("SELECT history FROM kino.pending_event")
+    assert len(history) == 50
+    assert history[0] == {"outcome": 1}
+    assert [entry.get("actor") for entry in history[-2:]] == ["bob", None]
+
+
+def test_an_event_that_a_sweep_has_in_hand_holds_up_nobody(cli: Cli, scene: Scene) -> None:
+    """A row that another session has locked is passed over: the other events are tried, and nothing waits."""
+    scene.settle(make_event("timeout", "job-1"), make_event("timeout", "job-2"))
+
+    with scene.superuser.begin() as sweep:
+        sweep.exec_driver_sql("SELECT 1 FROM kino.pending_event WHERE job_id = 'job-1' FOR UPDATE")
+        said = cli("retries", "run-now", "--json")
+
+    assert (said.code, said.document) == (0, {"tried": 1, "outcomes": {"charge_not_found": 1}})
 
 
 def test_a_letter_in_somebody_s_hands_does_not_keep_the_others(
@@ -613,6 +664,184 @@ def test_the_exact_bytes_can_be_saved(cli: Cli, scene: Scene, tmp_path: Path) ->
     assert re.fullmatch(r"error: [^\n]+\n", refused.err)
 
 
+# --- what a letter protects
+
+OLD = timedelta(minutes=61)
+"""Longer than a letter without a job counts."""
+
+
+def came(scene: Scene, *, ago: timedelta = timedelta(0)) -> None:
+    """The letters of a scene came at this time, by the clock that opened its charges."""
+    scene.as_superuser(f"UPDATE kino.dead_letter SET last_seen_at = kino.clock() - interval '{ago.total_seconds()} s'")
+
+
+def make_overdue(scene: Scene) -> None:
+    scene.as_superuser(
+        "ALTER TABLE kino.charge DISABLE TRIGGER append_only",
+        "UPDATE kino.charge SET deadline_at = opened_at - interval '1 hour'",
+        "ALTER TABLE kino.charge ENABLE TRIGGER append_only",
+        "UPDATE kino.open_charge SET deadline_at = deadline_at - interval '1 day'",
+    )
+
+
+def unreadable_completion(**more: Any) -> DeadLetter:
+    return DeadLetter(message_key(b"nonsense"), b"nonsense", Queue.JOB_COMPLETED, "bad_json", "detail", **more)
+
+
+def test_a_letter_of_an_open_job_is_discarded_by_the_job_s_name_only(
+    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A completed event with a bad time keeps its job from a refund; --yes alone does not end that."""
+    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
+    scene.charged()
+    make_overdue(scene)
+    keep(scene, unreadable_completion(job_id="job-1"))
+    discard = ("dead-letters", "discard", "1", "--note", "n", "--yes")
+
+    refused = [cli(*discard), cli(*discard, "--although-open", "job-2"), cli(*discard, "--although-open", "all")]
+    swept = cli("overdue", "run", "--json").document
+    still = statuses(scene)
+    named = cli(*discard, "--although-open", "job-1", "--by", "bob")
+
+    assert [(each.code, each.out, each.err.count("\n")) for each in refused] == [(2, "", 1)] * 3
+    assert all("job job-1 (10 credits)" in each.err for each in refused)
+    assert all("add --although-open job-1\n" in each.err for each in refused)
+    assert (swept["refunded"], swept["withheld"]) == (0, {"named_by_waiting_event": 1})
+    assert still == [("open", None)]
+    assert (named.code, named.err) == (0, "")
+    assert "no longer protected: open charges 1, credits 10" in named.out
+    assert statuses(scene) == [("discarded", "bob")]
+
+
+def test_a_letter_that_names_no_job_says_that_it_protects_them_all(
+    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody can be asked, an unreadable completion may be any charge's: it is discarded by the word all."""
+    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
+    for number in range(12):
+        scene.charged(f"job-{number}")
+    keep(scene, unreadable_completion())
+    came(scene)
+    discard = ("dead-letters", "discard", "1", "--note", "n", "--yes")
+
+    refused = [cli(*discard), cli(*discard, "--although-open", "job-1")]
+    done = cli(*discard, "--although-open", "all")
+
+    assert [(each.code, each.out, each.err.count("\n")) for each in refused] == [(2, "", 1)] * 2
+    assert all("names no job" in each.err and "12 open charges of 120 credits" in each.err for each in refused)
+    assert all("add --although-open all\n" in each.err for each in refused)
+    assert done.code == 0
+    assert "no longer protected: open charges 12, credits 120" in done.out
+
+
+@pytest.mark.parametrize(
+    ("letter_of", "ago", "source", "settled"),
+    [
+        ({"job_id": "job-1"}, OLD, "none", True),
+        ({"job_id": "job-2"}, timedelta(0), "none", False),
+        ({}, OLD, "none", False),
+        ({}, timedelta(0), "sql", False),
+        ({}, timedelta(0), "none", True),
+    ],
+    ids=["settled", "without a charge", "over an hour", "a source is asked", "nothing is open"],
+)
+def test_a_letter_that_protects_nothing_is_discarded_as_before(
+    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch, letter_of: dict[str, str], ago: timedelta, source: str,
+    *, settled: bool,
+) -> None:  # fmt: skip
+    """Nobody is asked for names where discarding the letter leads to no refund."""
+    monkeypatch.setenv("KINO_JOB_SOURCE", source)
+    scene.charged()
+    if settled:
+        scene.settle(make_event("completed"))
+    keep(scene, unreadable_completion(**letter_of))
+    came(scene, ago=ago)
+
+    said = cli("dead-letters", "discard", "1", "--note", "n", "--yes")
+
+    assert (said.code, said.out, said.err) == (0, "dead letter 1 is discarded; it is kept\n", "")
+
+
+LETTERS: dict[str, Callable[[], DeadLetter]] = {
+    "names a job": lambda: unreadable_completion(job_id="before"),
+    "names a job, of another queue": lambda: letter(b"nonsense", job_id="before"),
+    "names a job that there is not": lambda: unreadable_completion(job_id="none"),
+    "names none": unreadable_completion,
+    "names none, of another queue": lambda: letter(b"nonsense"),
+}
+
+
+@pytest.mark.parametrize("source_configured", [False, True])
+@pytest.mark.parametrize("ago", [timedelta(0), OLD])
+@pytest.mark.parametrize("kind", LETTERS)
+def test_what_a_letter_protects_is_what_the_sweep_withholds(
+    scene: Scene, redis: Redis, kind: str, ago: timedelta, *, source_configured: bool
+) -> None:
+    """Two readers of one rule: the charges that a person is shown are those whose verdicts the guard withholds."""
+    opened = [scene.charged("before"), scene.charged("also before")]
+    keep(scene, LETTERS[kind]())
+    came(scene, ago=ago)
+    opened.append(scene.charged("after"))
+    now = datetime.now(UTC)
+    charges = [OverdueCharge(c.charge_id, c.job_id, c.account_id, 10, c.opened_at, now, 3) for c in opened]
+
+    guard = read_guard(scene.worker, redis, charges, now=now, source_configured=source_configured)
+    with scene.worker.connect() as connection:
+        found = read_protection(connection, 1, source_configured=source_configured)
+
+    withheld = {charge.job_id for charge in charges if guard.reason(charge) is not None}
+    assert {charge.job_id for charge in found.sample} == withheld
+    assert (found.charges, found.credits) == (len(withheld), 10 * len(withheld))
+
+
+def test_what_a_letter_protects_is_read_when_nobody_else_can_change_it(database: Database) -> None:
+    """(1) its message comes again, (2) we discard and wait, (3) it is committed, (4) we see what it protects now."""
+    with Scene.of(database, limits=PATIENT) as scene:
+        scene.charged()
+        keep(scene, unreadable_completion())
+        came(scene, ago=OLD)
+
+        def discard() -> None:
+            with scene.worker.begin() as ours:
+                discard_although_open(ours, 1, although_open=(), source_configured=False, note="n", actor="bob")
+
+        with ThreadPoolExecutor(1) as pool, scene.superuser.begin() as again:
+            again.exec_driver_sql("UPDATE kino.dead_letter SET last_seen_at = kino.clock(), seen = seen + 1")
+            discarding = pool.submit(discard)
+            until(lambda: scene.waiting_for_locks() == 1)
+            again.commit()
+            refused = discarding.exception(60)
+
+        assert isinstance(refused, LetterProtects)
+        assert statuses(scene) == [("open", None)]
+
+
+@pytest.mark.parametrize(("typed", "code"), [(b"job-1\n", 0), (b"all\n", 1), (b"yes\n", 1), (b"\x04", 130)])
+def test_a_person_types_the_name_of_the_job(database: Database, scene: Scene, typed: bytes, code: int) -> None:
+    """At a terminal the charges are shown with their credits, and only the job's own id discards the letter."""
+    scene.charged()
+    keep(scene, unreadable_completion(job_id="job-1"))
+    ours, theirs = pty.openpty()
+    program = subprocess.Popen(
+        [SCRIPT, "dead-letters", "discard", "1", "--note", "n", "--by", "bob", "--yes"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={n: v for n, v in os.environ.items() if not n.startswith("KINO_")} | {"KINO_DATABASE_URL": database.url()},
+    )
+    os.close(theirs)
+    os.write(ours, typed)
+
+    out, err = program.communicate(timeout=60)
+
+    os.close(ours)
+    assert program.returncode == code
+    assert b"dead letter 1 protects open charges 1, credits 10: of its job\n" in err
+    assert b"  job-1: 10 credits of account acct of job-1, deadline " in err
+    assert statuses(scene) == ([("discarded", "bob")] if code == 0 else [("open", None)])
+    assert (b"no longer protected" in out) == (code == 0)
+
+
 HOSTILE = {
     "escapes": ESCAPES.encode("utf-8", "surrogatepass"),
     "c1 controls": b"\xc2\x9b31m\xc2\x90",
@@ -771,11 +1000,17 @@ def test_overdue_run_asks_and_settles(cli: Cli, scene: Scene, monkeypatch: pytes
 
     dry = cli("overdue", "run", "--dry-run", "--json")
     after_dry = scene.everything()
-    real = cli("overdue", "run", "--json")
+    real = cli("overdue", "run", "--by", "bob", "--json")
     table = cli("overdue", "run")
+    kept = scene.rows("SELECT name, claimed_by, finished_at, result FROM kino.schedule_slot ORDER BY slot_at")
 
     assert after_dry == before
     assert (dry.code, real.code, table.code) == (0, 0, 0)
+    assert [(name, who, finished is not None) for name, who, finished, _ in kept] == [
+        ("by hand: overdue run", "bob", True),
+        ("by hand: overdue run", "anna", True),
+    ]
+    assert kept[0].result == real.document
     assert {k: v for k, v in real.document.items() if k != "verified_through"} == {
         "dry_run": False,
         "overdue": 1,
@@ -814,3 +1049,35 @@ def test_where_logs_are_collected_each_command_leaves_one_line(
     line = json.loads(capfd.readouterr().err.splitlines()[-1])
     assert (ended.value.code, line["event"], line["command"], line["exit_code"]) == (1, "command", "retries show", 1)
     assert "secret" not in json.dumps(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["publish", "-"], {"published": 0}),
+        (["relay", "rewind", "--to", "2026-01-31T12:00:00Z", "--yes"], {"told_again": 0, "dry_run": False}),
+        (["intake", "resume"], {}),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_the_line_of_a_command_says_who_and_how_much(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database: Database, scene: Scene,
+    redis_url: str, arguments: list[str], told: dict[str, Any],
+) -> None:  # fmt: skip
+    """Also what no row can say who did it is known by its line, and the next command's line is its own."""
+    scene.rows("INSERT INTO kino.relay_cursor (xid, charge_id) VALUES (kino.horizon(), 0) RETURNING 1")
+    monkeypatch.setattr("structlog.configure", lambda **_: None)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setenv("KINO_LOG_FORMAT", "json")
+    monkeypatch.setenv("KINO_DATABASE_URL", database.url())
+    monkeypatch.setenv("KINO_REDIS_URL", redis_url)
+
+    lines = []
+    for each in ([*arguments, "--by", "bob"], ["retries", "list"]):
+        with pytest.raises(SystemExit):
+            main(each)
+        line = json.loads(capfd.readouterr().err.splitlines()[-1])
+        lines.append({name: line[name] for name in line.keys() - {"timestamp", "event", "command", "took_ms"}})
+    structlog.contextvars.clear_contextvars()
+
+    assert lines == [{"exit_code": 0, "actor": "bob"} | told, {"exit_code": 0}]

@@ -32,6 +32,7 @@ def test_defaults_are_those_of_the_design() -> None:
 
     assert settings == {
         "database_url": None,
+        "product_database_url": None,
         "migration_database_url": None,
         "redis_url": None,
         "intake_batch": 500,

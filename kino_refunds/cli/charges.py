@@ -1,0 +1,144 @@
+"""`charges`: what jobs have taken, which of it is open, and opening one by hand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+import sqlalchemy as sa
+import typer
+
+from kino_refunds import ledger
+from kino_refunds.cli.options import (
+    AlthoughPast,
+    AsJson,
+    Edge,
+    ledger_connection,
+    product_connection,
+    read_time,
+    require_future,
+)
+from kino_refunds.cli.output import print_facts, print_items, print_json
+from kino_refunds.db.clock import read_clock
+from kino_refunds.ledger import ChargeRequest
+from kino_refunds.settings import load_settings
+
+DEADLINE_MIN = 15
+"""Minutes: several times what a video takes, and short enough that a job tried here is found overdue the same hour."""
+DEADLINE_MIN_MAX = 365 * 24 * 60
+_LATER = datetime.max.replace(tzinfo=UTC)
+"""Stands where the deadline will, until the ledger has been asked what time it is."""
+
+_LIST = sa.text("""
+    SELECT c.charge_id AS number, c.job_id, c.account_id, c.credits, s.status, c.opened_at, c.deadline_at,
+           floor(extract(epoch FROM kino.clock() - c.opened_at))::bigint AS age_s,
+           o.charge_id IS NOT NULL AND o.deadline_at + CAST(:grace AS interval) < kino.clock() AS overdue
+    FROM kino.charge c
+    JOIN kino.charge_status s USING (job_id)
+    LEFT JOIN kino.open_charge o USING (charge_id)
+    WHERE c.charge_id > :after AND (CAST(:account_id AS text) IS NULL OR c.account_id = :account_id)
+    ORDER BY c.charge_id LIMIT :limit
+""")
+# From the table of what is open alone: of a ledger's charges these are few, and the others need not be read.
+_LIST_OPEN = sa.text("""
+    SELECT o.charge_id AS number, c.job_id, o.account_id, o.credits, 'open' AS status, c.opened_at, o.deadline_at,
+           floor(extract(epoch FROM kino.clock() - c.opened_at))::bigint AS age_s,
+           o.deadline_at + CAST(:grace AS interval) < kino.clock() AS overdue
+    FROM kino.open_charge o JOIN kino.charge c USING (charge_id)
+    WHERE o.charge_id > :after AND (CAST(:account_id AS text) IS NULL OR o.account_id = :account_id)
+    ORDER BY o.charge_id LIMIT :limit
+""")
+_ONLY_IN_JSON = frozenset({"opened_at"})
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    charges = typer.Typer(
+        help="What jobs have taken from their accounts.\n\nExample: kino-refunds charges list --open",
+        no_args_is_help=True,
+    )
+    charges.command("list")(list_charges)
+    charges.command("open")(open_charge)
+    app.add_typer(charges, name="charges")
+
+
+def list_charges(
+    *,
+    only_open: Annotated[bool, typer.Option("--open", help="Only charges that nothing has settled.")] = False,
+    account: Annotated[str | None, typer.Option(help="Only this account's.")] = None,
+    after: Annotated[int, typer.Option(help="Go on behind this number.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List charges, oldest first, with credits and age.
+
+    Overdue is an open charge whose deadline and grace (KINO_OVERDUE_GRACE_S) have passed: its event never came.
+
+    Example: kino-refunds charges list --open
+    """
+    settings = load_settings()
+    wanted = {"after": after, "account_id": account, "limit": limit, "grace": settings.overdue_grace}
+    with ledger_connection(settings) as connection:
+        found = connection.execute(_LIST_OPEN if only_open else _LIST, wanted)
+        rows = [dict(row) for row in found.mappings()]
+    cursor = rows[-1]["number"] if len(rows) == limit else None
+    if not as_json:
+        rows = [_for_people(row) for row in rows]
+    empty = f"no {'more ' if after else ''}{'open ' if only_open else ''}charges"
+    print_items(rows, next_cursor=cursor, as_json=as_json, empty=empty)
+
+
+def _for_people(row: dict[str, object]) -> dict[str, object]:
+    shown = {name: value for name, value in row.items() if name not in _ONLY_IN_JSON}
+    shown["age"] = str(timedelta(seconds=int(str(shown.pop("age_s")))))
+    shown["overdue"] = shown.pop("overdue")
+    return shown
+
+
+def open_charge(
+    job: Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")],
+    account: Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")],
+    credits: Annotated[int, typer.Argument(help="Whole credits, zero allowed.", metavar="CREDITS")],
+    *,
+    deadline: Annotated[
+        str, typer.Option(help="When the job must have ended: minutes from now, or an instant (RFC 3339).")
+    ] = str(DEADLINE_MIN),
+    although_past: AlthoughPast = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take credits for a job, as the product does.
+
+    The same charge again changes nothing. Connects to KINO_PRODUCT_DATABASE_URL if that is set: a worker's login has
+    no right to open charges. The job settles as any other: by its event, or overdue after its deadline.
+
+    Example: kino-refunds charges open job-42 acme 8 --deadline 15
+    """
+    wait = _minutes(deadline)
+    instant = read_time(deadline, Edge.END) if wait is None else None
+    try:
+        wanted = ChargeRequest(job, account, credits, instant or _LATER)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with product_connection() as connection:
+        if instant is not None:
+            require_future(connection, "--deadline", instant, although_past=although_past)
+        elif wait is not None:
+            wanted = replace(wanted, deadline_at=read_clock(connection) + wait)
+        charge = ledger.open_charges(connection, [wanted])[0]
+    if as_json:
+        print_json(charge)
+    else:
+        facts = asdict(charge)
+        lines = ", ".join(f"{taken:,} from lot {lot_id}" for lot_id, taken in facts.pop("lines"))
+        print_facts([*facts.items(), ("lines", lines or None)])
+
+
+def _minutes(text: str) -> timedelta | None:
+    """Read a number of minutes; None for what is no number. Raises a usage error for one that cannot be meant."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    minutes = int(text[:20])
+    if minutes > DEADLINE_MIN_MAX:
+        raise typer.BadParameter(f"--deadline is at most {DEADLINE_MIN_MAX:,} minutes, not {text}")
+    return timedelta(minutes=minutes)

@@ -1,0 +1,77 @@
+"""`relay rewind`: tell the product of refunds again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import structlog
+import typer
+
+from kino_refunds.cli.options import (
+    AsJson,
+    ByInTheLog,
+    Edge,
+    Yes,
+    confirm,
+    ledger_connection,
+    read_time,
+    require_past,
+    require_terminal,
+    written,
+)
+from kino_refunds.cli.output import console, print_json
+from kino_refunds.settlement.relay import Rewound, rewind_relay
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    relay = typer.Typer(
+        help="How the product hears of refunds.\n\n"
+        "Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run",
+        no_args_is_help=True,
+    )
+    relay.command("rewind")(rewind)
+    app.add_typer(relay, name="relay")
+
+
+def rewind(
+    to: Annotated[str, typer.Option(help="Tell again what was settled at or after this instant (RFC 3339).")],
+    by: ByInTheLog,  # noqa: ARG001 - reading it puts it into the command's line in the log
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many would be told again; write nothing.")
+    ] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell refunds again, for a Redis that lost its news.
+
+    Every refund and correction settled at or after an instant comes again under its id: a consumer that deduplicates
+    takes each once. Who did it, and how many, is in the log where KINO_LOG_FORMAT is json: no row could say so.
+
+    Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run
+    """
+    instant = read_time(to, Edge.START)
+
+    def run(*, dry: bool) -> Rewound:
+        with ledger_connection() as connection:
+            require_past(connection, "--to", instant)
+            return rewind_relay(connection, instant, dry_run=dry)
+
+    if not dry_run and not yes:
+        require_terminal()
+        confirm(f"{_sentence(run(dry=True), dry_run=True, to=written(instant))}. Do it?", yes=yes)
+    found = run(dry=dry_run)
+    structlog.contextvars.bind_contextvars(told_again=found.told_again, dry_run=dry_run)
+    if as_json:
+        print_json({"dry_run": dry_run, "to": instant, **asdict(found)})
+    else:
+        console.print(_sentence(found, dry_run=dry_run, to=written(instant)))
+
+
+def _sentence(found: Rewound, *, dry_run: bool, to: str) -> str:
+    if found.oldest_at is None:
+        return f"no refund since {to} has been told yet; nothing to tell again"
+    verb = "would be" if dry_run else "are"
+    count = f"{found.told_again:,} refund{'' if found.told_again == 1 else 's'}"
+    return f"{count} since {to} {verb} told again, the oldest settled at {written(found.oldest_at)}"
