@@ -145,7 +145,7 @@ def answers(run: Run) -> dict[str, Any]:
     for command in (
         *(("why", job_id) for job_id in JOBS),
         ("balance", "acct-1"),
-        ("balance", "acct-1", "--at", "2100-01-01T00:00:00Z"),
+        ("balance", "acct-1", "--at", "2026-01-01T00:00:00Z"),
         ("statement", "acct-1"),
         ("retries", "list"),
         ("dead-letters", "list"),
