@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from psycopg import sql
 
+from kino_refunds.cli import main as cli
 from kino_refunds.db.engine import PINNED, SEARCH_PATH, SessionLimits, create_engine
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.db.migrate import head_revision, migrate
@@ -142,7 +145,7 @@ def answers(run: Run) -> dict[str, Any]:
     for command in (
         *(("why", job_id) for job_id in JOBS),
         ("balance", "acct-1"),
-        ("balance", "acct-1", "--at", "2100-01-01T00:00:00Z"),
+        ("balance", "acct-1", "--at", "2026-01-01T00:00:00Z"),
         ("statement", "acct-1"),
         ("retries", "list"),
         ("dead-letters", "list"),
@@ -276,6 +279,26 @@ def test_the_referee_reads_the_same_in_every_environment(database: Database, mon
         row = connection.execute("SELECT CAST(%s AS timestamptz), CAST(%s AS text)", [LATEST, EMOJI]).fetchone()
 
     assert row == (LATEST, EMOJI)
+
+
+OWN_SESSIONS = {
+    "kino_refunds/db/engine.py": "pins",
+    "kino_refunds/demo/promises.py": "pins its own",
+    "kino_refunds/embedded.py": "reads no times, and only from servers of its own",
+}
+
+
+def test_nothing_opens_a_session_past_the_pins() -> None:
+    """What connects to Postgres goes through the one engine, or is named here with the reason why not."""
+    root = Path(cli.__file__).parents[2]
+    found = {
+        str(path.relative_to(root))
+        for room in ("kino_refunds", "workers", "deploy")
+        for path in (root / room).rglob("*.py")
+        if re.search(r"\b(sa|sqlalchemy)\.create_engine\(|psycopg\.connect\(", path.read_text(encoding="utf-8"))
+    }
+
+    assert found == OWN_SESSIONS.keys()
 
 
 # --- what runs on the product's own connections
