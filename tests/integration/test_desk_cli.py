@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def keep(scene: Scene, *letters: DeadLetter) -> None:
 
 
 def letter(raw: bytes, *, job_id: str | None = None, detail: str = "detail", reason: str = "bad_json") -> DeadLetter:
-    return DeadLetter(message_key(raw), raw, FAILED, reason, detail, job_id=job_id)
+    return DeadLetter(message_key(raw), raw, FAILED, reason, detail, job_id=job_id, may_hold_others=job_id is None)
 
 
 def unread(scene: Scene, job_id: str = "job-1", kind: str = "failed platform") -> bytes:
@@ -684,8 +685,9 @@ def make_overdue(scene: Scene) -> None:
     )
 
 
-def unreadable_completion(**more: Any) -> DeadLetter:
-    return DeadLetter(message_key(b"nonsense"), b"nonsense", Queue.JOB_COMPLETED, "bad_json", "detail", **more)
+def unreadable_completion(job_id: str | None = None) -> DeadLetter:
+    letter = DeadLetter(message_key(b"nonsense"), b"nonsense", Queue.JOB_COMPLETED, "bad_json", "detail", job_id=job_id)
+    return replace(letter, may_hold_others=job_id is None)
 
 
 def test_a_letter_of_an_open_job_is_discarded_by_the_job_s_name_only(
@@ -836,7 +838,7 @@ def test_a_person_types_the_name_of_the_job(database: Database, scene: Scene, ty
 
     os.close(ours)
     assert program.returncode == code
-    assert b"dead letter 1 protects open charges 1, credits 10: of its job\n" in err
+    assert b"dead letter 1 protects open charges 1, credits 10: of its jobs\n" in err
     assert b"  job-1: 10 credits of account acct of job-1, deadline " in err
     assert statuses(scene) == ([("discarded", "bob")] if code == 0 else [("open", None)])
     assert (b"no longer protected" in out) == (code == 0)

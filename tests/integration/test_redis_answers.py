@@ -97,7 +97,7 @@ def check(found: dict[str, Result], code: int) -> None:
         assert found[name].err.startswith("error: ")
         assert found[name].err.count("\n") == 1
     bad = [each for each in found["doctor"].json["items"] if each["level"] in {"away", "fail"}]
-    assert {each["check"] for each in bad} <= {"redis", "redis role", "settings", "workers"}
+    assert {each["check"] for each in bad} <= {"redis", "redis role", "settings", "workers", "overdue charges"}
     assert all("\n" not in each["found"] for each in bad)
     assert found["doctor"].code in {1, code}
 

@@ -60,6 +60,7 @@ def queues(client: Redis, worker_id: str = ME) -> Queues:
 
 CALLS: dict[str, Callable[[Queues], object]] = {
     "claim": lambda queues: len(queues.claim().messages),
+    "begin": lambda queues: queues.begin(queues.claim().token, None),
     "drop": lambda queues: queues.drop(queues.claim().token),
     "release": lambda queues: queues.release(queues.claim().token),
     "refresh": lambda queues: queues.refresh(),
@@ -69,6 +70,7 @@ CALLS: dict[str, Callable[[Queues], object]] = {
 }
 WORTH: dict[str, object] = {
     "claim": 1,
+    "begin": None,  # a batch that is no recovered message
     "drop": True,
     "release": 1,
     "refresh": None,

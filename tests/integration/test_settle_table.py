@@ -24,8 +24,8 @@ from tests.scenario import (
 )
 
 ACCOUNT = "acct of job-1"
-EVENT = "event of "
-BEFORE = "event before of "
+EVENT = "event of:"
+BEFORE = "event before of:"
 
 # kind of event -> how its charge is settled while it is open: kind, reason, clause.
 OPEN = {
