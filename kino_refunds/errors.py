@@ -8,12 +8,17 @@ class KinoError(Exception):
 
 
 class MalformedMessage(KinoError):
-    """A message on a queue that cannot be understood; it is kept as a dead letter under `code`."""
+    """A message on a queue that cannot be understood; it is kept as a dead letter under `code`.
 
-    def __init__(self, code: str, text: str) -> None:
+    `cause` is what messages with the same mistake have in common, such as the wrong field's path: letters are grouped
+    by it, and never by values that differ from message to message.
+    """
+
+    def __init__(self, code: str, text: str, *, cause: str = "") -> None:
         super().__init__(text)
         self.code = code
         self.text = text
+        self.cause = cause
 
 
 class GrantConflict(KinoError):
@@ -34,6 +39,10 @@ class InsufficientCredits(KinoError):
 
 class AccountNotActive(KinoError):
     """The account is suspended, terminated or unknown, so it cannot be charged."""
+
+
+class UnfitSession(KinoError):
+    """The caller's database session is in autocommit, or in an encoding that cannot carry every id."""
 
 
 class LedgerInconsistent(KinoError):
@@ -68,8 +77,28 @@ class SourceUnavailable(KinoError):
     """The job source did not answer; an error is not an answer."""
 
 
+class SourceUnreachable(SourceUnavailable):
+    """The job source can answer for no job at all, so a smaller question would fail as well."""
+
+
+class SourceTimeout(SourceUnavailable, TimeoutError):
+    """The job source took the question and did not answer in time."""
+
+
+class SourceBroken(KinoError):
+    """The job source's answer for a job breaks the contract, so it is no answer."""
+
+
+class ForeignAnswer(SourceBroken):
+    """The job source's answer cannot be matched to the jobs that it was asked for, so none of it is an answer."""
+
+
 class DependencyAway(KinoError):
     """Postgres, Redis or the job source cannot be reached (exit code 3)."""
+
+
+class WrongEncoding(DependencyAway):
+    """The database is not encoded in UTF8, so that it cannot keep every id as it came."""
 
 
 class BadSettings(KinoError):

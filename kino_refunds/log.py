@@ -6,7 +6,10 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+import redis
 import structlog
+from billiard.exceptions import RestartFreqExceeded
+from kombu.exceptions import KombuError
 
 if TYPE_CHECKING:
     from kino_refunds.settings import Settings
@@ -31,6 +34,7 @@ def configure_logging(settings: Settings) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *exceptions, renderer],
         )
     )
+    handler.addFilter(_shortened)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
@@ -43,6 +47,22 @@ def configure_logging(settings: Settings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _shortened(record: logging.LogRecord) -> bool:
+    """Make one line of what Celery says of a Redis that is away or refuses; its stacks say no more than that."""
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.partition(".")[0] in {"celery", "kombu"} and _is_of_redis(error):
+        said = record.getMessage().partition("\n")[0]
+        record.msg = f"{said} ({type(error).__name__}: {error})".partition("\n")[0]
+        record.args, record.exc_info, record.exc_text = (), None, None
+    return True
+
+
+def _is_of_redis(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, (redis.RedisError, KombuError, RestartFreqExceeded)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

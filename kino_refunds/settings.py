@@ -10,13 +10,13 @@ from importlib.metadata import version
 from typing import Annotated, Literal
 
 import psycopg
-import redis
 import sqlalchemy as sa
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kino_refunds.db.engine import SessionLimits, driver_url
 from kino_refunds.errors import BadSettings
+from kino_refunds.events.connection import EXAMPLE, read_url
 from kino_refunds.events.queues import CLAIM_LIMIT_MAX, QUEUE_KEYS
 
 PREFIX = "KINO_"
@@ -69,13 +69,17 @@ class Settings(BaseSettings):
         description="Pause between expiry sweeps; an expired lot is not drawn from before its sweep either.",
     )
     job_source: Literal["none", "sql", "http"] | None = Field(
-        None, description="Who knows of jobs that sent no event; `none` says that nobody does. Unset: no sweep."
+        None,
+        description="Who knows how a job ended that sent no event: `sql`, `http`, or `none` (then it counts as timed"
+        " out). No default: unset, such a job is never found.",
     )
     job_source_url: SecretStr | None = Field(
         None, description="The source's database (`sql`) or endpoint (`http`; https, except on loopback)."
     )
     job_source_query: str | None = Field(
-        None, description="`sql`: a query with `:job_ids`, giving `job_id`, `state` and, if known, `origin`, `stage`."
+        None,
+        description="`sql`: a query with `:job_ids`, giving `job_id`, `state` and, if known, `origin`, `stage`,"
+        " `result_produced`, `finished_at`.",
     )
     job_source_token: SecretStr | None = Field(None, description="`http`: sent as a bearer token.")
     job_source_timeout_s: Annotated[float, Field(gt=0, le=60)] = Field(
@@ -185,18 +189,17 @@ class Settings(BaseSettings):
             "postgresql://kino_owner@HOST/DATABASE",
         )
 
+    def require_job_source_database_url(self) -> str:
+        """Return the database URL of the job source `sql`; raises BadSettings that says how to set it."""
+        example = "postgresql://READER@HOST/DATABASE"
+        if self.job_source_url is None:
+            raise BadSettings(f"KINO_JOB_SOURCE=sql needs KINO_JOB_SOURCE_URL; for example {example}")
+        return _require_postgres(self.job_source_url, "KINO_JOB_SOURCE_URL", example)
+
     def require_redis_url(self) -> str:
-        """Return the Redis URL; raises BadSettings that says how to set it."""
-        example = "redis://HOST:6379/0"
-        url = _require(self.redis_url, "KINO_REDIS_URL", example)
-        try:
-            pool = redis.ConnectionPool.from_url(url)
-            local = issubclass(pool.connection_class, redis.UnixDomainSocketConnection)
-            pool.make_connection()  # nothing connects, but an option that there is not is refused
-        except (ValueError, TypeError, redis.RedisError):  # their texts may quote the password
-            raise BadSettings(f"KINO_REDIS_URL {_UNREADABLE}; for example {example}") from None
-        if local:
-            raise BadSettings(f"KINO_REDIS_URL is a Unix socket; connect by redis:// or rediss://, such as {example}")
+        """Return the Redis URL; raises BadSettings that says how to set it, or what in it is not taken."""
+        url = _require(self.redis_url, "KINO_REDIS_URL", EXAMPLE)
+        read_url(url)
         return url
 
 
@@ -219,10 +222,21 @@ def _require_postgres(value: SecretStr | None, name: str, example: str) -> str:
     unknown = read.query.keys() - {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     if unknown:
         raise BadSettings(f"{name} has options that Postgres does not know: {', '.join(sorted(unknown))}")
+    try:
+        _require_parts(read)
+    except (sa.exc.ArgumentError, ValueError):
+        raise BadSettings(f"{name} {_UNREADABLE}; for example {example}") from None
     return url
 
 
-_UNREADABLE = "cannot be read: look at its options, and write special characters of a password as %XX"
+def _require_parts(url: sa.URL) -> None:
+    """Raise ArgumentError where hosts and ports do not belong together, ValueError where a part holds a NUL."""
+    _, parts = url.get_dialect()().create_connect_args(url)
+    if any("\0" in str(part) for part in parts.values()):  # libpq would take what stands before it
+        raise ValueError("NUL")
+
+
+_UNREADABLE = "cannot be read: look at its hosts, ports and options, and write special characters of a password as %XX"
 
 
 def load_settings() -> Settings:

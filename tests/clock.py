@@ -10,9 +10,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
 
 from kino_refunds import ledger, schedule
+from kino_refunds.db.engine import create_engine
 from kino_refunds.settlement import batch, dead_letters, replays, retries, settle
 from kino_refunds.settlement.deliveries import Delivery
 
@@ -57,7 +57,7 @@ def run_ahead(bind: sa.Engine | sa.Connection, ahead: timedelta) -> None:
 
 
 def _write(url: sa.URL, at: datetime | None, ahead: timedelta | None = None) -> None:
-    engine = sa.create_engine(url.set(username="postgres"), poolclass=NullPool)
+    engine = create_engine(url.set(username="postgres").render_as_string(hide_password=False), pooled=False)
     with engine.begin() as superuser:
         installed = superuser.exec_driver_sql("SELECT to_regclass('kino_test.clock') IS NOT NULL").scalar_one()
         if not installed:

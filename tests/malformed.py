@@ -12,9 +12,19 @@ import json
 import zlib
 from typing import Any
 
-from kino_refunds.events.envelope import MESSAGE_BYTES_MAX, MalformedReason
+from kino_refunds.events.envelope import ELEMENTS_MAX, MESSAGE_BYTES_MAX, MalformedReason
 
 NOT_UTF_8 = b"\xff"
+WHITE_SPACE = {
+    "a space": " ",
+    "a tab": "\t",
+    "a line feed": "\n",
+    "a no-break space": "\xa0",
+    "an em space": "\u2003",
+    "a zero width space": "\u200b",
+    "an ideographic space": "\u3000",
+    "a zero width no-break space": "\ufeff",
+}
 
 
 def event(**changes: Any) -> dict[str, Any]:
@@ -66,6 +76,19 @@ def envelope(body: object, /, *, delivery_tag: str = "tag-1", **changes: Any) ->
     return bare({**document, **changed})
 
 
+def celery_task(name: str = "video.render", *, task_id: str = "task-1", body: object = None) -> bytes:
+    """Write a task as Celery does: what it is stands in the headers."""
+    arguments = [[], {"job_id": "job-1"}, {"callbacks": None}] if body is None else body
+    return envelope(arguments, headers={"lang": "py", "task": name, "id": task_id, "retries": 0}, delivery_tag=task_id)
+
+
+def binary_mode(prefix: str = "ce-", **headers: Any) -> bytes:
+    """Write an event in CloudEvents' binary mode: its attributes are headers, its data is the body."""
+    attributes = {**without(without(event(), "data"), "type"), "type": event()["type"]}
+    named = {f"{prefix}{name}": value for name, value in attributes.items()}
+    return envelope(data(), headers={**named, **headers})
+
+
 def without(document: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a copy that lacks one field."""
     return {key: value for key, value in document.items() if key != name}
@@ -106,8 +129,22 @@ _CONTENTS: dict[str, tuple[bytes, MalformedReason]] = {
     "a huge number": (b"9" * 4300, MalformedReason.INVALID_EVENT),
     "not a number": (b"NaN", MalformedReason.INVALID_EVENT),
     "json in a string": (bare(json.dumps(event())), MalformedReason.INVALID_EVENT),
-    "an array": (bare([event()]), MalformedReason.INVALID_EVENT),
-    "a celery task": (bare([[], {"job_id": "job-1"}, {"callbacks": None}]), MalformedReason.INVALID_EVENT),
+    "an empty array": (b"[]", MalformedReason.INVALID_EVENT),
+    "an array of too many events": (
+        bare([event(id=f"evt-{number}") for number in range(ELEMENTS_MAX + 1)]),
+        MalformedReason.INVALID_EVENT,
+    ),
+    "an array of numbers": (b"[1, 2]", MalformedReason.INVALID_EVENT),
+    "an event and a number": (bare([event(), 42]), MalformedReason.INVALID_EVENT),
+    "an array in an array": (bare([[event()]]), MalformedReason.INVALID_EVENT),
+    "an array of objects that are no events": (bare([{"job_id": "job-1"}, {}]), MalformedReason.INVALID_EVENT),
+    "an array of envelopes": (bare([json.loads(envelope(event()))]), MalformedReason.INVALID_EVENT),
+    "an array cut off": (bare([event(), event(id="evt-2")])[:-20], MalformedReason.BAD_JSON),
+    "a celery task of the older protocol": (
+        bare({"task": "video.render", "id": "task-1", "args": [], "kwargs": {"job_id": "job-1"}}),
+        MalformedReason.INVALID_EVENT,
+    ),
+    "a celery task's body": (bare([[], {"job_id": "job-1"}, {"callbacks": None}]), MalformedReason.INVALID_EVENT),
     "an empty object": (b"{}", MalformedReason.INVALID_EVENT),
     "old version": (bare(event(specversion="0.3")), MalformedReason.UNKNOWN_VERSION),
     "version as a number": (bare(event(specversion=1.0)), MalformedReason.UNKNOWN_VERSION),
@@ -121,7 +158,16 @@ _CONTENTS: dict[str, tuple[bytes, MalformedReason]] = {
     "type as a number": (bare(event(type=1)), MalformedReason.INVALID_EVENT),
     "data missing": (bare(without(event(), "data")), MalformedReason.INVALID_EVENT),
     "data as a string": (bare(event(data="job-1")), MalformedReason.INVALID_EVENT),
-    "data_base64": (bare({**without(event(), "data"), "data_base64": "e30="}), MalformedReason.INVALID_EVENT),
+    **{
+        f"data_base64 {name}": (bare({**without(event(), "data"), "data_base64": value}), reason)
+        for name, value, reason in (
+            ("of nothing", "e30=", MalformedReason.INVALID_EVENT),
+            ("as an object", data(), MalformedReason.INVALID_EVENT),
+            ("null", None, MalformedReason.INVALID_EVENT),
+            ("that holds no json", "am9iLTE=", MalformedReason.INVALID_EVENT),
+            ("that is not base64", "%%%", MalformedReason.BAD_BASE64),
+        )
+    },
     "last of two keys is wrong": (
         bare(event()).replace(b'"id": "evt-1"', b'"id": "evt-1", "id": 1'),
         MalformedReason.INVALID_EVENT,
@@ -170,23 +216,41 @@ _CONTENTS: dict[str, tuple[bytes, MalformedReason]] = {
             "as a number": 1,
             "null": None,
             "with NUL": "evt-\x00",
-            "with a line feed": "evt-1\n",
             "with an escape": "\x1b[2J",
             "with a right-to-left override": "evt-\u202e1",
+            **{f"that ends with {name}": f"evt-1{space}" for name, space in WHITE_SPACE.items()},
+            **{f"that begins with {name}": f"{space}evt-1" for name, space in WHITE_SPACE.items()},
         }.items()
     },
     **{
         f"source {name}": (bare(event(source=value)), MalformedReason.INVALID_EVENT)
-        for name, value in {"empty": "", "too long": "x" * 129, "with NUL": "\x00"}.items()
+        for name, value in {
+            "empty": "",
+            "too long": "x" * 129,
+            "with NUL": "\x00",
+            "with a space at its end": "x ",
+        }.items()
     },
     **{
         f"job id {name}": (bare(event(subject=value, data=data(job_id=value))), MalformedReason.INVALID_EVENT)
-        for name, value in {"empty": "", "too long": "x" * 129, "as a number": 7, "with NUL": "j\x00"}.items()
+        for name, value in {
+            "empty": "",
+            "too long": "x" * 129,
+            "as a number": 7,
+            "with NUL": "j\x00",
+            "with a space at its end": "job-1 ",
+        }.items()
     },
     "job id missing": (bare(event(data=without(data(), "job_id"))), MalformedReason.INVALID_EVENT),
     **{
         f"account id {name}": (bare(event(data=data(account_id=value))), MalformedReason.INVALID_EVENT)
-        for name, value in {"empty": "", "too long": "x" * 129, "as a number": 7, "with NUL": "a\x00"}.items()
+        for name, value in {
+            "empty": "",
+            "too long": "x" * 129,
+            "as a number": 7,
+            "with NUL": "a\x00",
+            "with a space at its end": "acct-1 ",
+        }.items()
     },
     **{
         f"time {name}": (bare(event(time=value)), MalformedReason.INVALID_EVENT)
@@ -248,7 +312,7 @@ _ENVELOPES: dict[str, tuple[bytes, MalformedReason]] = {
             "pickle": "application/x-python-serialize",
             "text": "text/plain",
             "yaml": "application/x-yaml",
-            "batch": "application/cloudevents-batch+json",
+            "of kombu's bytes": "application/data",
             "with another charset": "application/json; charset=latin-1",
             "null": None,
             "as a number": 1,
@@ -256,7 +320,7 @@ _ENVELOPES: dict[str, tuple[bytes, MalformedReason]] = {
     },
     **{
         f"content encoding {name}": (envelope(event(), content_encoding=value), MalformedReason.BAD_ENCODING)
-        for name, value in {"binary": "binary", "latin-1": "iso-8859-1", "null": None}.items()
+        for name, value in {"gzip": "gzip", "latin-1": "iso-8859-1", "null": None}.items()
     },
     **{
         f"compressed by {name}": (
@@ -268,6 +332,19 @@ _ENVELOPES: dict[str, tuple[bytes, MalformedReason]] = {
             ("bz2", "application/x-bz2", bz2.compress),
         )
     },
+    "a celery task": (celery_task(), MalformedReason.INVALID_EVENT),
+    "a pickled celery task": (
+        envelope(b"\x80\x04N.", headers={"task": "t"}, content_type="application/x-python-serialize"),
+        MalformedReason.WRONG_CONTENT_TYPE,
+    ),
+    **{
+        f"binary mode of {name}": (binary_mode(prefix), MalformedReason.INVALID_EVENT)
+        for name, prefix in {"http": "ce-", "kafka": "ce_", "amqp": "cloudEvents:", "amqp 2": "cloudEvents_"}.items()
+    },
+    "binary mode with other data": (
+        envelope(b"<x/>", headers={"ce-id": "evt-1", "ce-source": "s"}, content_type="application/xml"),
+        MalformedReason.INVALID_EVENT,
+    ),
     "envelope in an envelope": (envelope(envelope(event())), MalformedReason.INVALID_EVENT),
     "envelope with a specversion": (envelope(event(), specversion="1.0"), MalformedReason.INVALID_EVENT),
     "envelope without a content type": (

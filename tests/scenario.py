@@ -288,7 +288,7 @@ class Scene:
             return outcomes_of(settle_batch(self.worker, due, terms or make_terms()))
 
         with clock_at(self.worker, now):
-            return sweep_retries(self.worker, settle_due, lease=LEASE, limit=limit).outcomes
+            return sweep_retries(self.worker, settle_due, lease=LEASE, build="test", limit=limit).outcomes
 
     # Assert.
 

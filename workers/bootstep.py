@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -16,8 +18,8 @@ from celery import bootsteps
 
 from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
-from kino_refunds.events.client import redis_client
-from kino_refunds.events.publisher import declare_queues
+from kino_refunds.errors import BadSettings
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues
 from kino_refunds.log import get_logger
 from kino_refunds.policy.document import published_policy
@@ -26,20 +28,34 @@ from kino_refunds.settlement.settle import Terms
 from workers.intake import Intake, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 log = get_logger(__name__)
 
-DECLARE_EVERY_S = 30.0
+BIND_EVERY_S = 0.5
 """After a FLUSHALL a live kombu SimpleQueue drops what it is given until its binding is back."""
+REFRESHES_IN_TTL = 4
+"""An idle or paused worker says so often within its alive TTL that it lives: batches, which do too, do not come."""
 RECOVER_EVERY_S = 1.0
 """P9 gives a dead worker's batch 5 s beyond its alive key, and it then goes one message at a time."""
 HEARTBEAT_EVERY_S = 10.0
 FORGET_WORKERS_AFTER = "7 days"
 CLOCK_SKEW_MAX = timedelta(seconds=5)
 """As in the doctor: NTP keeps hosts within milliseconds."""
+BAD_SETTINGS = 2
+"""The exit code, as `kino-refunds` has it."""
 STOP_WITHIN_S = 10.0
 """Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
+
+
+@contextmanager
+def one_line_for_bad_settings() -> Iterator[None]:
+    """End the process with one line on standard error, and no traceback, where a setting is missing or wrong."""
+    try:
+        yield
+    except BadSettings as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(BAD_SETTINGS) from error
 
 
 def terms_of(settings: Settings) -> Terms:
@@ -62,19 +78,23 @@ class IntakeStep(bootsteps.StartStopStep):
         self._thread: threading.Thread | None = None
 
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Open connections and start the thread; nothing here waits for Postgres or Redis."""
-        settings = load_settings()
-        redis_url = settings.require_redis_url()
+        """Open connections and start the thread; nothing here waits for Postgres or Redis.
+
+        Raises SystemExit, with one line on standard error, where a setting is missing or wrong.
+        """
+        with one_line_for_bad_settings():
+            settings = load_settings()
+            redis_url = settings.require_redis_url()
+            database_url = settings.require_database_url()
         worker_id = str(uuid4())
-        engine = create_engine(
-            settings.require_database_url(), limits=settings.session_limits, application_name="kino-intake"
-        )
+        engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
         queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
         intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
         heartbeat = Heartbeat(engine, intake, worker_id, settings.build)
         chores = Chores(
             {
-                "declare queues": (DECLARE_EVERY_S, lambda: declare_queues(redis_url)),
+                "bind": (BIND_EVERY_S, Binding(queues)),
+                "refresh": (settings.alive_ttl_s / REFRESHES_IN_TTL, queues.refresh),
                 "recover": (RECOVER_EVERY_S, lambda: _recover(queues)),
                 "heartbeat": (HEARTBEAT_EVERY_S, heartbeat.beat),
             }
@@ -105,7 +125,7 @@ class IntakeStep(bootsteps.StartStopStep):
 class Chores:
     """What a worker does now and then between batches; one that fails is said, and stops nothing.
 
-    A full Redis, for one, refuses the bindings and can still be drained.
+    A Postgres that is away, for one, takes no heartbeat, and dead workers are looked for all the same.
     """
 
     def __init__(self, every: dict[str, tuple[float, Callable[[], None]]]) -> None:
@@ -122,6 +142,26 @@ class Chores:
                 call()
             except Exception as error:  # noqa: BLE001 - whatever it is, the batches go on
                 log.warning("chore failed", chore=name, error=one_line(error))
+
+
+class Binding:
+    """Looks after kombu's bindings of the queues, and says once what it met."""
+
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+        self._skipped: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        """Put back the bindings that are missing."""
+        bound = self._queues.bind()
+        if bound.restored:
+            log.warning(
+                "kombu bindings were missing and are back; publish again what a SimpleQueue sent meanwhile",
+                queues=bound.restored,
+            )
+        if bound.skipped != self._skipped:
+            self._skipped = bound.skipped
+            log.error("keys of kombu bindings hold something foreign; see `kino-refunds doctor`", keys=bound.skipped)
 
 
 def _recover(queues: Queues) -> None:

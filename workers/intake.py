@@ -5,6 +5,9 @@
 A message leaves Redis only after its outcome is in Postgres. Whatever happens in between, the batch is
 still in this worker's in-flight lists: the next claim returns it, or, if the worker is dead, another one
 recovers it.
+
+A message may hold up to 100 events. Whatever is counted here is counted in events: the size of a transaction, the
+tripwire's errors, a probe, and after a crash what is in work alone. The message is dropped when each has its row.
 """
 
 from __future__ import annotations
@@ -12,28 +15,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import redis
 import sqlalchemy as sa
 
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import DependencyAway, ForeignKey, MalformedMessage
+from kino_refunds.errors import DependencyAway, ForeignKey
 from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
 from kino_refunds.log import get_logger
-from kino_refunds.settlement.batch import Part, settle_batch
-from kino_refunds.settlement.dead_letters import (
-    DeadLetter,
-    malformed_letter,
-    poison_letter,
-    record_dead_letters,
-)
-from kino_refunds.settlement.deliveries import Delivery, read_delivery
+from kino_refunds.settlement.batch import Part, keep_letters, settle_batch
+from kino_refunds.settlement.dead_letters import APPLY_ERROR, DeadLetter, poison_letter, unread_letter
+from kino_refunds.settlement.deliveries import Delivery, read_message
 from kino_refunds.settlement.gate import TRIPWIRE, Gate, pause_intake, read_gate, resume_intake
 from kino_refunds.settlement.outcomes import Disposition, Outcome, disposition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from kino_refunds.settings import Settings
     from kino_refunds.settlement.settle import Decision, Terms
@@ -52,6 +51,10 @@ TRIPWIRE_ERRORS_MAX = 50
 
 class _Stopping(Exception):
     """We were told to stop in the middle of a long search; what is settled stays settled (P2)."""
+
+
+class _TakenOver(Exception):
+    """The message is not in flight under our token any more: we seemed dead, and another worker settles it."""
 
 
 class _Tripped(Exception):
@@ -78,6 +81,8 @@ class Intake:
         self._name = name
         self._probe_every_s = probe_every_s
         self._next_probe = 0.0
+        self._probed: dict[bytes, int] = {}
+        """While the gate is closed: of a message that holds several events, how many were tried."""
         self._unfinished: str | None = None
         self._skipped: tuple[str, ...] = ()
         self._failures: deque[bool] = deque(maxlen=TRIPWIRE_WINDOW)
@@ -99,6 +104,8 @@ class Intake:
         started = time.monotonic()
         if gate.paused:
             self._give_back()  # or the probe would be the batch in flight, whatever the limit
+        else:
+            self._probed.clear()
         limit = 1 if gate.paused else self._settings.intake_batch
         claim = self._queues.claim(limit, self._settings.intake_batch_bytes)
         if claim.skipped != self._skipped:
@@ -108,20 +115,31 @@ class Intake:
             return 0
         self._unfinished = claim.token
         deliveries, dead = read_claim(claim)
+        tried = self._next_to_try(claim, deliveries) if gate.paused else deliveries
         try:
-            decisions = settle_batch(self._engine, deliveries, self._terms, watch=self._watch)
+            # Before their letters: a build that can read nothing must not turn all that waits into dead letters.
+            self._watch(Part(0, sum(letter.reason == APPLY_ERROR for letter in dead), 0))
+            decisions, poison = self._settle(claim, tried)
         except _Tripped:
             self._trip()
             return len(claim.messages)
+        except _TakenOver:
+            log.warning("batch handed on; another worker took this one for dead", messages=len(claim.messages))
+            self._unfinished = None
+            return len(claim.messages)
+        failed = len(tried) - len(decisions) - len(poison)
+        if gate.paused:
+            self._conclude_probe(decisions, failed=failed)
+            if self._goes_on(claim, deliveries):
+                # The event that was tried has its row, and is a duplicate when the message comes again.
+                self._give_back()
+                return len(claim.messages)
         if dead:
             # After the neighbours: they settle even while no dead letter can be written.
-            with self._engine.begin() as connection:
-                record_dead_letters(connection, dead, build=self._terms.build)
+            keep_letters(self._engine, dead, build=self._terms.build)
         dropped = self._queues.drop(claim.token)
         self._unfinished = None
-        if gate.paused:
-            self._conclude_probe(decisions, failed=len(deliveries) - len(decisions))
-        self._say(claim, deliveries, dead, decisions, dropped=dropped, took_s=time.monotonic() - started)
+        self._say(claim, failed, dead + poison, decisions, dropped=dropped, took_s=time.monotonic() - started)
         return len(claim.messages)
 
     def run(self, *, chores: Callable[[], None] = lambda: None) -> None:
@@ -138,20 +156,84 @@ class Intake:
                 self._report(error, wait_s)
         self._leave()
 
+    def _settle(self, claim: Claim, deliveries: list[Delivery]) -> tuple[list[Decision], list[DeadLetter]]:
+        """Settle the events of a claim in batches; returns the decisions, and the letters of events that end workers.
+
+        A claim is bounded in messages and bytes, and 500 messages of 100 events are 50,000: no transaction is larger
+        than `intake_batch` events, for its locks are held until it ends. Between two of them we say that we live.
+        """
+        if claim.recovered and any(delivery.element_index is not None for delivery in deliveries):
+            return self._settle_alone(claim, deliveries)
+        decisions: list[Decision] = []
+        for number, batch in enumerate(sub_batches(deliveries, self._settings.intake_batch)):
+            if number:
+                self._between()
+            decisions += settle_batch(self._engine, batch, self._terms, watch=self._watch)
+        return decisions, []
+
+    def _settle_alone(self, claim: Claim, deliveries: list[Delivery]) -> tuple[list[Decision], list[DeadLetter]]:
+        """Settle the events of a message that a worker died with, one a transaction.
+
+        Redis is told before each which one it is. So if this worker ends too, that event is counted and not its
+        neighbours; at the third time it is a dead letter, written at once, and they settle.
+        """
+        decisions: list[Decision] = []
+        poison: list[DeadLetter] = []
+        busy = set[str]()  # or a later event of such a job would overtake the one that waits
+        for delivery in sorted(deliveries, key=lambda delivery: delivery.event.time):
+            if self.stopping.is_set():
+                raise _Stopping
+            index = delivery.element_index
+            crashes = self._begin(claim, index)
+            if crashes >= POISON_CRASHES:
+                poison.append(poison_letter(delivery.raw, delivery.queue, crashes, element_index=index))
+                keep_letters(self._engine, poison[-1:], build=self._terms.build)
+                continue
+            settled = settle_batch(self._engine, [delivery], self._terms, busy_jobs=busy, watch=self._watch)
+            busy.update(each.delivery.event.job_id for each in settled if each.outcome is Outcome.BUSY)
+            decisions += settled
+        self._begin(claim, None)
+        return decisions, poison
+
+    def _begin(self, claim: Claim, index: int | None) -> int:
+        crashes = self._queues.begin(claim.token, index)
+        if crashes is None:
+            raise _TakenOver
+        return crashes
+
+    def _between(self) -> None:
+        if self.stopping.is_set():
+            raise _Stopping
+        self._queues.refresh()
+
     def _watch(self, part: Part) -> None:
         """Between the parts of a batch: say that we live, count our own failures, hear that we should stop."""
         self._failures.extend([False] * part.settled + [True] * part.failed)
         if part.failed and sum(self._failures) > TRIPWIRE_ERRORS_MAX:
             raise _Tripped
         if part.parts_left:
-            if self.stopping.is_set():
-                raise _Stopping
-            self._queues.refresh()
+            self._between()
 
     def _may_probe(self, gate: Gate) -> bool:
         if not gate.probed or time.monotonic() < self._next_probe:
             return False
         self._next_probe = time.monotonic() + self._probe_every_s
+        return True
+
+    def _next_to_try(self, claim: Claim, deliveries: list[Delivery]) -> list[Delivery]:
+        """Choose what a probe settles: one event, of a message that holds several the first that it has not tried.
+
+        A bad event at its head would otherwise keep the gate closed: the message stays until all of it is decided.
+        """
+        at = self._probed.get(_digest(claim), 0)
+        return deliveries[at : at + 1]
+
+    def _goes_on(self, claim: Claim, deliveries: list[Delivery]) -> bool:
+        """Note that one more event of this message was tried; returns whether others are left."""
+        at = self._probed.pop(_digest(claim), 0) + 1
+        if at >= len(deliveries):
+            return False
+        self._probed[_digest(claim)] = at
         return True
 
     def _trip(self) -> None:
@@ -183,7 +265,7 @@ class Intake:
     def _say(
         self,
         claim: Claim,
-        deliveries: list[Delivery],
+        failed: int,
         dead: list[DeadLetter],
         decisions: list[Decision],
         *,
@@ -191,12 +273,12 @@ class Intake:
         took_s: float,
     ) -> None:
         outcomes = Counter(decision.outcome.value for decision in decisions)
-        failed = len(deliveries) - len(decisions)
         self.counts.update(outcomes)
         self.counts.update(batches=1, messages=len(claim.messages), not_parsed=len(dead), apply_error=failed)
         log.info(
             "batch",
             messages=len(claim.messages),
+            events=len(decisions) + len(dead) + failed,
             again=claim.again,
             recovered=claim.recovered,
             not_parsed=dict(Counter(letter.reason for letter in dead)),
@@ -241,13 +323,47 @@ def read_claim(claim: Claim) -> tuple[list[Delivery], list[DeadLetter]]:
     if claim.crashes >= POISON_CRASHES:
         (message,) = claim.messages
         return [], [poison_letter(message.raw, message.queue.value, claim.crashes)]
-    deliveries, dead = [], []
+    deliveries, dead = list[Delivery](), list[DeadLetter]()
     for message in claim.messages:
-        try:
-            deliveries.append(read_delivery(message.raw, message.queue.value))
-        except MalformedMessage as error:
-            dead.append(malformed_letter(message.raw, message.queue.value, error))
+        events, letters = _read(message.raw, message.queue.value)
+        deliveries += events
+        dead += letters
     return deliveries, dead
+
+
+def _read(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLetter]]:
+    """Read one message; whatever our own reading fails on is this message's affair and no other's."""
+    try:
+        return read_message(raw, queue)
+    except Exception as error:
+        if classify(error) is Fault.KEEP:
+            raise
+        return [], [unread_letter(raw, queue, error)]
+
+
+def sub_batches(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery]]:
+    """Split into batches of at most `size`, in their order; a job's events stay together, whatever their number.
+
+    In two transactions the later ending of a job could be settled first, and then it would stand.
+    """
+    if len(deliveries) <= size:
+        yield list(deliveries)
+        return
+    jobs: dict[str, list[Delivery]] = {}
+    for delivery in deliveries:
+        jobs.setdefault(delivery.event.job_id, []).append(delivery)
+    batch: list[Delivery] = []
+    for events in jobs.values():
+        if batch and len(batch) + len(events) > size:
+            yield batch
+            batch = []
+        batch += events
+    yield batch
+
+
+def _digest(claim: Claim) -> bytes:
+    """Name the one message of a probe."""
+    return sha256(claim.messages[0].raw).digest()
 
 
 def one_line(error: BaseException) -> str:

@@ -7,11 +7,13 @@ import socket
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import redis
 from celery import shared_task
 
 from kino_refunds.db.engine import create_engine
-from kino_refunds.errors import BadSettings
-from kino_refunds.events.client import redis_client
+from kino_refunds.db.faults import Fault, classify
+from kino_refunds.errors import BadSettings, KinoError
+from kino_refunds.events.connection import redis_client
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.adapters import source_of
@@ -26,11 +28,11 @@ from kino_refunds.settlement.gate import read_gate
 from kino_refunds.settlement.relay import relay_refunds as relay
 from kino_refunds.settlement.retries import sweep_retries as sweep
 from workers.bootstep import terms_of
+from workers.intake import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import redis
     import sqlalchemy as sa
 
 log = get_logger(__name__)
@@ -50,6 +52,16 @@ def _redis() -> redis.Redis:
 
 
 def _in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
+    """Run in this slot; what a dependency or a setting stops is worth one line, the next round goes on from there."""
+    try:
+        _run_in_slot(name, run, settles=settles)
+    except Exception as error:
+        if not isinstance(error, (KinoError, redis.RedisError)) and classify(error) is Fault.BISECT:
+            raise  # a mistake of ours: Celery logs it with its traceback
+        log.warning("sweep did not end", task=name, error=one_line(error))
+
+
+def _run_in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
     """Run in this slot unless somebody has; a run that found something to do is worth a line.
 
     What settles events waits while intake is paused: a build that the tripwire has stopped must not go on
@@ -81,6 +93,7 @@ def sweep_retries() -> None:
             _engine(),
             lambda due: outcomes_of(settle_batch(_engine(), due, terms)),
             lease=settings.retry_lease,
+            build=terms.build,
         )
         return {"tried": swept.tried, "outcomes": swept.outcomes}
 
@@ -125,8 +138,13 @@ def sweep_overdue() -> None:
     settings = load_settings()
 
     def run() -> dict[str, Any]:
-        with source_of(settings) as source:
-            report = sweep_jobs(_engine(), _redis(), source, terms_of(settings), rules_of(settings))
+        try:
+            with source_of(settings) as source:
+                report = sweep_jobs(_engine(), _redis(), source, terms_of(settings), rules_of(settings))
+        except BadSettings as error:
+            # The slot's row says it to the doctor, and the log in one line: a traceback would bury it.
+            log.error("overdue jobs are not asked about", error=str(error))  # noqa: TRY400
+            return {"source_problem": str(error)}
         return {name: value for name, value in report.as_dict().items() if name != "verified_through"}
 
     _in_slot("kino.sweep_overdue", run, settles=True)

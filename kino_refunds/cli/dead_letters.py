@@ -24,8 +24,9 @@ from kino_refunds.cli.output import (
     shown,
 )
 from kino_refunds.errors import DeadLetterClosed, LetterProtects, MalformedMessage
+from kino_refunds.events.envelope import opened, split
 from kino_refunds.policy.document import published_policy
-from kino_refunds.reconciliation.protection import Protection, discard_although_open, read_protection
+from kino_refunds.reconciliation.protection import ALL, Protection, discard_although_open, read_protection
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
 from kino_refunds.settlement.replays import Replay, note_letter, replay_letter, require_letter
@@ -37,7 +38,7 @@ Number = Annotated[int, typer.Argument(help="The letter's number.", metavar="NUM
 
 # What is at stake is joined and not stored: a job that was settled by another event has nothing at stake.
 _LIST = sa.text("""
-    SELECT d.dead_letter_id AS number, d.reason, d.job_id, d.event_id, d.queue,
+    SELECT d.dead_letter_id AS number, d.reason, d.job_id, d.event_id, d.queue, d.element_index,
            CASE WHEN c.charge_id IS NULL OR s.charge_id IS NOT NULL THEN 0 ELSE c.credits END AS credits_at_stake,
            d.seen, d.last_seen_at, d.status, d.group_fingerprint AS "group", d.detail
     FROM kino.dead_letter d
@@ -45,12 +46,12 @@ _LIST = sa.text("""
     LEFT JOIN kino.settlement s ON s.charge_id = c.charge_id
     WHERE (:status = 'all' OR d.status = :status)
       AND (CAST(:reason AS text) IS NULL OR d.reason = :reason)
-      AND (CAST(:job_id AS text) IS NULL OR d.job_id = :job_id)
+      AND (CAST(:job_id AS text) IS NULL OR d.job_id = :job_id OR d.other_job_ids @> ARRAY[CAST(:job_id AS text)])
       AND (CAST(:group AS text) IS NULL OR d.group_fingerprint = :group)
       AND d.dead_letter_id > :after
     ORDER BY d.dead_letter_id LIMIT :limit
 """)
-_ONLY_IN_JSON = frozenset({"detail", "queue", "group"})
+_ONLY_IN_JSON = frozenset({"detail", "queue", "group", "element_index"})
 _IN_A_TABLE = {"credits_at_stake": "at_stake"}
 _SHOW = sa.text("SELECT * FROM kino.dead_letter WHERE dead_letter_id = :number")
 
@@ -106,7 +107,8 @@ def show(
 ) -> int:
     """Show a dead letter whole: reason, history, notes and the message.
 
-    Bytes that would act on a terminal are shown escaped.
+    Bytes that would act on a terminal are shown escaped. The body of a message that kombu wrote is also shown
+    decoded; of a message that holds several events, the letter's own event is.
 
     Example: kino-refunds dead-letters show 7 --save message.bin
     """
@@ -119,7 +121,8 @@ def show(
     raw = bytes(letter.pop("raw"))
     letter["message_key"] = bytes(letter["message_key"]).hex()
     letter["message_bytes"] = len(raw)
-    letter["message"] = storable(raw.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
+    letter["message"] = _readable(raw)
+    letter["body"] = _body(raw, letter["element_index"])
     if save is not None:
         with save.open("xb") as file:  # what is there is somebody's
             file.write(raw)
@@ -140,6 +143,18 @@ def show(
     return 0
 
 
+def _readable(content: bytes) -> str:
+    return storable(content.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
+
+
+def _body(raw: bytes, element_index: int | None) -> str | None:
+    """Show what a message says where its own bytes do not: inside kombu's base64, or at its place among others."""
+    if element_index is not None:
+        return next((_readable(each.content) for each in split(raw) or () if each.index == element_index), None)
+    body = opened(raw)
+    return None if body is None else _readable(body)
+
+
 def replay(
     numbers: Annotated[list[int], typer.Argument(help="The letters' numbers.", metavar="NUMBER")],
     by: By,
@@ -151,7 +166,10 @@ def replay(
 ) -> int:
     """Put dead letters back through settlement.
 
-    The event keeps its identity: if its job was settled meanwhile it is a duplicate, and nothing moves twice.
+    The event keeps its identity: if it was settled meanwhile it is a duplicate, and nothing moves twice. An event
+    that names another account than its charge is closed too once another event has settled the job. A letter of a
+    whole message with several events settles each of them.
+
     A correction must be of the letter's own event, and there is one: who comes second is told.
 
     Exit code 1 means that a letter is still open.
@@ -251,7 +269,7 @@ def discard(
 
 def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> list[str]:
     """Show the open charges that a letter protects and have each named; what is not typed ends the command."""
-    protects = "it names no job, so it may be the end of any of these" if not found.names_its_jobs else "of its job"
+    protects = "of its jobs" if found.names_its_jobs else "it may be the end of any of these"
     errors.print(f"dead letter {number} protects open charges {found.charges:,}, credits {found.credits:,}: {protects}")
     for each in found.sample:
         deadline = f"{each.deadline_at.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
@@ -261,7 +279,7 @@ def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> li
         errors.print(f"  and {found.charges - len(found.sample):,} more")
     asked = [name for name in found.names if name not in named]
     for name in asked:
-        what = "the job's id" if found.names_its_jobs else f"the word {name}"
+        what = f"the word {ALL}" if name == ALL else "the job's id"
         if typer.prompt(f"They may be refunded as timed out. To discard all the same, type {what}", err=True) != name:
             errors.print("nothing was done")
             raise typer.Exit(FINDING)

@@ -46,7 +46,7 @@ _PARTS = {
     """),
     "dead_letters": sa.text("""
         SELECT dead_letter_id, reason, detail, seen, status, first_seen_at, last_seen_at FROM kino.dead_letter
-        WHERE job_id = :job_id ORDER BY dead_letter_id
+        WHERE job_id = :job_id OR other_job_ids @> ARRAY[CAST(:job_id AS text)] ORDER BY dead_letter_id
     """),
     "breaks": sa.text("""
         SELECT break_id, kind, credits, status, detail, first_seen_at, last_seen_at FROM kino.break

@@ -20,7 +20,7 @@ from kino_refunds.cli.options import (
     require_future,
     require_past,
 )
-from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json
+from kino_refunds.cli.output import console, errors, print_error, print_facts, print_items, print_json
 from kino_refunds.ledger import Grant, LotClass
 
 Account = Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")]
@@ -105,13 +105,15 @@ def statement(
 ) -> int:
     """List an account's transfers, oldest first.
 
-    Credits are signed by their effect on the wallet.
+    Credits are signed by their effect on the wallet. What a transaction that is still open may precede is
+    not listed yet, and said on standard error.
 
     Example: kino-refunds statement acme --limit 20
     """
     with ledger_connection() as connection:
         if not _exists(connection, account):
             return 1
+        more_later = ledger.later_lines_exist(connection, account)
         lines = ledger.statement(connection, account, after=after, limit=limit)
     print_items(
         [asdict(line) for line in lines],
@@ -121,6 +123,9 @@ def statement(
     )
     if not as_json and lines:
         console.print(f"sum of these lines: {sum(line.credits for line in lines):,}", style="dim")
+    if more_later:
+        # On standard error, so that the JSON keeps its shape and its reader is told as well.
+        errors.print("later lines exist: a transaction before them is still open; ask again soon", soft_wrap=True)
     return 0
 
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from kino_refunds.cli.exit_codes import AWAY, FINDING
 from kino_refunds.cli.options import AsJson, By, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue
@@ -42,7 +43,8 @@ def run(
 
     Who ran it and what came of it is kept in kino.schedule_slot, under the name `by hand: overdue run`.
 
-    Exit code 3 means that Redis or the job source is away: there were no verdicts.
+    Exit code 1 means that the job source gave no answer for some jobs, or one that breaks its contract; `source
+    problem` says what. 3 means that Redis or the job source is away.
 
     Example: kino-refunds overdue run --dry-run --json
     """
@@ -70,8 +72,12 @@ def run(
         print_json(report.as_dict())
     else:
         print_facts((name.replace("_", " "), _shown(value)) for name, value in report.as_dict().items())
-    nobody_answered = report.source_errors and not report.answers
-    return 3 if report.withheld["redis_away"] or nobody_answered else 0
+    if report.source_broken:
+        # Before 3: a person fixes a source that breaks its contract; waiting does not.
+        return FINDING
+    if report.withheld["redis_away"] or report.source_away or (report.source_errors and not report.answers):
+        return AWAY
+    return FINDING if report.source_errors else 0
 
 
 def _show_progress(report: OverdueReport) -> None:

@@ -137,6 +137,7 @@ def run_now(
                 engine,
                 lambda due: outcomes_of(settle_batch(engine, due, terms)),
                 lease=settings.retry_lease,
+                build=terms.build,
                 event_id=event_id,
             )
             if not swept.tried:

@@ -27,6 +27,8 @@ from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
 
 LOOK_EVERY_S = 0.5
+_ROLES_MISSING = frozenset({"42501", "42704"})
+"""No right to create the schema; no such role to grant to."""
 
 
 def register(app: typer.Typer) -> None:
@@ -112,9 +114,11 @@ def _migrated(url: str) -> tuple[str | None, str]:
             f"Postgres (KINO_MIGRATION_DATABASE_URL): {text}; check that it runs and can be reached"
         ) from error
     except sa.exc.ProgrammingError as error:
+        advice = "is kino.alembic_version there what a migration left?"
+        if getattr(error.orig, "sqlstate", None) in _ROLES_MISSING:
+            advice = "run kino_refunds/db/roles.sql there as a superuser first, and connect as kino_owner"
         raise DependencyAway(
-            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; run kino_refunds/db/roles.sql there as a"
-            " superuser first, and connect as kino_owner; nothing was changed"
+            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; {advice}; nothing was changed"
         ) from error
 
 

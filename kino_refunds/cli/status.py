@@ -23,7 +23,7 @@ from kino_refunds.cli.exit_codes import FINDING, explained
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import console, print_json, print_whole, shown
 from kino_refunds.desk.standing import read_standing
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.settings import Settings, load_settings
 

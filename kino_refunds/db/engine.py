@@ -1,19 +1,46 @@
-"""Engines whose sessions cannot hold a lock for longer than the settings allow."""
+"""Engines whose sessions are the same everywhere, and hold no lock for longer than the settings allow."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import sqlalchemy as sa
 from psycopg.types.array import ListBinaryDumper
 from pydantic import BaseModel, PositiveInt
 from sqlalchemy.pool import NullPool
+
+from kino_refunds.errors import WrongEncoding
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
 TRANSACTION_TIMEOUT_SINCE = 17_00_00
 READ_ONLY = "25006"
+ENCODING = "UTF8"
+
+PINNED = {
+    # Times come as text: in another style psycopg reads none, and in a zone east of UTC the year 9999 is the year
+    # 10000, which Python has not.
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    # An array of nothing but None goes as text, in which NULL would be a word.
+    "array_nulls": "on",
+    # For statements outside a transaction; within one, each BEGIN names its level.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+    # A default of the role would let a worker keep its batches for good. A standby refuses all the same.
+    "default_transaction_read_only": "off",
+    # The pool closes its connections itself; one that the server has closed fails the batch that meets it.
+    "idle_session_timeout": "0",
+}
+"""What a server, role, database or PG* variable may have set otherwise, and what would then read or write otherwise.
+Planner settings (plan_cache_mode) are the server's business: they change no answer."""
+SEARCH_PATH = "pg_catalog, pg_temp"
+"""Our statements name their schema; what they leave out (functions, types) is Postgres' own and nobody else's."""
 
 
 class SessionLimits(BaseModel, frozen=True):
@@ -49,10 +76,13 @@ def create_engine(
     limits: SessionLimits | None = None,
     application_name: str = "kino-refunds",
     pooled: bool = True,
+    holds_ledger: bool = True,
 ) -> sa.Engine:
     """Make an engine for `url` (`postgresql+psycopg://…`) at READ COMMITTED.
 
-    Nothing connects before first use. `limits` are set in every session that the engine opens.
+    Nothing connects before first use. `limits` and `PINNED` are set in every session that the engine opens.
+    `holds_ledger=False` is for a database of somebody else's: it may have any encoding, and the search_path of its
+    role stays. Connecting to a ledger that is not encoded in UTF8 raises WrongEncoding.
     """
     limits = limits or SessionLimits()
     options: dict[str, Any] = (
@@ -64,6 +94,8 @@ def create_engine(
         # Errors are logged: what was sent with a statement is nobody's there.
         hide_parameters=True,
         connect_args={
+            # In the first packet, so that it also holds behind a pooler.
+            "client_encoding": ENCODING,
             "application_name": application_name,
             "connect_timeout": 5,
             "keepalives": 1,
@@ -75,34 +107,55 @@ def create_engine(
         **options,
     )
 
-    @sa.event.listens_for(engine, "connect")
-    def limit_session(dbapi_connection: DBAPIConnection, _record: object) -> None:
-        # Our own statement instead of libpq's `options`: connection poolers refuse that parameter.
-        # UTC, because psycopg gives times in the session's zone, where the year 9999 may be the year 10000.
-        wanted: dict[str, int | str] = {
-            "TimeZone": "UTC",
-            "lock_timeout": limits.lock_timeout_ms,
-            "statement_timeout": limits.statement_timeout_ms,
-            "idle_in_transaction_session_timeout": limits.idle_in_transaction_timeout_ms,
-        }
+    @sa.event.listens_for(engine, "do_connect")
+    def connect(dialect: sa.Dialect, _record: object, _arguments: object, options: dict[str, Any]) -> DBAPIConnection:
+        try:
+            return dialect.connect(**options)
+        except UnicodeError as error:  # of a host, also one of libpq's environment or service file
+            raise psycopg.OperationalError(f"a host name cannot be read: {error}") from error
+
+    # First of all listeners: what SQLAlchemy asks a new server is already asked in a pinned session.
+    @sa.event.listens_for(engine, "connect", insert=True)
+    def pin_session(dbapi_connection: DBAPIConnection, _record: object) -> None:
         raw: Any = dbapi_connection
+        if holds_ledger:
+            _require_encoding(raw)
         # Every set-based statement sends its rows as arrays: in binary they cost a quarter of what psycopg's
         # default takes (500 rows of 7 columns: 2.3 ms instead of 8.7 ms, round trip included).
         raw.adapters.register_dumper(list, ListBinaryDumper)
+        wanted = {
+            "statement_timeout": limits.statement_timeout_ms,
+            "lock_timeout": limits.lock_timeout_ms,
+            "idle_in_transaction_session_timeout": limits.idle_in_transaction_timeout_ms,
+            **PINNED,
+        }
+        if holds_ledger:
+            wanted["search_path"] = SEARCH_PATH
         if raw.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
             wanted["transaction_timeout"] = limits.transaction_timeout_ms
-        with raw.cursor() as cursor:
-            for name, value in wanted.items():
-                cursor.execute("SELECT set_config(%s, %s, false)", (name, str(value)))
-        raw.commit()
+        # Our own statement instead of libpq's `options`: connection poolers refuse that parameter.
+        settings = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(wanted))
+        raw.autocommit = True
+        raw.execute(f"SELECT {settings}", [str(each) for pair in wanted.items() for each in pair])
+        raw.autocommit = False
 
     @sa.event.listens_for(engine, "handle_error")
     def leave_read_only(context: sa.engine.ExceptionContext) -> None:
-        # A session that began while the server was read-only (a failover) stays so for as long as it lives.
+        # A session with a standby stays there for as long as it lives, although the URL may lead elsewhere by now.
         if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
             context.is_disconnect = True
 
     return engine
+
+
+def _require_encoding(raw: Any) -> None:
+    """Refuse a database that cannot keep every id as it came, before SQLAlchemy stumbles over it."""
+    found = raw.info.parameter_status("server_encoding")
+    if found not in {None, ENCODING}:
+        raise WrongEncoding(
+            f"database {raw.info.dbname} is encoded in {found}, the ledger needs {ENCODING}: CREATE DATABASE …"
+            f" ENCODING '{ENCODING}' TEMPLATE template0, and let the URL lead there"
+        )
 
 
 def driver_url(url: str) -> sa.URL:

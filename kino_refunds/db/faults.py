@@ -7,7 +7,7 @@ from enum import Enum, auto
 import psycopg
 import sqlalchemy as sa
 
-from kino_refunds.errors import SettledElsewhere
+from kino_refunds.errors import DependencyAway, SettledElsewhere
 
 
 class Fault(Enum):
@@ -18,7 +18,7 @@ class Fault(Enum):
     LOCK = auto()
     """Somebody holds a row for longer than the lock time-out: settle without the jobs it concerns."""
     SPLIT = auto()
-    """Too slow as a whole: settle it in parts."""
+    """Too slow as a whole, or too contended: settle it in parts; what is so alone waits for another try."""
     BISECT = auto()
     """Some event does this, and would do it again: find it, keep it as a dead letter, settle the rest."""
 
@@ -64,8 +64,10 @@ _KEEP = frozenset(
 
 def classify(error: BaseException) -> Fault:
     """Tell transient from permanent; whatever is not known to be transient is the event's own fault."""
-    if isinstance(error, (SettledElsewhere, sa.exc.TimeoutError, MemoryError)):
+    if isinstance(error, (DependencyAway, sa.exc.TimeoutError, MemoryError)):
         return Fault.KEEP
+    if isinstance(error, SettledElsewhere):
+        return Fault.SPLIT
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
     if not isinstance(cause, psycopg.Error):
         return Fault.BISECT

@@ -11,10 +11,20 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from kino_refunds.db.clock import restore_clock
-from kino_refunds.db.engine import driver_url
+from kino_refunds.db.engine import SessionLimits, create_engine
+from kino_refunds.errors import LedgerInconsistent
 
 # Any number will do as long as nobody else in this database takes it: the bytes of "kino".
 MIGRATION_LOCK = 0x6B696E6F
+
+DAY_MS = 86_400_000
+LIMITS = SessionLimits(
+    lock_timeout_ms=DAY_MS,
+    statement_timeout_ms=DAY_MS,
+    idle_in_transaction_timeout_ms=DAY_MS,
+    transaction_timeout_ms=DAY_MS,
+)
+"""A migration of a large ledger takes its time: a default of the role must not end it, nor its wait for another's."""
 
 
 def _config() -> Config:
@@ -36,18 +46,25 @@ def is_known_revision(revision: str) -> bool:
 
 
 def current_revision(connection: sa.Connection) -> str | None:
-    """Name the revision that the database is at; None before the first migration."""
-    return MigrationContext.configure(connection, opts={"version_table_schema": "kino"}).get_current_revision()
+    """Name the revision that the database is at; None before the first migration.
+
+    Raises LedgerInconsistent if kino.alembic_version names more than one.
+    """
+    heads = MigrationContext.configure(connection, opts={"version_table_schema": "kino"}).get_current_heads()
+    if len(heads) > 1:
+        raise LedgerInconsistent(f"kino.alembic_version names {' and '.join(sorted(heads))}: only one can be right")
+    return heads[0] if heads else None
 
 
 def migrate(url: str) -> tuple[str | None, str]:
     """Upgrade the database at `url` (connect as kino_owner) to this build's schema, in one transaction.
 
     Two at once are safe: the second waits and finds nothing to do. A `kino.clock()` that a test has replaced is put
-    back. Returns the revisions before and after. Raises sqlalchemy's OperationalError if the server is away and
-    ProgrammingError if the roles of `db/roles.sql` are missing; either way nothing has changed.
+    back. Returns the revisions before and after. Raises sqlalchemy's OperationalError if the server is away,
+    ProgrammingError if the roles of `db/roles.sql` are missing, and WrongEncoding if the database is not encoded in
+    UTF8; either way nothing has changed.
     """
-    engine = sa.create_engine(driver_url(url), poolclass=sa.pool.NullPool)
+    engine = create_engine(url, limits=LIMITS, application_name="kino-migrate", pooled=False)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         connection.execute(sa.text("CREATE SCHEMA IF NOT EXISTS kino"))

@@ -447,7 +447,11 @@ class Referee:
 
 
 def _connect(url: str) -> psycopg.Connection[Any]:
-    return psycopg.connect(url, connect_timeout=5, application_name="kino-promises")
+    connection = psycopg.connect(url, connect_timeout=5, application_name="kino-promises", client_encoding="UTF8")
+    # Times come as text: PGDATESTYLE or a role's default must not decide whether they can be read.
+    connection.execute("SET DateStyle = 'ISO, MDY'; SET TimeZone = 'UTC'; SET IntervalStyle = 'postgres'")
+    connection.commit()
+    return connection
 
 
 def digest_transfers(connection: psycopg.Connection[Any], below: str) -> Row:

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import Servers, servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import queue_of, to_json

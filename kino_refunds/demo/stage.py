@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.envelope import parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths, in_flight

@@ -31,16 +31,17 @@ APPEND_ONLY: Final = frozenset(
 _KEPT = frozenset({"pending_event", "overdue_ask", "intake_worker", "schedule_slot"})
 _ADDED = frozenset({"xid_clock"})
 _UPSERTED = frozenset({"dead_letter", "break", "relay_cursor"})
+_NOTED = frozenset({"waiting_message"})
 _ONE_ROW = frozenset({"intake_state", "verified_through"})
 _LOTS = frozenset({"account", "credit_lot"})
 _ONLY_READ = frozenset({"charge_status", "account_balance", "alembic_version", "open_charge"})
 WORKER_RIGHTS: Final = {
-    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _ONE_ROW | _LOTS | _ADDED | _ONLY_READ,
+    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _NOTED | _ONE_ROW | _LOTS | _ADDED | _ONLY_READ,
     # A worker settles charges and opens none.
-    "INSERT": (APPEND_ONLY - {"charge", "charge_line"}) | _KEPT | _UPSERTED | _LOTS | _ADDED,
+    "INSERT": (APPEND_ONLY - {"charge", "charge_line"}) | _KEPT | _UPSERTED | _NOTED | _LOTS | _ADDED,
     "UPDATE": _KEPT | _UPSERTED | _ONE_ROW | _LOTS,
     "UPDATE every column": _KEPT | _UPSERTED | _ONE_ROW,
-    "DELETE": _KEPT,
+    "DELETE": _KEPT | _NOTED,
     "TRUNCATE": frozenset[str](),
     "TRIGGER": frozenset[str](),
 }

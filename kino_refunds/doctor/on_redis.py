@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
@@ -11,9 +12,10 @@ import redis
 
 from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.client import redis_client
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.connection import redis_client
+from kino_refunds.events.envelope import contents, parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, depths, waiting
+from kino_refunds.events.schema import Queue
 from kino_refunds.settings import Settings, redacted
 
 REDIS_MIN: Final = (6, 2)
@@ -29,6 +31,18 @@ _SCAN_STEP, _SCANS_MAX = 1_000, 1_000
 """A million keys, in about a second beside the server; who keeps more there than events is told how far we looked."""
 _ALMOST = 0.85
 """A letter or two: `generation.jobs` is a name of its own."""
+_WORTH_A_LOOK: Final = re.compile("gen|era|tion|job|time|safe|rej", re.IGNORECASE)
+"""What is almost a queue's name has at least one of these; the others of a million keys cost nothing."""
+_PRIORITY: Final = re.compile(r"\x06\x16\d+$")
+_BETWEEN_WORDS: Final = re.compile(r"[^a-z0-9]+")
+_LIBRARIES: Final = frozenset(
+    {"arq", "bq", "bull", "bullmq", "celery", "dramatiq", "huey", "kue", "laravel", "q", "queue", "queues"}
+    | {"resque", "rq", "sidekiq", "taskiq"}
+)
+"""What other queue libraries begin their keys with, before a colon and the queue's name."""
+_KEEP_MESSAGES: Final = (b"stream", b"zset", b"hash")
+"""What a queue can be, beside a list."""
+_PLAIN_NAMES: Final = {queue.replace(".", "-"): queue for queue in SERVED}
 _OURS: Final = ("kino:", "kino.", "_kombu.")
 """What keys begin with that we write, some of which end with a queue's name."""
 
@@ -36,15 +50,22 @@ _OURS: Final = ("kino:", "kino.", "_kombu.")
 def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
     """Connect as a worker does and look at the server, the user's rights, and the queues."""
     with redis_client(url) as client:
-        client.ping()
-        refused = refused_commands(client, settings.relay_queue)
-        yield judge(
-            "redis rights",
-            not refused,
-            f"refused: {_listed(refused)}" if refused else "this user may do what a worker does",
-            "connect as the user `worker` of this build's deploy/users.acl; `ACL LOG` names what was refused",
-        )
-        info: dict[str, Any] = client.info()
+        if client.ping() is not True:
+            raise redis.exceptions.InvalidResponse("no Redis answers there: PING has another answer than PONG")
+        try:
+            info: dict[str, Any] | None = client.info()
+        except redis.exceptions.NoPermissionError:
+            info = None  # one of the rights that are asked for next
+        primary = info is None or info["role"] == "master"
+        if primary:
+            refused = refused_commands(client, settings.relay_queue)
+            yield judge(
+                "redis rights",
+                not refused,
+                f"refused: {_listed(refused)}" if refused else "this user may do what a worker does",
+                "connect as the user `worker` of this build's deploy/users.acl; `ACL LOG` names what was refused",
+            )
+        info = info or client.info()
         yield from _server(info, url)
         yield from _keeping(info)
         seconds, micros = client.time()
@@ -56,8 +77,9 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
             f"{skew.total_seconds():,.3f} s from this host's",
             "set both by NTP: 30 s apart presumed timeouts and expiry are withheld",
         )
-        yield _misspelt(client, settings.relay_queue)
-        yield from _queues(client, now)
+        if primary:  # a replica may be behind, and would refuse what asks for rights
+            yield _misspelt(client, settings.relay_queue)
+            yield from _queues(client, now)
 
 
 def _needed_commands(relay_queue: str | None) -> Iterator[tuple[str, ...]]:
@@ -71,7 +93,9 @@ def _needed_commands(relay_queue: str | None) -> Iterator[tuple[str, ...]]:
         yield from (("LMOVE", key, inflight, "RIGHT", "LEFT"), ("LMOVE", inflight, key, "LEFT", "RIGHT"))
     for queue in SERVED:
         yield ("LMOVE", f"kino:recovered:{queue}", f"kino:inflight:{me}:{queue}", "RIGHT", "LEFT")
-        yield from (("DEL", f"kino:inflight:{me}:{queue}"), ("SADD", f"_kombu.binding.{queue}", me))
+        yield ("DEL", f"kino:inflight:{me}:{queue}")
+        for key in (f"_kombu.binding.{queue}", f"_kombu.binding_permanent.{queue}"):
+            yield from (("SMEMBERS", key), ("SADD", key, me))
     for key in (f"kino:alive:{me}", f"kino:token:{me}", f"kino:crashes:{me}"):
         yield from (("SET", key, "1"), ("GET", key), ("EXISTS", key), ("DEL", key))
     yield from (("SADD", "kino:workers", me), ("SREM", "kino:workers", me), ("SMEMBERS", "kino:workers"))
@@ -134,7 +158,7 @@ def _server(info: dict[str, Any], url: str) -> Iterator[Finding]:
     yield judge(
         "redis role",
         info["role"] == "master",
-        "primary" if info["role"] == "master" else "replica",
+        "primary" if info["role"] == "master" else "replica; rights and queues were not looked at",
         "a replica takes no writes: give KINO_REDIS_URL an address that follows the primary",
     )
     yield judge(
@@ -179,34 +203,96 @@ def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _misspelt(client: redis.Redis, relay_queue: str | None) -> Finding:
-    """Look for lists whose names are almost a queue's: nobody reads what a publisher writes there."""
+    """Look for keys whose names mean one of our queues: no worker reads what a publisher writes there."""
     name = "queue names"
     if client.get_connection_kwargs().get("username") not in {None, "default"}:
         # By deploy/users.acl no publisher may write there, and `worker` may not list keys: a refusal would be logged.
         return Finding(name, "ok", "not looked at: the ACL says where a publisher may write")
-    lists, cursor = set[str](), 0
+    meant, cursor = dict[bytes | str, Queue](), 0
     for _ in range(_SCANS_MAX):
         try:
-            cursor, keys = client.scan(cursor, count=_SCAN_STEP, _type="list")
+            cursor, keys = client.scan(cursor, count=_SCAN_STEP)
         except redis.exceptions.NoPermissionError:
             return Finding(name, "ok", "not looked at: this user may not list keys")
-        lists |= {key.decode(errors="backslashreplace") for key in keys if isinstance(key, bytes)}
+        for raw in keys:
+            key = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
+            if key not in {*QUEUE_KEYS, relay_queue} and (queue := meant_by(key)) is not None:
+                meant[raw] = queue
         if not cursor:
             break
-    meant = {}
-    for key in sorted(lists - {*QUEUE_KEYS, relay_queue}):
-        if not key.startswith(_OURS) and (nearest := get_close_matches(key, SERVED, n=1, cutoff=_ALMOST)):
-            meant[key] = nearest[0]
+    lists, others = _told_apart(client, meant)
+    advice = []
+    if lists:
+        moves = _listed([f"LMOVE {key!a} {queue} RIGHT LEFT" for key, queue in lists.items()])
+        advice.append(f"if those are events: mend their publisher, then move each, as admin: {moves}")
+    if others:
+        ways = "EventPublisher, kombu without a key prefix, or a bare LPUSH"
+        advice.append(
+            f"another library wrote {_listed([ascii(key) for key in others])} in a form of its own: publish by {ways},"
+            " and publish those events again"
+        )
     return judge(
         name,
-        not meant,
-        f"nobody reads {_listed([ascii(key) for key in meant])}"
-        if meant
-        else "no list has a name like theirs" + ("" if not cursor else ", of the keys that were looked at"),
-        "if those are events: mend their publisher, then move each, as admin: "
-        + _listed([f"LMOVE {key!a} {queue} RIGHT LEFT" for key, queue in meant.items()]),
+        not lists and not others,
+        f"no worker reads {_listed([ascii(key) for key in (*lists, *others)])}"
+        if lists or others
+        else "no key has a name like theirs" + ("" if not cursor else ", of the keys that were looked at"),
+        "; ".join(advice),
         level="warn",
     )
+
+
+def _told_apart(client: redis.Redis, meant: dict[bytes | str, Queue]) -> tuple[dict[str, Queue], dict[str, Queue]]:
+    """Tell lists of events under a wrong name from what other libraries keep for a queue of our name.
+
+    Of the latter a family of keys (`bull:generation.timeout:wait`, `:meta`, `:1` …) is one, written with a `*`.
+    """
+    lists, others = dict[str, Queue](), dict[str, Queue]()
+    with client.pipeline(transaction=False) as pipeline:
+        for raw in meant:
+            pipeline.type(raw)
+        types = pipeline.execute()
+    for (raw, queue), held in zip(meant.items(), types, strict=True):
+        key = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
+        if _library(key) is None and held == b"list":
+            lists[key] = queue
+        elif _library(key) is not None or (held in _KEEP_MESSAGES and _nearest(key) is not None):
+            parts = key.split(":")
+            at = next((n for n, part in enumerate(parts) if _nearest(part)), len(parts) - 1)
+            others[":".join(parts[: at + 1]) + (":*" if at + 1 < len(parts) else "")] = queue
+    return dict(sorted(lists.items())), dict(sorted(others.items()))
+
+
+def meant_by(key: str) -> Queue | None:
+    """Return the queue whose name this key's almost is, or that it has in it as other libraries write their queues.
+
+    `Generation_Job-Failed`, `bull:generation.job-failed:wait`, `rq:queue:generation.timeout` and, with a prefix of
+    kombu's or anybody's, `prod:generation.timeout`; not a key of our own, nor one that only speaks of a queue.
+    """
+    if key.startswith(_OURS) or not _WORTH_A_LOOK.search(key):
+        return None
+    whole = _PRIORITY.sub("", key)
+    if (found := _nearest(whole)) is not None:
+        return found
+    if _library(key) is not None:
+        return next((found for part in whole.split(":")[1:] if (found := _nearest(part))), None)
+    return next((queue for queue in SERVED if whole.lower().endswith(queue)), None)
+
+
+def _nearest(name: str) -> Queue | None:
+    plain = _plain(name)
+    near = get_close_matches(plain, _PLAIN_NAMES, n=1, cutoff=_ALMOST)
+    return _PLAIN_NAMES[near[0]] if near else None
+
+
+def _library(key: str) -> str | None:
+    first, colon, _ = key.partition(":")
+    name = first.strip("{}").lower()
+    return name if colon and any(name == each or name.startswith(f"{each}_") for each in _LIBRARIES) else None
+
+
+def _plain(name: str) -> str:
+    return _BETWEEN_WORDS.sub("-", name.lower())
 
 
 def _queues(client: redis.Redis, now: datetime) -> Iterator[Finding]:
@@ -248,8 +334,9 @@ def _foreign_bindings(client: redis.Redis) -> Iterator[str]:
 def _oldest_age(raws: list[bytes], now: datetime) -> timedelta | None:
     times = []
     for raw in raws:
-        try:
-            times.append(parse(raw).time)
-        except MalformedMessage:
-            continue  # it becomes a dead letter when it is claimed
+        for content in contents(raw):
+            try:
+                times.append(parse(content).time)
+            except MalformedMessage:
+                continue  # it becomes a dead letter when it is claimed
     return now - min(times) if times else None

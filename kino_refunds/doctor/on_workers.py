@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from kino_refunds.doctor.findings import Finding, judge
+from kino_refunds.doctor.findings import Finding, Level, judge
+from kino_refunds.doctor.on_settings import JOB_SOURCE
 from kino_refunds.schedule import Run, entries, read_schedule
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.gate import Gate, read_gate
@@ -20,6 +21,9 @@ def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Fin
     yield _alive(connection.execute(_WORKERS).one())
     for run in read_schedule(connection, entries(settings)):
         yield _beat(run)
+    if settings.job_source is not None:
+        yield from _source(connection.execute(_SWEPT).scalar_one_or_none() or {})
+    yield _stuck(connection.execute(_STUCK).all())
 
 
 def _gate(gate: Gate) -> Finding:
@@ -71,6 +75,56 @@ def _beat(run: Run) -> Finding:
             "a worker's log says what stops it",
         )
     return Finding("beat", "ok", found)
+
+
+_SWEPT = sa.text("""
+    SELECT result FROM kino.schedule_slot WHERE name = 'kino.sweep_overdue' AND finished_at IS NOT NULL
+    ORDER BY slot_at DESC LIMIT 1
+""")
+
+
+def _source(swept: dict[str, Any]) -> Iterator[Finding]:
+    """Say what the last sweep found wrong with the job source: it is the worker's that counts, not this shell's."""
+    problem = swept.get("source_problem")
+    if problem is None:
+        return
+    broken, errors = swept.get("source_broken", 0), swept.get("source_errors", 0)
+    found = f"the last sweep got no answer for {broken + errors:,} jobs: {problem}"
+    if not broken + errors:
+        found = f"the last sweep could not ask: {problem}"
+    if errors and not broken:
+        level: Level = "warn" if swept.get("answers") else "away"
+        advice = "those jobs are asked about again; if it stays, check that the source runs, its URL and its password"
+        yield Finding(JOB_SOURCE, level, found, advice)
+    else:
+        advice = "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`"
+        yield Finding(JOB_SOURCE, "fail", found, advice)
+
+
+# As the overdue sweep has noted it.
+_STUCK = sa.text("""
+    SELECT first_seen_at, job_ids FROM kino.waiting_message
+    WHERE first_seen_at < kino.clock() - interval '1 day' ORDER BY first_seen_at, digest
+""")
+_JOBS_SHOWN = 5
+
+
+def _stuck(messages: Sequence[Any]) -> Finding:
+    """Name what has waited in Redis for more than a day: it no longer holds back verdicts but its own jobs'."""
+    jobs = list(dict.fromkeys(job_id for message in messages for job_id in message.job_ids))
+    more = f" and {len(jobs) - _JOBS_SHOWN:,} more" if len(jobs) > _JOBS_SHOWN else ""
+    named = f"about {', '.join(map(ascii, jobs[:_JOBS_SHOWN]))}{more}" if jobs else "naming no job"
+    return judge(
+        "waiting messages",
+        not messages,
+        f"{len(messages):,} wait in Redis for more than a day, the first since {_shown(messages[0].first_seen_at)},"
+        f" {named}"
+        if messages
+        else "none waits for more than a day",
+        "their jobs are not refunded as timed out meanwhile: see `kino-refunds intake status`, and in the workers' logs"
+        " why a batch is kept",
+        level="warn",
+    )
 
 
 def _shown(at: datetime) -> str:

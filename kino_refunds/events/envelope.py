@@ -4,6 +4,8 @@ Two forms are first class: the bare CloudEvent, and kombu's envelope around it (
 tells them apart: **an envelope is a JSON object with `body`, `properties` and `content-type` and without
 `specversion`**; all else is read as a bare event, whatever fields it has. One envelope is opened, never two.
 
+In either form one message may hold several events: `split` says when. `parse` reads one event.
+
 What JSON leaves open is decided here, alike for both forms: of a key given twice the last value counts, as
 in nearly every parser; NaN and Infinity pass where a field is ignored anyway; lone surrogates, a byte order
 mark, integers beyond 4,300 digits and nesting beyond the parser's limit (about 200) do not.
@@ -13,23 +15,26 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.schema import ID_LENGTH_MAX, QUEUES, Event
+from kino_refunds.events.schema import ID_LENGTH_MAX, QUEUES, Event, stored_ids
 
 # An event is about 400 bytes. The cap bounds a claim's memory, and Postgres stores this much without effort.
 MESSAGE_BYTES_MAX: Final = 256 * 1024
+# Of one message. A larger array is some other program's, or a mistake: a person looks at it.
+ELEMENTS_MAX: Final = 100
 
 _SHOWN_LENGTH_MAX: Final = 64  # of an offending value: enough to recognise it, too little to leak a payload
 _SHOWN_ERRORS_MAX: Final = 3
-
-Ids: TypeAlias = tuple[str | None, str | None, str | None]
+# Of one dead letter. A letter that names more may hold others anyway, and says so.
+_NAMED_MAX: Final = 1_000
 
 
 class MalformedReason(StrEnum):
@@ -48,14 +53,45 @@ class MalformedReason(StrEnum):
 
 
 _EVENT: Final[TypeAdapter[Event]] = TypeAdapter(Event)
-_CONTENT_TYPES: Final = frozenset({"application/json", "application/cloudevents+json"})
-_ENCODINGS: Final = frozenset({"utf-8", "utf8"})
+_CONTENT_TYPES: Final = frozenset(
+    {"application/json", "application/cloudevents+json", "application/cloudevents-batch+json"}
+)
+# `binary` is what kombu writes where a publisher gives it bytes: it says nothing about them, so they are read as UTF-8.
+_ENCODINGS: Final = frozenset({"utf-8", "utf8", "binary"})
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _KOMBU_BEGINS: Final = b'{"body":'
 _KOMBU_BODY: Final = re.compile(rb'\{"body":\s*"((?:[A-Za-z0-9+/]{4})+)')
+_DELIVERY_TAG: Final = re.compile(rb'"delivery_tag"\s*:\s*"(?:[^"\\]|\\.)*"')
+# Binary mode, as the bindings for HTTP, Kafka and AMQP write it.
+_BINARY_MODE: Final = re.compile(r"(?:ce[-_]|cloudevents[:_])([a-z0-9]+)", re.IGNORECASE)
+_JOB_NAMES: Final = ("job_id", "subject")
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One event of a message that holds several: its place, and itself as a bare message."""
+
+    index: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What can be read of a message that is no event: whose it is, and what else could be in it.
+
+    `may_hold_others`: it may hold the end of a job that is not named here. It could not be read to its end, names no
+    job, more than one, or one by an id that is none.
+    """
+
+    source: str | None
+    event_id: str | None
+    job_id: str | None
+    other_job_ids: tuple[str, ...]
+    may_hold_others: bool
 
 
 def parse(raw: bytes) -> Event:
-    """Read a message of either form; whatever the bytes are, MalformedMessage is the only error."""
+    """Read one event of either form; whatever the bytes are, MalformedMessage is the only error."""
     if len(raw) > MESSAGE_BYTES_MAX:
         raise MalformedMessage(
             MalformedReason.TOO_LARGE, f"{len(raw):,} bytes are more than the {MESSAGE_BYTES_MAX:,} allowed"
@@ -66,58 +102,138 @@ def parse(raw: bytes) -> Event:
         except ValidationError:
             pass
     document = _load(raw)
-    body = _open(document) if _is_envelope(document) else raw
+    if not _is_envelope(document):
+        return _read(raw)
     try:
-        return _EVENT.validate_json(body)
-    except ValidationError as error:
-        malformed = _explain(error, body)
-    raise malformed  # outside the except: its traceback must not carry the payload along
+        return _read(_open(document))
+    except MalformedMessage as error:
+        malformed = _foreign(document, error)
+    raise malformed
 
 
-def message_key(raw: bytes) -> bytes:
-    """Digest a message so that the same content sent again has the same key.
+def parse_stored(raw: bytes) -> Event:
+    """Read an event that we keep, its ids by the rule for what is stored; never a message that is on a queue."""
+    with stored_ids():
+        return parse(raw)
 
-    Kombu gives every sending a new delivery tag: the key of an envelope is that of its body, and one that
-    cannot be opened is digested without what delivery adds. Any other bytes are digested as they are.
+
+def split(raw: bytes) -> list[Element] | None:
+    """Return the events of a message that holds several, or None: it is one event, or what nobody can read.
+
+    Several are a JSON array of 1 to 100 objects, of which at least one says that it is a CloudEvent (`specversion`).
+    An object that does not is then one bad event among good ones, and holds up none of them. Any other array, such as
+    the body of a Celery task, is one message that cannot be understood.
     """
     if len(raw) > MESSAGE_BYTES_MAX:
-        return sha256(raw).digest()
+        return None
     try:
         document = _load(raw)
+        if _is_envelope(document):
+            document = _load(_open(document))
     except MalformedMessage:
-        return sha256(raw).digest()
-    if not _is_envelope(document):
-        return sha256(raw).digest()
+        return None
+    if not _is_batch(document):
+        return None
+    return [Element(index, json.dumps(element).encode()) for index, element in enumerate(document)]
+
+
+def contents(raw: bytes) -> list[bytes]:
+    """Return each event of a message as a message of its own, also those that cannot be read."""
+    elements = split(raw)
+    return [raw] if elements is None else [element.content for element in elements]
+
+
+def message_key(raw: bytes, index: int | None = None) -> bytes:
+    """Digest a message, or its element at `index`, so that the same message sent again has the same key.
+
+    Kombu gives every sending a new delivery tag, which is left out. All else counts: what two tasks of Celery have in
+    common is their body, and only one of two messages under one key is kept.
+    """
+    digest = sha256(_DELIVERY_TAG.sub(b"", raw))
+    if index is not None:
+        digest.update(f"\0{index}".encode())
+    return digest.digest()
+
+
+def opened(raw: bytes) -> bytes | None:
+    """Return the body of kombu's envelope, decoded as far as it can be; None if this is no envelope with a body."""
+    document = _load_or_none(raw)
     try:
-        return sha256(_open(document)).digest()
-    except MalformedMessage:
-        if isinstance(properties := document["properties"], dict):
-            for name in ("delivery_tag", "delivery_info"):
-                properties.pop(name, None)
-        return sha256(json.dumps(document, sort_keys=True).encode()).digest()
+        return base64.b64decode(document["body"]) if _is_envelope(document) else None
+    except (TypeError, ValueError):
+        return None
 
 
-def describe(raw: bytes) -> Ids:
-    """Find (source, event id, job id) in a malformed message, for the people who must act on it.
+def describe(raw: bytes) -> Description:
+    """Find whom a message that cannot be understood is about, for the people and the guards who must act on it.
 
     A best effort: what does not load as JSON is searched as text, and only the first 256 KiB are looked at.
     """
-    content = raw[:MESSAGE_BYTES_MAX]
+    content, headers = raw[:MESSAGE_BYTES_MAX], dict[str, Any]()
     document = _load_or_none(content)
     if _is_envelope(document):
-        try:
-            content = base64.b64decode(document["body"])
-        except (TypeError, ValueError):
-            return None, None, None
+        headers = _binary_mode(document)
+        content = opened(raw) or b""
         document = _load_or_none(content)
     elif cut_off := _KOMBU_BODY.match(content) if document is None else None:
         content = base64.b64decode(cut_off[1])
+    if isinstance(document, list):
+        jobs, _ = _jobs(_values(document, _JOB_NAMES))
+        return Description(None, None, None, jobs, may_hold_others=True)
     if not isinstance(document, dict):
         text = content.decode("utf-8", "replace")
-        return _search(text, "source"), _search(text, "id"), _search(text, "job_id", "subject")
-    data = document.get("data")
-    job_ids = (data.get("job_id") if isinstance(data, dict) else None, document.get("subject"))
-    return _first_id([document.get("source")]), _first_id([document.get("id")]), _first_id(job_ids)
+        found = [*_search(text, "job_id"), headers.get("subject"), *_search(text, "subject")]
+        source, event_id = ([headers.get(name), *_search(text, name)] for name in ("source", "id"))
+        readable = False
+    else:
+        data, readable = _data(document)
+        first = data.get("job_id") if isinstance(data, dict) else None
+        found = [first, headers.get("subject"), document.get("subject"), *_values([document, data], _JOB_NAMES)]
+        source, event_id = ([headers.get(name), document.get(name)] for name in ("source", "id"))
+    jobs, sure = _jobs(found)
+    return Description(
+        _first_id(source),
+        _first_id(event_id),
+        jobs[0] if jobs else None,
+        jobs[1:],
+        may_hold_others=not (readable and sure and len(jobs) == 1),
+    )
+
+
+def _read(body: bytes) -> Event:
+    """Read a CloudEvent in JSON, its data as it is or in base64."""
+    problem: ValidationError | None = None
+    try:
+        return _EVENT.validate_json(body)
+    except ValidationError as error:
+        problem = error
+    document = _load(body)
+    if isinstance(document, dict) and "data_base64" in document and "data" not in document:
+        document["data"] = _decoded(document.pop("data_base64"))
+        try:
+            return _EVENT.validate_json(json.dumps(document))
+        except ValidationError as error:
+            problem = error
+    malformed = _explain(problem, document)
+    raise malformed  # outside the except: its traceback must not carry the payload along
+
+
+def _decoded(text: object) -> Any:
+    """Read CloudEvents' `data_base64`, which a publisher writes whose data are bytes to it."""
+    if not isinstance(text, str):
+        found = f"data_base64: Input should be a valid string, not {_show(text)}"
+        raise MalformedMessage(MalformedReason.INVALID_EVENT, found, cause="data_base64")
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError:
+        content = None
+    if content is None:
+        found = f"data_base64 ({len(text):,} characters) is not base64"
+        raise MalformedMessage(MalformedReason.BAD_BASE64, found, cause="data_base64")
+    if (data := _load_or_none(content)) is None:
+        found = f"data_base64 ({len(content):,} bytes) does not hold JSON"
+        raise MalformedMessage(MalformedReason.INVALID_EVENT, found, cause="data_base64")
+    return data
 
 
 def _load(raw: bytes) -> Any:
@@ -130,6 +246,9 @@ def _load(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 from byte {error.start} on"
         raise MalformedMessage(MalformedReason.BAD_ENCODING, problem) from None
+    if raw.startswith(_BYTE_ORDER_MARK):
+        problem = "it begins with a byte order mark, which JSON does not allow: send it without"
+        raise MalformedMessage(MalformedReason.BAD_JSON, problem, cause="byte order mark")
     raise MalformedMessage(MalformedReason.BAD_JSON, problem)
 
 
@@ -150,6 +269,15 @@ def _is_envelope(document: object) -> bool:
     )
 
 
+def _is_batch(document: object) -> bool:
+    return (
+        isinstance(document, list)
+        and 1 <= len(document) <= ELEMENTS_MAX
+        and all(isinstance(element, dict) for element in document)
+        and any("specversion" in element for element in document)
+    )
+
+
 def _open(envelope: dict[str, Any]) -> bytes:
     """Take the body out of kombu's envelope, refusing what kombu's own JSON consumers would."""
     body, properties, headers = envelope["body"], envelope["properties"], envelope.get("headers") or {}
@@ -157,53 +285,101 @@ def _open(envelope: dict[str, Any]) -> bytes:
         raise MalformedMessage(
             MalformedReason.BAD_ENVELOPE,
             "body should be a string, properties and headers should be objects",
+            cause="body, properties, headers",
         )
-    if headers.get("compression"):
-        raise MalformedMessage(MalformedReason.COMPRESSED, f"headers.compression is {_show(headers['compression'])}")
+    if compression := headers.get("compression"):
+        found = f"headers.compression is {_show(compression)}"
+        raise MalformedMessage(MalformedReason.COMPRESSED, found, cause=_show(compression))
     content_type = envelope["content-type"]
-    if _plain(content_type).removesuffix(";charset=utf-8") not in _CONTENT_TYPES:
-        raise MalformedMessage(MalformedReason.WRONG_CONTENT_TYPE, f"content-type is {_show(content_type)}, not JSON")
+    # What kombu itself writes is compared as it is: the general form costs 0.3 us.
+    if content_type != "application/json" and _plain(content_type).removesuffix(";charset=utf-8") not in _CONTENT_TYPES:
+        found = f"content-type is {_show(content_type)}, not JSON"
+        raise MalformedMessage(MalformedReason.WRONG_CONTENT_TYPE, found, cause=_show(content_type))
     encoding = envelope.get("content-encoding")
-    if _plain(encoding) not in _ENCODINGS:
-        raise MalformedMessage(MalformedReason.BAD_ENCODING, f"content-encoding is {_show(encoding)}, not utf-8")
+    if encoding != "utf-8" and _plain(encoding) not in _ENCODINGS:
+        found = f"content-encoding is {_show(encoding)}, not utf-8"
+        raise MalformedMessage(MalformedReason.BAD_ENCODING, found, cause=_show(encoding))
     body_encoding = properties.get("body_encoding")
     if body_encoding != "base64":
-        raise MalformedMessage(
-            MalformedReason.BAD_ENVELOPE, f"properties.body_encoding is {_show(body_encoding)}, not base64"
-        )
+        found = f"properties.body_encoding is {_show(body_encoding)}, not base64"
+        raise MalformedMessage(MalformedReason.BAD_ENVELOPE, found, cause="properties.body_encoding")
     try:
         return base64.b64decode(body, validate=True)
     except ValueError:
         problem = f"body ({len(body):,} characters) is not base64"
-    raise MalformedMessage(MalformedReason.BAD_BASE64, problem)
+    raise MalformedMessage(MalformedReason.BAD_BASE64, problem, cause="body")
+
+
+def _foreign(envelope: dict[str, Any], error: MalformedMessage) -> MalformedMessage:
+    """Say of a message that is no event what it is instead, where its headers tell."""
+    if _binary_mode(envelope):
+        return MalformedMessage(
+            MalformedReason.INVALID_EVENT,
+            "a CloudEvent in binary mode, whose attributes are headers of the message: publish it in structured mode",
+            cause="binary mode",
+        )
+    headers = envelope.get("headers")
+    task = headers.get("task") if isinstance(headers, dict) else None
+    return _task(task, error) if isinstance(task, str) else error
+
+
+def _task(name: str, error: MalformedMessage) -> MalformedMessage:
+    return MalformedMessage(error.code, f"a task of Celery, {_show(name)}: {error.text}", cause=f"task {_show(name)}")
+
+
+def _binary_mode(envelope: dict[str, Any]) -> dict[str, Any]:
+    """Return the CloudEvents attributes that are headers, by their names; none unless it is an event's."""
+    headers = envelope.get("headers")
+    if not isinstance(headers, dict):
+        return {}
+    matches = [(_BINARY_MODE.fullmatch(name), value) for name, value in headers.items()]
+    found = {match[1].lower(): value for match, value in matches if match is not None}
+    return found if found.keys() & {"id", "source", "type"} else {}
 
 
 def _plain(value: object) -> str:
     return value.replace(" ", "").lower() if isinstance(value, str) else ""
 
 
-def _explain(error: ValidationError, body: bytes) -> MalformedMessage:
-    """Say why a body is no event: its JSON first, then its version, its type, and its fields."""
-    try:
-        document = _load(body)
-    except MalformedMessage as malformed:
-        return malformed
+def _explain(error: ValidationError, document: object) -> MalformedMessage:
+    """Say why a document is no event: its version first, then its type, and its fields."""
+    if isinstance(document, list):
+        size = f"an array of {len(document):,}"
+        found = f"{size} events, where one is expected" if _is_batch(document) else f"{size}, not of CloudEvents"
+        if len(document) > ELEMENTS_MAX:
+            found = f"{size}, more than the {ELEMENTS_MAX} events that one message may hold"
+        return MalformedMessage(MalformedReason.INVALID_EVENT, found, cause="array")
     if not isinstance(document, dict):
-        return MalformedMessage(MalformedReason.INVALID_EVENT, f"an event is a JSON object, not {_show(document)}")
+        found = f"an event is a JSON object, not {_show(document)}"
+        return MalformedMessage(MalformedReason.INVALID_EVENT, found, cause="no object")
     version = document.get("specversion", "1.0")
     if version != "1.0":
-        return MalformedMessage(MalformedReason.UNKNOWN_VERSION, f"specversion is {_show(version)}, not '1.0'")
+        found = f"specversion is {_show(version)}, not '1.0'"
+        return MalformedMessage(MalformedReason.UNKNOWN_VERSION, found, cause=_show(version))
     kind = document.get("type")
     if isinstance(kind, str) and kind not in QUEUES:
-        return MalformedMessage(MalformedReason.UNKNOWN_TYPE, f"type is {_show(kind)}")
+        return MalformedMessage(MalformedReason.UNKNOWN_TYPE, f"type is {_show(kind)}", cause=_show(kind))
     if not isinstance(kind, str):
-        return MalformedMessage(MalformedReason.INVALID_EVENT, "type: Field required, a string")
-    return MalformedMessage(MalformedReason.INVALID_EVENT, "; ".join(_sentences(error.errors())))
+        no_type = MalformedMessage(MalformedReason.INVALID_EVENT, "type: Field required, a string", cause="type")
+        # Celery's older protocol has the task's name in the body.
+        task = document.get("task")
+        return _task(task, no_type) if isinstance(task, str) and "args" in document else no_type
+    errors = error.errors()
+    return MalformedMessage(MalformedReason.INVALID_EVENT, "; ".join(_sentences(errors)), cause=_cause(errors))
+
+
+def _cause(errors: list[ErrorDetails]) -> str:
+    """Name what is wrong by the fields' paths, never by their values: letters are grouped by this."""
+    return ", ".join(dict.fromkeys(_path(error) or error["type"] for error in errors))
+
+
+def _path(error: ErrorDetails) -> str:
+    return ".".join(str(part) for part in error["loc"][1:])  # the first part is the type
 
 
 def _sentences(errors: list[ErrorDetails]) -> Iterator[str]:
     for error in errors[:_SHOWN_ERRORS_MAX]:
-        where = ".".join(str(part) for part in error["loc"][1:])  # the first part is the type
+        where = _path(error)
         got = "" if error["type"] in {"missing", "subject"} else f", not {_show(error['input'])}"
         yield f"{where}: {error['msg']}{got}" if where else f"{error['msg']}{got}"
     if len(errors) > _SHOWN_ERRORS_MAX:
@@ -227,15 +403,56 @@ def _show(value: object) -> str:
             return ascii(value)
 
 
-def _search(text: str, *names: str) -> str | None:
-    """Find a string under one of these names in JSON that is cut off or broken, or in a Python repr."""
-    return _first_id(
-        found for name in names for found in re.findall(rf"""["']{name}["']\s*:\s*["']([^"'\\\ufffd]+)["']""", text)
-    )
+def _search(text: str, name: str) -> list[str]:
+    """Find the strings under this name in JSON that is cut off or broken, or in a Python repr."""
+    return re.findall(rf"""["']{name}["']\s*:\s*["']([^"'\\\ufffd]+)["']""", text)
+
+
+def _values(value: object, names: tuple[str, ...]) -> Iterator[object]:
+    """Find what stands under these names at any depth."""
+    match value:
+        case dict():
+            for name, inner in value.items():
+                if name in names:
+                    yield inner
+                yield from _values(inner, names)
+        case list():
+            for inner in value:
+                yield from _values(inner, names)
+        case _:
+            pass
+
+
+def _data(document: dict[str, Any]) -> tuple[object, bool]:
+    """Return an event's data, and whether all of it can be read."""
+    if "data" in document or "data_base64" not in document:
+        data = document.get("data")
+        return data, data is None or isinstance(data, dict)
+    try:
+        data = _decoded(document["data_base64"])
+    except MalformedMessage:
+        return None, False
+    return data, isinstance(data, dict)
+
+
+def _jobs(found: Iterable[object]) -> tuple[tuple[str, ...], bool]:
+    """Return the ids among these, each once, and whether all of them are ids.
+
+    White space at an id's ends may be a charge's of before it was refused, or a slip: then it is both.
+    """
+    jobs, sure = dict[str, None](), True
+    for value in found:
+        if isinstance(value, str):
+            jobs.update(dict.fromkeys(each for each in (value, value.strip()) if _is_id(each)))
+            sure = sure and _is_id(value) and value == value.strip()
+        else:
+            sure = sure and value is None
+    return tuple(jobs)[:_NAMED_MAX], sure and len(jobs) <= _NAMED_MAX
 
 
 def _first_id(candidates: Iterable[object]) -> str | None:
-    for value in candidates:
-        if isinstance(value, str) and 0 < len(value) <= ID_LENGTH_MAX and value.isprintable():
-            return value
-    return None
+    return next((value for value in candidates if isinstance(value, str) and _is_id(value)), None)
+
+
+def _is_id(value: str) -> bool:
+    return 0 < len(value) <= ID_LENGTH_MAX and value.isprintable()

@@ -11,10 +11,10 @@ from kombu import Connection, Exchange, Producer
 from kombu import Queue as KombuQueue
 from kombu.exceptions import KombuError
 from pydantic import BaseModel
-from redis import ConnectionPool, SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import RedisError
 
 from kino_refunds.errors import DependencyAway, MalformedMessage
+from kino_refunds.events.connection import kombu_connection, read_url
 from kino_refunds.events.envelope import MESSAGE_BYTES_MAX, MalformedReason, parse
 from kino_refunds.events.schema import Event, Queue, queue_of
 
@@ -22,19 +22,17 @@ from kino_refunds.events.schema import Event, Queue, queue_of
 _ENVELOPE_BYTES_MAX: Final = 512
 # Larger pipelines are no faster, and keep Redis from its other clients for longer (500 take it about 1 ms).
 _PIPELINE_LENGTH: Final = 500
-# A publisher that hangs is worse than one that raises: the caller knows what to do then.
-_CONNECT_TIMEOUT_S: Final = 5
-_ANSWER_TIMEOUT_S: Final = 10
 
 
 class EventPublisher:
     """Publish the ends of jobs; what is published without an error is on its queue.
 
-    `DependencyAway` means that Redis did not confirm: it is away, slow, full (`maxmemory`), or refuses the
-    user. The event may or may not be on its queue. **Publish it again, unchanged and with the same id, until
-    this succeeds**: the same event twice refunds once. Keep it durably until then, for nobody else has it
-    (if it is lost, the job is found overdue after its deadline). No event is sent twice in here, so
-    that no caller waits longer than it knows.
+    `DependencyAway` means that Redis did not confirm: it is away, slow, full (`maxmemory`), no primary any more,
+    or refuses the user. The next call connects anew, so also to the new primary after a failover. The event
+    may or may not be on its queue. **Publish it again, unchanged and with the same id, until this succeeds**:
+    the same event twice refunds once. Keep it durably until then, for nobody else has it (if it is lost, the
+    job is found overdue after its deadline). No event is sent twice in here, so that no caller waits longer
+    than it knows.
 
     `MalformedMessage` means that no worker would understand the event, with the reason under which a worker
     would have made it a dead letter. Publishing it again cannot help; correct the caller.
@@ -43,8 +41,9 @@ class EventPublisher:
     """
 
     def __init__(self, redis_url: str) -> None:
-        """Take a redis:// or rediss:// URL as redis-py reads them; connect at the first event."""
-        self._options = _connection_options(redis_url)
+        """Take a redis:// or rediss:// URL and connect at the first event; raises BadSettings."""
+        read_url(redis_url, name="the Redis URL")
+        self._redis_url = redis_url
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self._lock = threading.Lock()
@@ -95,7 +94,9 @@ class EventPublisher:
             raise DependencyAway(f"Redis did not confirm the events: {error.__cause__ or error}") from error
 
     def _open(self) -> Producer:
-        self._connection = _connect(self._options)
+        self._connection = kombu_connection(self._redis_url)
+        # Asking for a channel connects too, but tries again after 2 s first.
+        self._connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
         channel = self._connection.channel()
         _declare(channel)
         return Producer(channel)
@@ -104,22 +105,6 @@ class EventPublisher:
         connection, self._connection, self._producer = self._connection, None, None
         if connection is not None:
             connection.release()
-
-
-def declare_queues(redis_url: str) -> None:
-    """Declare the queues and kombu's bindings for them; raises DependencyAway if Redis refuses or is away."""
-    try:
-        with _connect(_connection_options(redis_url)) as connection:
-            _declare(connection.channel())
-    except (RedisError, KombuError) as error:
-        raise DependencyAway(f"Redis did not take the queues' bindings: {error.__cause__ or error}") from error
-
-
-def _connect(options: dict[str, Any]) -> Connection:
-    connection = Connection(**options)
-    # Asking for a channel connects too, but tries again after 2 s first.
-    connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
-    return connection
 
 
 def _declare(channel: Any) -> None:
@@ -146,30 +131,3 @@ def to_wire(event: Event | Mapping[str, Any]) -> tuple[str, Queue]:
             f"about {size:,} bytes with its envelope are more than the {MESSAGE_BYTES_MAX:,} allowed",
         )
     return body, queue_of(parse(encoded))
-
-
-def _connection_options(redis_url: str) -> dict[str, Any]:
-    """Say to kombu what redis-py would have read from the URL.
-
-    Kombu reads URLs itself, but does not verify certificates of rediss:// unless told to.
-    """
-    read = ConnectionPool.from_url(redis_url)
-    options, transport = dict(read.connection_kwargs), read.connection_class
-    if issubclass(transport, UnixDomainSocketConnection):
-        raise ValueError("the publisher connects by redis:// or rediss://, not by a Unix socket")  # noqa: TRY004 - a URL's value
-    tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
-    return {
-        "transport": "redis",
-        "hostname": options.get("host", "localhost"),
-        "port": options.get("port", 6379),
-        "userid": options.get("username"),
-        "password": options.get("password"),
-        "virtual_host": str(options.get("db", 0)),
-        "ssl": {"ssl_cert_reqs": "required", **tls} if issubclass(transport, SSLConnection) else False,
-        "transport_options": {
-            "socket_connect_timeout": options.get("socket_connect_timeout", _CONNECT_TIMEOUT_S),
-            "socket_timeout": options.get("socket_timeout", _ANSWER_TIMEOUT_S),
-            "socket_keepalive": True,
-            "client_name": options.get("client_name"),
-        },
-    }

@@ -16,7 +16,7 @@ Each arrow is one script, so nothing is ever between two places. Three rules hol
 - The first write is a DEL, of a key that may well be missing. Redis refuses a script that would use memory
   while it is full, but only at its first write: after a DEL, which needs none, the rest goes through. So a
   full Redis can still be drained. A shebang line would switch this off.
-- A drop or release names the token of its batch. redis-py repeats a command whose answer it did not see, and
+- A drop, release or begin names the token of its batch. redis-py repeats a command whose answer it did not see, and
   a drop that arrives late must not delete the batch that was claimed since.
 
 Redis Cluster is not supported: the scripts span keys and build the names of our own.
@@ -31,6 +31,7 @@ from typing import Any, Final
 import redis
 
 from kino_refunds.errors import ForeignKey
+from kino_refunds.events.envelope import ELEMENTS_MAX
 from kino_refunds.events.schema import Queue
 
 # A claim serves them in this order: a customer waits for a refund, nobody waits for a capture.
@@ -45,7 +46,9 @@ CLAIM_LIMIT_MAX: Final = 1000
 POISON_CRASHES: Final = 3
 # How long a crash is remembered. Long enough to meet a message again behind a recovered backlog.
 _CRASH_TTL_S: Final = 3600
-# The tail of a token whose batch is one recovered message: only a crash with such a token counts.
+# The tail of a token whose batch is one recovered message: only a crash with such a token counts. Where the message
+# holds several events, the token's key also says which of them is in work, `<time>:<index>:alone`; then the crash is
+# that element's. What a worker knows as its token stays without the index.
 _ALONE: Final = ":alone"
 
 
@@ -76,10 +79,22 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What one recovery did; `skipped` names own keys of dead workers that hold something foreign."""
+    """What one recovery did.
+
+    `workers` are those that had messages in flight: an idle one that ended needs nobody's attention. `skipped`
+    names own keys of dead workers that hold something foreign.
+    """
 
     workers: tuple[str, ...]
     messages: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Queues whose kombu binding was missing and is back, and the keys of bindings that hold something foreign."""
+
+    restored: tuple[str, ...]
     skipped: tuple[str, ...]
 
 
@@ -104,9 +119,11 @@ class Queues:
         # A fresh process takes new work first: a poisonous message must not hold up a restarted worker.
         self._recovered_next = False
         self._claim = client.register_script(_OWN + _CLAIM)
+        self._begin = client.register_script(_OWN + _BEGIN)
         self._drop = client.register_script(_OWN + _DROP)
         self._release = client.register_script(_OWN + _RELEASE)
         self._refresh = client.register_script(_OWN + _REFRESH)
+        self._bind = client.register_script(_OWN + _BIND)
         self._leave = client.register_script(_OWN + _LEAVE)
         self._recover = client.register_script(_OWN + _RECOVER)
 
@@ -120,7 +137,7 @@ class Queues:
         if not 1 <= limit <= CLAIM_LIMIT_MAX:
             raise ValueError(f"a claim takes 1 to {CLAIM_LIMIT_MAX} messages, not {limit}")
         token, again, crashes, skipped, lists = self._run(
-            self._claim, limit, max_bytes, self._alive_ms, int(self._recovered_next)
+            self._claim, limit, max_bytes, self._alive_ms, int(self._recovered_next), parts=5
         )
         claim = Claim(
             token=token.decode(),
@@ -133,6 +150,15 @@ class Queues:
         if claim.messages:
             self._recovered_next = not claim.recovered
         return claim
+
+    def begin(self, token: str, index: int | None) -> int | None:
+        """Say which event of the one recovered message is in work from now on, and that this worker lives.
+
+        Returns how many workers ended with that event in work; None if the batch is not in flight under this token.
+        An `index` of None says that it is none of them: a crash is the whole message's again.
+        """
+        crashes = self._run(self._begin, token, self._alive_ms, "" if index is None else index)
+        return None if crashes < 0 else int(crashes)
 
     def drop(self, token: str) -> bool:
         """Forget the batch, which Postgres has decided.
@@ -150,18 +176,27 @@ class Queues:
         """Say that this worker lives, for another alive TTL; between sub-batches, and while it backs off."""
         self._run(self._refresh, self._alive_ms)
 
+    def bind(self) -> Bound:
+        """Put back kombu's bindings of our queues that are missing; writes nothing where none is.
+
+        Without its binding, which a FLUSHALL takes, a live kombu `SimpleQueue` drops what it is given without
+        an error. A binding's key that holds something foreign is left alone and named.
+        """
+        restored, skipped = self._run(self._bind, self._alive_ms, parts=2)
+        return Bound(restored=_names(restored), skipped=_names(skipped))
+
     def leave(self) -> None:
         """Say that this worker ends. What is still in flight is recovered at once and counts as no crash."""
         self._run(self._leave)
 
     def recover(self) -> Recovered:
         """Move what dead workers had in flight to the recovered lists. Any worker may, at any time."""
-        workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S)
+        workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S, parts=3)
         return Recovered(workers=_names(workers), messages=messages, skipped=_names(skipped))
 
-    def _run(self, script: Any, *arguments: str | int) -> Any:
+    def _run(self, script: Any, *arguments: str | int, parts: int = 0) -> Any:
         try:
-            return script(keys=QUEUE_KEYS, args=(self._worker_id, *arguments))
+            return _answer(script, self._worker_id, *arguments, parts=parts)
         except redis.ResponseError as error:
             if str(error).startswith("FOREIGN "):
                 raise ForeignKey(str(error).removeprefix("FOREIGN ")) from error
@@ -174,7 +209,7 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
     asks needs to know no more.
     """
-    complete, unreadable, lists = client.register_script(_WAITING)(keys=QUEUE_KEYS, args=(limit, max_bytes))
+    complete, unreadable, lists = _answer(client.register_script(_WAITING), limit, max_bytes, parts=3)
     return Waiting(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
@@ -188,8 +223,20 @@ def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
 
 def depths(client: redis.Redis) -> dict[str, int]:
     """Count the messages on each base queue, and under `in-flight` and `recovered`, at one instant."""
-    counts = client.register_script(_DEPTHS)(keys=QUEUE_KEYS)
+    counts = _answer(client.register_script(_DEPTHS), parts=len(SERVED) + 2)
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
+
+
+def _answer(script: Any, *arguments: str | int, parts: int = 0) -> Any:
+    """Run a script and return its answer, a list of so many `parts` where it is one; raises RedisError otherwise."""
+    try:
+        answer = script(keys=QUEUE_KEYS, args=arguments)
+    except redis.exceptions.NoScriptError:
+        # redis-py loads a missing script once; in a failover that may have been at the old primary.
+        answer = script(keys=QUEUE_KEYS, args=arguments)
+    if parts and (not isinstance(answer, list) or len(answer) != parts):
+        raise redis.exceptions.InvalidResponse("no Redis answers there: it does not run scripts")
+    return answer
 
 
 def _messages(lists: Iterator[Iterator[bytes]] | Sequence[Sequence[bytes]]) -> Iterator[Message]:
@@ -214,6 +261,13 @@ local function inflight(worker, queue) return 'kino:inflight:' .. worker .. ':' 
 local function recovered(queue) return 'kino:recovered:' .. queue end
 
 local function type_of(key) return redis.call('TYPE', key).ok end
+
+-- Also for what only reads: a primary that was demoted while a connection was open may never catch up with the new
+-- one, and an idle worker would poll it for ever. redis-py asks for the address anew at this answer.
+local role = redis.pcall('INFO', 'replication')
+if type(role) == 'string' and role:find('role:slave', 1, true) then
+  return redis.error_reply('READONLY this server is a replica')
+end
 """
 
 # For the scripts of one worker, ARGV[1]: what it owns is what it should be, or nothing happens at all.
@@ -222,8 +276,18 @@ _OWN: Final = (
     + """
 local me = ARGV[1]
 
-local function crashes(message) return 'kino:crashes:' .. redis.sha1hex(message) end
+-- Of a message, or of one of its elements.
+local function crashes(message, element)
+  return 'kino:crashes:' .. redis.sha1hex(message) .. (element and ':' .. element or '')
+end
 local function is_alone(token) return token and token:sub(-6) == ':alone' end
+
+-- The token as its worker knows it, and the element in work.
+local function read_token(worker)
+  local held = redis.call('GET', token_of(worker))
+  if not held then return held end
+  return held:gsub(':%d+:alone$', ':alone'), held:match(':(%d+):alone$')
+end
 
 -- The first of these keys that is neither missing nor of its type.
 local function foreign(types)
@@ -235,11 +299,14 @@ end
 
 local function owned_by(worker)
   local types = {[alive(worker)] = 'string', [token_of(worker)] = 'string'}
+  local element = type_of(token_of(worker)) == 'string' and select(2, read_token(worker))
   for _, queue in ipairs(queues) do
     types[inflight(worker, queue)] = 'list'
-    -- A message alone in flight has its count of crashes.
+    -- A message alone in flight has its count of crashes, and so has its element in work.
     if type_of(inflight(worker, queue)) == 'list' then
-      types[crashes(redis.call('LINDEX', inflight(worker, queue), -1))] = 'string'
+      local message = redis.call('LINDEX', inflight(worker, queue), -1)
+      types[crashes(message)] = 'string'
+      if element then types[crashes(message, element)] = 'string' end
     end
   end
   return types
@@ -256,7 +323,13 @@ end
 local key, found = foreign(types)
 if key then return redis.error_reply('FOREIGN ' .. key .. ' holds a ' .. found) end
 
-local token = redis.call('GET', token_of(me))
+local token, element = read_token(me)
+
+local function say_alive(alive_ms)
+  redis.call('DEL', alive(me))
+  redis.call('SET', alive(me), '1', 'PX', alive_ms)
+  redis.call('SADD', registry, me)
+end
 """
 )
 
@@ -285,9 +358,7 @@ end
 
 if again == 0 and not some and not rescued then return {'', 0, 0, skipped, {{}, {}, {}, {}}} end
 
-redis.call('DEL', alive(me))
-redis.call('SET', alive(me), '1', 'PX', alive_ms)
-redis.call('SADD', registry, me)
+say_alive(alive_ms)
 
 local function new_token(tail)
   local time = redis.call('TIME')
@@ -336,13 +407,33 @@ end
 return {token, again, crashed, skipped, lists}
 """
 
-_DROP: Final = """
+# Elements that were settled keep their counts until the drop: after a crash with another one, the poisonous one must
+# still be known as such.
+_BEGIN: Final = """
+if token ~= ARGV[2] or not is_alone(token) then return -1 end
+local counter
+for _, queue in ipairs(queues) do
+  local message = redis.call('LINDEX', inflight(me, queue), -1)
+  if message and ARGV[4] ~= '' then counter = crashes(message, ARGV[4]) end
+end
+local key, found = foreign(counter and {[counter] = 'string'} or {})
+if key then return redis.error_reply('FOREIGN ' .. key .. ' holds a ' .. found) end
+
+say_alive(ARGV[3])
+redis.call('SET', token_of(me), counter and token:gsub(':alone$', ':' .. ARGV[4] .. ':alone') or token)
+return counter and tonumber(redis.call('GET', counter) or 0) or 0
+"""
+
+_DROP: Final = f"""
 if token ~= ARGV[2] then return 0 end
 
 redis.call('DEL', token_of(me))
 for _, queue in ipairs(queues) do
   local message = is_alone(token) and redis.call('LINDEX', inflight(me, queue), -1)
-  if message then redis.call('DEL', crashes(message)) end
+  if message then
+    redis.call('DEL', crashes(message))
+    for index = 0, {ELEMENTS_MAX - 1} do redis.call('DEL', crashes(message, index)) end
+  end
   redis.call('DEL', inflight(me, queue))
 end
 return 1
@@ -365,9 +456,42 @@ return count
 """
 
 _REFRESH: Final = """
-redis.call('DEL', alive(me))
-redis.call('SET', alive(me), '1', 'PX', ARGV[2])
-redis.call('SADD', registry, me)
+say_alive(ARGV[2])
+"""
+
+# As kombu writes them, for an exchange of the queue's name (kombu.transport.redis, `_queue_bind`): in the second
+# set stands what an expiring queue's end must not take away.
+_BIND: Final = """
+local separator = string.char(6, 22)
+local missing, restored, skipped = {}, {}, {}
+for _, queue in ipairs(queues) do
+  local member = queue .. separator .. separator .. queue
+  for _, prefix in ipairs({'_kombu.binding.', '_kombu.binding_permanent.'}) do
+    local key = prefix .. queue
+    local members = redis.pcall('SMEMBERS', key)
+    if members.err then
+      table.insert(skipped, key)
+    else
+      local found = false
+      for _, each in ipairs(members) do found = found or each == member end
+      if not found then
+        table.insert(missing, {key, member})
+        restored[queue] = true
+      end
+    end
+  end
+end
+
+if #missing > 0 then
+  redis.call('DEL', alive(me))
+  redis.call('SET', alive(me), '1', 'PX', ARGV[2])
+  redis.call('SADD', registry, me)
+  for _, each in ipairs(missing) do redis.call('SADD', each[1], each[2]) end
+end
+
+local names = {}
+for queue in pairs(restored) do table.insert(names, queue) end
+return {names, skipped}
 """
 
 # A worker with messages in flight stays registered, or nobody would find them. Without its token it no longer
@@ -390,11 +514,12 @@ for _, worker in ipairs(redis.call('SMEMBERS', registry)) do
     if key then
       table.insert(skipped, key)
     else
-      local alone = is_alone(redis.call('GET', token_of(worker)))
+      local held, in_work = read_token(worker)
+      local held_before = count
       redis.call('DEL', token_of(worker))
       for _, queue in ipairs(queues) do
-        if alone and redis.call('EXISTS', inflight(worker, queue)) == 1 then
-          local counter = crashes(redis.call('LINDEX', inflight(worker, queue), -1))
+        if is_alone(held) and redis.call('EXISTS', inflight(worker, queue)) == 1 then
+          local counter = crashes(redis.call('LINDEX', inflight(worker, queue), -1), in_work)
           local before = tonumber(redis.call('GET', counter) or 0) or 0
           redis.call('SET', counter, before + 1, 'EX', ARGV[2])
         end
@@ -403,7 +528,7 @@ for _, worker in ipairs(redis.call('SMEMBERS', registry)) do
         end
       end
       redis.call('SREM', registry, worker)
-      table.insert(workers, worker)
+      if count > held_before then table.insert(workers, worker) end
     end
   end
 end

@@ -13,7 +13,7 @@ from kino_refunds.ledger.lots import (
     unfreeze_purchase,
     void_purchase,
 )
-from kino_refunds.ledger.statement import Balance, StatementLine, balance, statement
+from kino_refunds.ledger.statement import Balance, StatementLine, balance, later_lines_exist, statement
 
 __all__ = [
     "VIOLATION",
@@ -32,6 +32,7 @@ __all__ = [
     "expire_lots",
     "freeze_purchase",
     "grant_lots",
+    "later_lines_exist",
     "open_charge",
     "open_charges",
     "set_account_status",

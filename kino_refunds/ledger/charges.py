@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -18,6 +17,7 @@ from kino_refunds.errors import (
     LedgerInconsistent,
 )
 from kino_refunds.ledger.accounts import AccountStatus
+from kino_refunds.ledger.callers import instant, microseconds, savepoint
 from kino_refunds.ledger.lots import (
     SUCCESSOR_PREFIX,
     LockedLot,
@@ -34,7 +34,7 @@ from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from datetime import timedelta
+    from datetime import datetime, timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ def open_charges(connection: sa.Connection, requests: Iterable[ChargeRequest]) -
 
     Raises ChargeConflict (the job is charged on other terms), ChargeAlreadySettled, AccountNotActive,
     InsufficientCredits, in this precedence. Lots are locked in the order of their ids within one call:
-    call it once per transaction, or be ready to retry after a deadlock.
+    call it once per transaction, or be ready to retry after a deadlock. At REPEATABLE READ or SERIALIZABLE be ready
+    to retry after a serialization failure (SQLSTATE 40001) as well. Raises UnfitSession if the connection is in
+    autocommit or its encoding lacks an id.
     """
     wanted: dict[str, ChargeRequest] = {}
     order: list[str] = []
@@ -98,7 +100,7 @@ def open_charges(connection: sa.Connection, requests: Iterable[ChargeRequest]) -
         order.append(request.job_id)
     if not order:
         return []
-    with connection.begin_nested():
+    with savepoint(connection):
         opened = _insert_charges(connection, [wanted[job_id] for job_id in sorted(wanted)])
         charges = _charges_opened_before(connection, [r for j, r in wanted.items() if j not in opened])
         fresh = [(row, wanted[job_id]) for job_id in wanted if (row := opened.get(job_id)) is not None]
@@ -110,13 +112,13 @@ def _insert_charges(connection: sa.Connection, requests: Sequence[ChargeRequest]
     # The charge goes in before any lot is locked, and sorted: two sessions that open the same job meet
     # here, where the second waits for the first's commit and then finds its charge.
     rows = connection.execute(
-        sa.text("""
+        sa.text(f"""
             INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)
             SELECT * FROM unnest(CAST(:job_ids AS text[]), CAST(:account_ids AS text[]),
                                  CAST(:credits AS bigint[]), CAST(:deadlines AS timestamptz[]))
             ON CONFLICT (job_id) DO NOTHING
-            RETURNING charge_id, job_id, opened_at
-        """),
+            RETURNING charge_id, job_id, {microseconds("opened_at")} AS opened_us
+        """),  # noqa: S608 - a constant
         {
             "job_ids": [request.job_id for request in requests],
             "account_ids": [request.account_id for request in requests],
@@ -131,15 +133,16 @@ def _charges_opened_before(connection: sa.Connection, requests: Sequence[ChargeR
     if not requests:
         return {}
     rows = connection.execute(
-        sa.text("""
-            SELECT c.charge_id, c.job_id, c.account_id, c.credits, c.deadline_at, c.opened_at, s.kind,
+        sa.text(f"""
+            SELECT c.charge_id, c.job_id, c.account_id, c.credits, {microseconds("c.deadline_at")} AS deadline_us,
+                   {microseconds("c.opened_at")} AS opened_us, s.kind,
                    ARRAY(SELECT l.lot_id FROM kino.charge_line l WHERE l.charge_id = c.charge_id ORDER BY l.seq)
                        AS lot_ids,
                    ARRAY(SELECT l.credits FROM kino.charge_line l WHERE l.charge_id = c.charge_id ORDER BY l.seq)
                        AS line_credits
             FROM kino.charge c LEFT JOIN kino.settlement s USING (charge_id)
             WHERE c.job_id = ANY(CAST(:job_ids AS text[]))
-        """),
+        """),  # noqa: S608 - a constant
         {"job_ids": [request.job_id for request in requests]},
     )
     found = {row.job_id: row for row in rows}
@@ -158,8 +161,8 @@ def _charges_opened_before(connection: sa.Connection, requests: Sequence[ChargeR
             row.job_id,
             row.account_id,
             row.credits,
-            row.deadline_at,
-            row.opened_at,
+            instant(row.deadline_us),
+            instant(row.opened_us),
             list(zip(row.lot_ids, row.line_credits, strict=True)),
         )
         for row in found.values()
@@ -189,7 +192,7 @@ def _draw(connection: sa.Connection, fresh: Sequence[tuple[Any, ChargeRequest]])
             request.account_id,
             request.credits,
             request.deadline_at,
-            row.opened_at,
+            instant(row.opened_us),
             lines,
         )
     add_to_lots(connection, drawn)
@@ -221,7 +224,6 @@ def _require_active(connection: sa.Connection, account_ids: Sequence[str]) -> No
             raise AccountNotActive(message)
 
 
-_NEVER = datetime.max.replace(tzinfo=UTC)
 _CLASS_ORDER = {lot_class.value: order for order, lot_class in enumerate(LotClass)}
 
 
@@ -231,25 +233,27 @@ def _spendable(connection: sa.Connection, account_ids: Sequence[str]) -> dict[st
     # one looks at the clock when the lot is had, so a lot that expired while we waited is not drawn either.
     # The clock and not now(): the caller's transaction may be old.
     rows = connection.execute(
-        sa.text("""
+        sa.text(f"""
             WITH locked AS MATERIALIZED (
                 SELECT lot_id, account_id, class, remaining, priority, granted_at, expires_at FROM kino.credit_lot
                 WHERE account_id = ANY(CAST(:ids AS text[])) AND state = 'active' AND remaining > 0
                   AND (expires_at IS NULL OR expires_at > kino.clock())
                 ORDER BY lot_id FOR NO KEY UPDATE
             )
-            SELECT * FROM locked WHERE expires_at IS NULL OR expires_at > kino.clock()
-        """),
+            SELECT lot_id, account_id, class, remaining, priority, {microseconds("granted_at")} AS granted_us,
+                   {microseconds("expires_at")} AS expires_us
+            FROM locked WHERE expires_at IS NULL OR expires_at > kino.clock()
+        """),  # noqa: S608 - a constant
         {"ids": list(account_ids)},
     ).all()
 
     def burn_order(row: Any) -> tuple[Any, ...]:
         return (
             row.priority,
-            row.expires_at is None,
-            row.expires_at or _NEVER,
+            row.expires_us is None,
+            row.expires_us or 0,
             _CLASS_ORDER[row[2]],
-            row.granted_at,
+            row.granted_us,
             row.lot_id,
         )
 

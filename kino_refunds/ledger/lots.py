@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import GrantConflict
 from kino_refunds.events.schema import ID_LENGTH_MAX
+from kino_refunds.ledger.callers import instant_or_none, microseconds, savepoint
 from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 
 if TYPE_CHECKING:
@@ -95,9 +96,12 @@ class Lot:
 
 
 def require_id(name: str, value: str) -> None:
-    """Raise ValueError unless `value` is 1 to 128 printable characters, as ids of events are."""
-    if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable():
-        message = f"{name} must be 1 to 128 printable characters"
+    """Raise ValueError unless `value` is 1 to 128 printable characters without white space at its ends, as ids are.
+
+    `order-1 ` beside `order-1` would be two orders, and credit one purchase twice.
+    """
+    if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable() or value.strip() != value:
+        message = f"{name} must be 1 to 128 printable characters, without white space at either end"
         raise ValueError(message)
 
 
@@ -124,7 +128,10 @@ def require_instant(name: str, value: datetime) -> datetime:
         raise ValueError(message) from error
 
 
-_LOT_COLUMNS = "lot_id, reference, account_id, class, granted, remaining, priority, expires_at, state"
+_LOT_COLUMNS = (
+    "lot_id, reference, account_id, class, granted, remaining, priority, state,"
+    f" {microseconds('expires_at')} AS expires_us"
+)
 
 
 def _lot(row: Any) -> Lot:
@@ -136,7 +143,7 @@ def _lot(row: Any) -> Lot:
         row.granted,
         row.remaining,
         row.priority,
-        row.expires_at,
+        instant_or_none(row.expires_us),
         LotState(row.state),
     )
 
@@ -149,7 +156,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant], *, actor: str
     Idempotent on `reference`: the same grant again returns its lot as it stands now. Raises GrantConflict
     if a reference already names other terms (clause 1: a customer must be able to trust what was bought).
     The account is created by its first grant. Runs in a savepoint: an error that the caller catches
-    leaves nothing behind.
+    leaves nothing behind. Raises UnfitSession if the connection is in autocommit or its encoding lacks an id.
     """
     wanted: dict[str, Grant] = {}
     order: list[str] = []
@@ -162,7 +169,7 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant], *, actor: str
     if not by_reference:
         return []
 
-    with connection.begin_nested():
+    with savepoint(connection):
         lots = _insert_lots(connection, by_reference, actor=actor)
         lots |= _same_grants(connection, {r: g for r, g in wanted.items() if r not in lots})
     return [lots[reference] for reference in order]
@@ -216,7 +223,8 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
         return {}
     rows = connection.execute(
         sa.text(
-            f"SELECT {_LOT_COLUMNS}, purchase_id, coalesce(extended_from, expires_at) AS expiry_granted"  # noqa: S608 - a constant of this file
+            f"SELECT {_LOT_COLUMNS}, purchase_id,"  # noqa: S608 - a constant of this file
+            f" {microseconds('coalesce(extended_from, expires_at)')} AS expiry_granted_us"
             " FROM kino.credit_lot WHERE reference = ANY(CAST(:references AS text[]))"
         ),
         {"references": list(grants)},
@@ -229,7 +237,7 @@ def _same_grants(connection: sa.Connection, grants: Mapping[str, Grant]) -> dict
             lot.account_id,
             lot.granted,
             lot.lot_class,
-            row.expiry_granted,
+            instant_or_none(row.expiry_granted_us),
             lot.priority,
             row.purchase_id,
         )

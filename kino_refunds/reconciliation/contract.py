@@ -4,43 +4,91 @@ class TestOurSource(JobSourceContract):
     @pytest.fixture
     def source(self): return OurSource(...)
     @pytest.fixture
-    def known(self): return {"job-1": Answer(JobState.COMPLETED), "job-2": Answer(JobState.RUNNING)}
+    def known(self): return {"job-1": Answer(JobState.COMPLETED, finished_at=...), "job-2": Answer(JobState.RUNNING)}
+
+Let `known` hold a job of every state and detail that your source can say, ids of every length and spelling that
+your pipeline gives, and at least two jobs: each is compared whole.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 
 if TYPE_CHECKING:
     from kino_refunds.reconciliation.sources import JobSource
 
 NOBODY = "no-such-job-a41f0c"
+LENGTHS = (1, 19, 20, 21, 36, 127, 128)
+"""Of ids that no job has: a column of a fixed length gives each of the others back longer or cut."""
 
 
 class JobSourceContract:
     """What the overdue sweep relies on; `known` maps some real job ids to what the source must say of them."""
 
     def test_known_jobs_are_answered_as_they_are(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """Each job that was asked for gets its own answer."""
+        """Each job that was asked for gets its own answer, with origin, stage, result_produced and finished_at."""
         assert {job_id: source.ask(list(known))[job_id] for job_id in known} == known
+
+    def test_each_job_is_answered_alone_as_among_others(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """A batch that fails is halved: an answer does not depend on what else was asked."""
+        assert {job_id: dict(source.ask([job_id])) for job_id in known} == {
+            job_id: {job_id: answer} for job_id, answer in known.items()
+        }
+
+    def test_no_other_job_is_answered_for(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """Nothing comes back but the ids that were sent, letter by letter: a padded or folded one is another job's."""
+        for job_id in known:
+            assert set(source.ask([job_id])) == {job_id}
+
+    def test_a_like_id_is_not_the_job(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """An id that differs from a job's by white space or case is a job that never was."""
+        likes = {like for each in known for like in (f"{each} ", f" {each}", each.upper(), each.lower(), each.title())}
+        for like in sorted(likes - set(known)):
+            assert dict(source.ask([like])) == {like: Answer(JobState.UNKNOWN)}
+
+    def test_every_value_is_an_answer(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """What comes back is a mapping of text to Answer, as the sweep checks it."""
+        asked = [NOBODY, *known]
+
+        assert answers_of(source.ask(asked), asked) == {NOBODY: Answer(JobState.UNKNOWN), **known}
+
+    def test_the_order_does_not_matter(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """Answers belong to ids and not to places: asked the other way round, each job gets its own."""
+        assert dict(source.ask([*reversed(known)])) == known
+
+    def test_a_job_asked_twice_is_answered_once(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """An id that stands twice in the question changes nothing."""
+        assert dict(source.ask([*known, *known])) == known
 
     def test_an_unheard_of_job_is_unknown(self, source: JobSource) -> None:
         """A job that never was is `unknown`: said in so many words, and not an error."""
         assert dict(source.ask([NOBODY])) == {NOBODY: Answer(JobState.UNKNOWN)}
 
+    def test_an_unheard_of_job_is_unknown_whatever_its_length(self, source: JobSource) -> None:
+        """An id of any length that an event may have comes back as it was sent, alone and among others."""
+        ids = ["x" * length for length in LENGTHS]
+
+        assert dict(source.ask(ids)) == dict.fromkeys(ids, Answer(JobState.UNKNOWN))
+
     def test_one_unheard_of_job_spoils_no_other_answer(self, source: JobSource, known: dict[str, Answer]) -> None:
         """An unknown job in a batch leaves the others' answers as they are."""
         assert dict(source.ask([NOBODY, *known])) == {NOBODY: Answer(JobState.UNKNOWN), **known}
 
+    def test_a_whole_batch_is_answered(self, source: JobSource, known: dict[str, Answer]) -> None:
+        """As many jobs as the sweep asks about at once are answered in one ask."""
+        crowd = [f"{NOBODY}-{number}" for number in range(100 - len(known))]
+
+        assert dict(source.ask([*known, *crowd])) == {**known, **dict.fromkeys(crowd, Answer(JobState.UNKNOWN))}
+
     def test_asking_again_gives_the_same(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """An ended job's answer does not change from one ask to the next."""
+        """An ended job's answer, its time included, does not change from one ask to the next."""
         ended = {j for j, a in known.items() if a.state not in {JobState.RUNNING, JobState.UNKNOWN}}
         first, second = source.ask(list(known)), source.ask(list(known))
         assert {j: first[j] for j in ended} == {j: second[j] for j in ended}
 
     def test_hostile_ids_are_only_ids(self, source: JobSource) -> None:
         """Quotes, percent signs and statements in an id are looked up, not executed."""
-        ids = ["' OR 1=1 --", "%s", ":job_ids", '"; DROP TABLE job', "ünïcode 漢字"]
+        ids = ["' OR 1=1 --", "%s", "%", "_", "*", ":job_ids", '"; DROP TABLE job', "ünïcode 漢字"]
         assert dict(source.ask(ids)) == dict.fromkeys(ids, Answer(JobState.UNKNOWN))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import redis
 import sqlalchemy as sa
 
 from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.envelope import parse
+from kino_refunds.events.envelope import contents, describe, parse
 from kino_refunds.events.queues import waiting
-from kino_refunds.events.schema import Queue
 from kino_refunds.log import get_logger
 from kino_refunds.settlement.gate import read_gate
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 NAMELESS_COUNTS_FOR = timedelta(hours=1)
-"""An unreadable completion is somebody's: for an hour it could be that of any charge older than it."""
+"""A completion that we hold and cannot read is somebody's: for an hour it could be that of any charge older than it."""
+STUCK_AFTER = timedelta(days=1)
+"""A message that waits for longer than this is not late: one that nobody removes must not end all verdicts for good."""
+NOTED_MAX = 1_000
+"""Rows of `waiting_message`. More than this waiting is a backlog; what is stuck in it is noted once it has drained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,13 @@ class Guard:
     refused: str | None
     """A reason that holds for every charge."""
     oldest_waiting: datetime | None
+    """The earliest time of an event that waits in Redis, of those that have not waited for a day."""
+    waiting_jobs: Collection[str]
+    """Jobs that a message waiting in Redis names, whatever its time."""
     named_jobs: Collection[str]
     """Jobs that an event waiting for a retry, or an open dead letter, speaks of."""
     nameless: Sequence[datetime]
-    """When open dead letters of the completed queue came that name no job: any charge's end could be there."""
+    """When open dead letters came that may hold the end of a job that they do not name: it could be any charge's."""
 
     def reason(self, charge: OverdueCharge) -> str | None:
         """Say why there must be no verdict on this charge; None if there may be one."""
@@ -61,6 +68,8 @@ class Guard:
             return self.refused
         if self.oldest_waiting is not None and self.oldest_waiting <= charge.due_at:
             return "older_message_waiting"
+        if charge.job_id in self.waiting_jobs:
+            return "named_by_waiting_message"
         if charge.job_id in self.named_jobs:
             return "named_by_waiting_event"
         if any(seen_at > charge.opened_at for seen_at in self.nameless):
@@ -80,48 +89,126 @@ def read_guard(
 
     A Redis that cannot be read refuses every verdict.
     """
-    refused, oldest = _read_waiting(redis_client)
+    found = _read_waiting(redis_client)
+    if found.error is not None:
+        log.warning("no verdict: Redis cannot be read", error=found.error)
     with engine.connect() as connection:
+        stuck = set(connection.execute(_STUCK, {"since": now - STUCK_AFTER}).scalars())
+        refused, oldest = _judge(found, stuck)
         if read_gate(connection).paused:
             refused = "intake_paused"
         job_ids = {"job_ids": [charge.job_id for charge in charges]}
         named = set(connection.execute(_NAMED_JOBS, job_ids).scalars())
         nameless: Sequence[datetime] = ()
         if not source_configured:
-            nameless = (
-                connection.execute(_NAMELESS, {"queue": Queue.JOB_COMPLETED.value, "since": now - NAMELESS_COUNTS_FOR})
-                .scalars()
-                .all()
-            )
-    return Guard(refused, oldest, named, nameless)
+            nameless = connection.execute(_NAMELESS, {"since": now - NAMELESS_COUNTS_FOR}).scalars().all()
+    return Guard(refused, oldest, {job_id for each in found.messages for job_id in each.job_ids}, named, nameless)
 
 
 _NAMED_JOBS = sa.text("""
     SELECT job_id FROM kino.pending_event WHERE job_id = ANY(CAST(:job_ids AS text[]))
     UNION
     SELECT job_id FROM kino.dead_letter WHERE status = 'open' AND job_id = ANY(CAST(:job_ids AS text[]))
+    UNION
+    SELECT unnest(other_job_ids) FROM kino.dead_letter
+    WHERE status = 'open' AND other_job_ids && CAST(:job_ids AS text[])
 """)
 
 _NAMELESS = sa.text("""
-    SELECT last_seen_at FROM kino.dead_letter
-    WHERE status = 'open' AND job_id IS NULL AND queue = :queue AND last_seen_at > :since
+    SELECT last_seen_at FROM kino.dead_letter WHERE status = 'open' AND may_hold_others AND last_seen_at > :since
+""")
+
+_STUCK = sa.text("SELECT digest FROM kino.waiting_message WHERE first_seen_at < :since")
+
+
+def note_waiting(engine: sa.Engine, redis_client: redis.Redis, *, now: datetime) -> None:
+    """Keep since when each message waits in Redis, and forget those that wait no longer; raises what Postgres raises.
+
+    Once a sweep, whether or not a verdict is due: a message that was stuck long before the first one must not end
+    that verdict for another day. Where not all of it can be read nothing is concluded, and nothing written.
+    """
+    found = _read_waiting(redis_client)
+    if found.refused is not None:
+        return
+    by_digest = {each.digest: each for each in found.messages}
+    with engine.begin() as connection:
+        noted = set(connection.execute(sa.text("SELECT digest FROM kino.waiting_message")).scalars())
+        if gone := noted - by_digest.keys():
+            connection.execute(_FORGET, {"digests": sorted(gone)})
+        # What cannot be read comes first, and then the oldest: those are the likeliest to be stuck.
+        new = sorted(by_digest.keys() - noted, key=lambda digest: (by_digest[digest].time or _EARLIEST, digest))
+        del new[max(0, NOTED_MAX - len(noted - gone)) :]
+        if new:
+            rows = [{"digest": each, "job_ids": sorted(by_digest[each].job_ids), "now": now} for each in sorted(new)]
+            connection.execute(_NOTE, rows)
+
+
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
+_FORGET = sa.text("DELETE FROM kino.waiting_message WHERE digest = ANY(CAST(:digests AS bytea[]))")
+_NOTE = sa.text("""
+    INSERT INTO kino.waiting_message (digest, first_seen_at, job_ids)
+    VALUES (:digest, :now, CAST(:job_ids AS text[])) ON CONFLICT (digest) DO NOTHING
 """)
 
 
-def _read_waiting(redis_client: redis.Redis) -> tuple[str | None, datetime | None]:
-    """Find the oldest event time that waits anywhere in Redis; or why nothing can be said."""
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What a message says that waits in Redis; `time` is the earliest of its events', None if one cannot be read."""
+
+    digest: bytes
+    time: datetime | None
+    job_ids: Collection[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Every message that waits in Redis, or why nothing can be said of that."""
+
+    refused: str | None
+    messages: Sequence[_Message]
+    error: str | None = None
+    """What Redis, or the client, said."""
+
+
+def _read_waiting(redis_client: redis.Redis) -> _Waiting:
     try:
         found = waiting(redis_client)
     except redis.RedisError as error:
-        log.warning("no verdict: Redis cannot be read", error=f"{type(error).__name__}: {error}")
-        return "redis_away", None
+        return _Waiting("redis_away", (), f"{type(error).__name__}: {error}")
     if not found.complete:
-        return "backlog_too_large" if not found.unreadable else "unreadable_queue", None
-    oldest = None
-    for message in found.messages:
+        return _Waiting("backlog_too_large" if not found.unreadable else "unreadable_queue", ())
+    return _Waiting(None, [_read(message.raw) for message in found.messages])
+
+
+def _read(raw: bytes) -> _Message:
+    """Read a message of one event or of several; what cannot be read still names the jobs that are found in it."""
+    digest = sha256(raw).digest()
+    try:
+        event = parse(raw)
+    except MalformedMessage:
+        pass
+    else:
+        return _Message(digest, event.time, {event.job_id})
+    times, job_ids, readable = list[datetime](), set[str](), True
+    for content in contents(raw):
         try:
-            time = parse(message.raw).time
+            event = parse(content)
         except MalformedMessage:
-            return "unreadable_message_waiting", None
-        oldest = time if oldest is None else min(oldest, time)
-    return None, oldest
+            about = describe(content)
+            job_ids.update(each for each in (about.job_id, *about.other_job_ids) if each is not None)
+            readable = False
+        else:
+            times.append(event.time)
+            job_ids.add(event.job_id)
+    return _Message(digest, min(times) if readable else None, job_ids)
+
+
+def _judge(found: _Waiting, stuck: Collection[bytes]) -> tuple[str | None, datetime | None]:
+    """Find the oldest event time that waits anywhere in Redis, or why nothing can be said."""
+    if found.refused is not None:
+        return found.refused, None
+    times = [each.time for each in found.messages if each.digest not in stuck]
+    known = [time for time in times if time is not None]
+    if len(known) < len(times):
+        return "unreadable_message_waiting", None
+    return None, min(known, default=None)

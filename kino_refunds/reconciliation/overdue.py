@@ -17,11 +17,19 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from kino_refunds.db.clock import read_clock
-from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut
+from kino_refunds.errors import (
+    BadSettings,
+    ForeignAnswer,
+    KinoError,
+    SourceBroken,
+    SourceUnavailable,
+    SourceUnreachable,
+)
+from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
 from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.clocks import read_clocks
-from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
-from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.reconciliation.guard import OverdueCharge, note_waiting, read_guard
+from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 from kino_refunds.reconciliation.verified import read_verified
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import Break, raise_breaks
@@ -42,6 +50,13 @@ log = get_logger(__name__)
 PAGE = 500
 ASK_BATCH = 100
 """Small enough for a query string or an IN list of any source."""
+TIMEOUTS_MAX = 10
+"""Asks in a row that end in a timeout: more than the 8 of a batch that is halved down to its one slow job. Without
+this a source that hangs would hold a sweep for the timeout of 199 asks a batch, half an hour, and with it one of the
+worker's two threads. The price: four slow jobs at a batch's head keep those behind them waiting, which is reported."""
+LEFT_OUT = "the job source left out jobs that it was asked for: it must say `unknown` of those that it does not know"
+PROBLEM_MAX = 300
+"""Characters of what a source raised: some raise a whole page."""
 RUNNING_PAST_CAP = "running_past_cap"
 
 
@@ -82,6 +97,13 @@ class OverdueReport:
     overdue: int = 0
     asked: int = 0
     source_errors: int = 0
+    """Jobs about which the source failed."""
+    source_broken: int = 0
+    """Jobs that have no answer because the source broke its contract."""
+    source_problem: str | None = None
+    """What was wrong with the source; a broken contract rather than a failure, for waiting does not mend it."""
+    source_away: bool = False
+    """Whether it was given up until the next sweep."""
     answers: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     refunded_credits: int = 0
@@ -96,6 +118,8 @@ class OverdueReport:
             "overdue": self.overdue,
             "asked": self.asked,
             "source_errors": self.source_errors,
+            "source_broken": self.source_broken,
+            "source_problem": self.source_problem,
             "answers": dict(self.answers),
             "outcomes": dict(self.outcomes),
             "refunded": self.outcomes[Outcome.REFUNDED.value],
@@ -119,11 +143,14 @@ def sweep_overdue(
 
     `source` None means that there is none: every overdue job is unknown at once. With `dry_run` nothing is
     written, and the outcomes are those of the events that would have been settled. Raises what Postgres
-    raises; a source or a Redis that fails costs verdicts, not the sweep.
+    raises, and BadSettings where the source's own setting keeps it from answering at all; any other failure of
+    the source, or of Redis, costs verdicts and not the sweep.
     """
     report = OverdueReport(dry_run)
     with engine.connect() as connection:
         now = read_clock(connection)
+    if not dry_run:
+        note_waiting(engine, redis_client, now=now)
     # Without a source there is nobody whom three asks in a row could wake at a bad minute.
     asked_before = now if source is None else now - rules.ask_spacing
     for page in _pages(engine, rules, now, asked_before):
@@ -203,37 +230,55 @@ _OVERDUE = sa.text("""
 
 
 def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: OverdueReport) -> dict[str, Answer]:
-    """Ask in batches; a batch that errors is halved until the jobs that error are alone, and left for later."""
+    """Ask in batches; a batch that errors is halved until the jobs that error are alone, and left for later.
+
+    A batch with an answer for another job is not halved: none of its jobs has an answer until the source is
+    fixed, for what is said of another job may be what should have been said of any of them.
+    """
     job_ids = [charge.job_id for charge in page]
     if source is None:
         return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
     answers: dict[str, Answer] = {}
     parts = [job_ids[start : start + ASK_BATCH] for start in range(0, len(job_ids), ASK_BATCH)]
-    while parts:
+    timeouts = 0
+    while parts and not report.source_away:
         part = parts.pop()
         report.asked += len(part)
         try:
-            said = source.ask(part)
-            answers |= {job_id: _answer(said[job_id]) for job_id in part if job_id in said}
+            said = answers_of(source.ask(part), part)
+            timeouts = 0
+            answers |= said
+            if left_out := [job_id for job_id in part if job_id not in said]:
+                # Reported, or a source that never says `unknown` would keep these jobs open for good without a word.
+                _note_problem(SourceUnavailable(LEFT_OUT), left_out, report)
+        except BadSettings:
+            raise
         except Exception as error:  # noqa: BLE001 - a source is foreign code; whatever it raises is no answer
-            if len(part) > 1:
+            timeouts = timeouts + 1 if isinstance(error, TimeoutError) else 0
+            report.source_away = isinstance(error, SourceUnreachable) or timeouts > TIMEOUTS_MAX
+            if len(part) > 1 and not report.source_away and not isinstance(error, ForeignAnswer):
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]
             else:
-                report.source_errors += 1
-                log.warning(
-                    "the job source failed for a job",
-                    job_id=part[0],
-                    error=f"{type(error).__name__}: {error}",
-                )
+                _note_problem(error, part, report)
+    report.source_errors += sum(map(len, parts))
     return answers
 
 
-def _answer(said: object) -> Answer:
-    """Refuse what is no answer: a source is foreign code."""
-    if not isinstance(said, Answer):
-        raise TypeError(f"the source said {type(said).__name__}, not Answer")
-    return said
+def _note_problem(error: Exception, part: Sequence[str], report: OverdueReport) -> None:
+    """Count the jobs that have no answer, and log and keep the reason once, not for each of 600 jobs."""
+    broken = isinstance(error, SourceBroken)
+    said = str(error) if isinstance(error, KinoError) else f"{type(error).__name__}: {error}"
+    # It is stored as jsonb, which has no NUL and no half a surrogate: an error of any text must not cost the slot.
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in said[:PROBLEM_MAX])
+    if text != report.source_problem:
+        log.warning("the job source failed", jobs=len(part), first_job_id=part[0], broken=broken, error=text)
+    if broken or not report.source_broken:
+        report.source_problem = text
+    if broken:
+        report.source_broken += len(part)
+    else:
+        report.source_errors += len(part)
 
 
 def _note_answers(
@@ -303,25 +348,38 @@ def _raise_running(
 
 
 def event_of(charge: OverdueCharge, answer: Answer) -> Event:
-    """Write the event that should have come, from charge and answer alone: two sweeps write the same one."""
+    """Write the event that should have come, from charge and answer alone: two sweeps write the same one.
+
+    All that the content depends on stands in the id. So a source that says something else the second time, be
+    it only that it knows `finished_at` by then, makes another event: P1 lets the first settle, and the second
+    finds it settled. Under one id they would be a conflicting duplicate, a dead letter about nothing.
+
+    A `finished_at` before the charge was opened, or in the future, is kept as it was said. It moves no money:
+    policy version and account status are taken at a time that is clamped to [opened_at, now], as for every
+    event. Refusing it would keep a job open for a clock that is a second fast.
+    """
+    at = charge.due_at if answer.finished_at is None else answer.finished_at
     common: dict[str, Any] = {
         "source": RECONCILER,
-        "time": charge.due_at,
+        "time": at,
         "job_id": charge.job_id,
         "account_id": charge.account_id,
     }
     event_id = f"overdue:{charge.charge_id}:{answer.state}"
+    finished = "" if answer.finished_at is None else f"@{at.isoformat(timespec='microseconds').replace('+00:00', 'Z')}"
     match answer.state:
         case JobState.COMPLETED:
-            return JobCompleted.of(id=event_id, **common)
+            return JobCompleted.of(id=f"{event_id}{finished}", **common)
         case JobState.FAILED:
             error = {"code": "reported_by_job_source", "origin": answer.origin}
-            return JobFailed.of(id=f"{event_id}.{answer.origin}", error=error, **common)
+            return JobFailed.of(id=f"{event_id}.{answer.origin}{finished}", error=error, **common)
         case JobState.TIMED_OUT:
-            return JobTimedOut.of(id=event_id, **common)
+            # Without a result it is the event of our own verdict, and of builds that did not know this field.
+            result = ".result_produced" if answer.result_produced else ""
+            return JobTimedOut.of(id=f"{event_id}{result}{finished}", result_produced=answer.result_produced, **common)
         case JobState.REJECTED:
             return JobSafetyRejected.of(
-                id=f"{event_id}.{answer.stage}",
+                id=f"{event_id}.{answer.stage}{finished}",
                 stage=answer.stage,
                 category="reported_by_job_source",
                 **common,
@@ -335,7 +393,8 @@ def event_of(charge: OverdueCharge, answer: Answer) -> Event:
 def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> list[Delivery]:
     """Write the event; a charge that no event can speak of (its ids are not ids) holds up no other."""
     try:
-        return [delivery_of(event_of(charge, answer))]
+        with stored_ids():  # the charge may be from before today's rule for ids, and must end all the same
+            return [delivery_of(event_of(charge, answer))]
     except ValidationError as error:
         report.withheld["ids_that_no_event_can_carry"] += 1
         log.warning("no event can speak of this charge", charge_id=charge.charge_id, errors=error.error_count())

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.errors import LetterProtects
-from kino_refunds.events.schema import Queue
 from kino_refunds.reconciliation.guard import NAMELESS_COUNTS_FOR
 from kino_refunds.settlement.replays import discard_letter, require_letter
 
@@ -41,63 +40,61 @@ class ProtectedCharge:
 class Protection:
     """The open charges that one letter protects: how many, their credits, and the first of them by deadline."""
 
-    names_its_jobs: bool
-    """If not, the message may be the end of any charge that was open when it came."""
     charges: int
     credits: int
+    named: Sequence[ProtectedCharge]
+    """Those whose jobs the letter names."""
+    others: int
+    """How many more it protects because it may be the end of a job that it does not name."""
     sample: Sequence[ProtectedCharge]
+
+    @property
+    def names_its_jobs(self) -> bool:
+        """Whether the letter names every job that it protects."""
+        return not self.others
 
     @property
     def names(self) -> list[str]:
         """What a person has to say who discards the letter although these charges are open."""
-        if not self.charges:
-            return []
-        return [charge.job_id for charge in self.sample] if self.names_its_jobs else [ALL]
+        return [*(charge.job_id for charge in self.named), *([ALL] if self.others else [])]
 
 
 def read_protection(connection: sa.Connection, dead_letter_id: int, *, source_configured: bool) -> Protection:
-    """Read which open charges an open letter protects, as `guard.read_guard` withholds their verdicts.
+    """Read which open charges a letter protects while it is open, as `guard.read_guard` withholds their verdicts.
 
-    A letter that names its job protects that job. One that names none protects, for an hour and where no job source
-    is configured, every charge that was opened before it came. Raises DeadLetterNotFound.
+    It protects each job that it names. One that may hold the end of another job protects, for an hour and where no
+    job source is configured, every charge that was opened before it came as well. Raises DeadLetterNotFound.
     """
-    letter = require_letter(connection, dead_letter_id)
-    if letter.job_id is not None:
-        rows = connection.execute(_NAMED, {"job_ids": [letter.job_id]}).all()
-        return Protection(
-            names_its_jobs=True,
-            charges=len(rows),
-            credits=sum(row.credits for row in rows),
-            sample=[ProtectedCharge(*row) for row in rows],
-        )
-    wanted = {
-        "dead_letter_id": dead_letter_id,
-        "queue": Queue.JOB_COMPLETED.value,
-        "counts_for": NAMELESS_COUNTS_FOR,
-        "sample_max": SAMPLE_MAX,
-    }
-    rows = [] if source_configured else connection.execute(_NAMELESS, wanted).all()
+    require_letter(connection, dead_letter_id)
+    wanted = {"dead_letter_id": dead_letter_id, "counts_for": NAMELESS_COUNTS_FOR, "sample_max": SAMPLE_MAX}
+    named = [ProtectedCharge(*row) for row in connection.execute(_NAMED, wanted)]
+    rows = [] if source_configured else connection.execute(_OTHERS, wanted).all()
+    others = rows[0].all_charges if rows else 0
     return Protection(
-        names_its_jobs=False,
-        charges=rows[0].all_charges if rows else 0,
-        credits=int(rows[0].all_credits) if rows else 0,
-        sample=[ProtectedCharge(*row[:5]) for row in rows],
+        charges=len(named) + others,
+        credits=sum(charge.credits for charge in named) + (int(rows[0].all_credits) if rows else 0),
+        named=named,
+        others=others,
+        sample=[*named, *(ProtectedCharge(*row[:5]) for row in rows)][:SAMPLE_MAX],
     )
 
 
 _NAMED = sa.text("""
     SELECT c.job_id, c.account_id, c.credits, c.opened_at, c.deadline_at
-    FROM kino.charge c JOIN kino.open_charge o USING (charge_id)
-    WHERE c.job_id = ANY(CAST(:job_ids AS text[])) ORDER BY c.job_id
+    FROM kino.dead_letter d
+    JOIN kino.charge c ON c.job_id = ANY(d.other_job_ids || d.job_id)
+    JOIN kino.open_charge o USING (charge_id)
+    WHERE d.dead_letter_id = :dead_letter_id ORDER BY o.deadline_at, c.job_id
 """)
-_NAMELESS = sa.text("""
+_OTHERS = sa.text("""
     SELECT c.job_id, c.account_id, c.credits, c.opened_at, c.deadline_at,
            count(*) OVER () AS all_charges, sum(c.credits) OVER () AS all_credits
     FROM kino.dead_letter d
     JOIN kino.charge c ON c.opened_at < d.last_seen_at
     JOIN kino.open_charge o USING (charge_id)
-    WHERE d.dead_letter_id = :dead_letter_id AND d.queue = :queue
+    WHERE d.dead_letter_id = :dead_letter_id AND d.may_hold_others
       AND d.last_seen_at > kino.clock() - CAST(:counts_for AS interval)
+      AND c.job_id <> ALL(array_remove(d.other_job_ids || d.job_id, NULL))
     ORDER BY o.deadline_at, o.charge_id LIMIT :sample_max
 """)
 
@@ -127,10 +124,14 @@ def discard_although_open(
 def refusal(dead_letter_id: int, found: Protection) -> str:
     """Say in one line what a letter protects and how it is discarded all the same."""
     options = " ".join(f"--although-open {shlex.quote(name)}" for name in found.names)
-    if found.names_its_jobs:
-        which = ", ".join(f"job {each.job_id} ({each.credits:,} credits)" for each in found.sample)
-        why = f"keeps {which} from a presumed timeout, which would refund it"
-    else:
-        charges = f"{found.charges:,} open charge{'' if found.charges == 1 else 's'} of {found.credits:,} credits"
-        why = f"names no job, so for an hour it keeps {charges} from a presumed timeout: it may be the end of any"
+    reasons = []
+    if found.named:
+        which = ", ".join(f"job {each.job_id} ({each.credits:,} credits)" for each in found.named)
+        reasons.append(f"keeps {which} from a presumed timeout, which would refund it")
+    if found.others:
+        credits = found.credits - sum(each.credits for each in found.named)
+        charges = f"{found.others:,} open charge{'' if found.others == 1 else 's'} of {credits:,} credits"
+        who = "may also be the end of a job that it does not name" if found.named else "names no job"
+        reasons.append(f"{who}, so for an hour it keeps {charges} from a presumed timeout: it may be the end of any")
+    why = ", and ".join(reasons)
     return f"dead letter {dead_letter_id} {why}; replay it, or add {options}"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import defaultdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import DeadLetter, bare_letter, failed_letter, record_dead_letters
 from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.settlement.retries import unpark
 from kino_refunds.settlement.settle import Decision, Terms, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import sqlalchemy as sa
 
     from kino_refunds.settlement.deliveries import Delivery
+    from kino_refunds.settlement.inbox import Identity
 
 
 class Part(NamedTuple):
@@ -33,14 +34,15 @@ def settle_batch(
     deliveries: Sequence[Delivery],
     terms: Terms,
     *,
+    busy_jobs: Collection[str] = (),
     watch: Callable[[Part], None] = lambda _: None,
 ) -> list[Decision]:
     """Settle `deliveries`, in one transaction if nothing is wrong; returns the decisions, in no order.
 
     When the batch fails for a reason that lies in an event, it is halved until that event is alone; it
     becomes a dead letter `apply_error` and has no decision. A job's events stay together until the job is
-    alone. `watch` is told of each part: it may keep a long search from being taken for a dead worker, and may
-    raise to end it.
+    alone. `busy_jobs` are put off without being looked at. `watch` is told of each part: it may keep a long search
+    from being taken for a dead worker, and may raise to end it.
 
     Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. So is an
     event that could not even be recorded (somebody holds its row), after its neighbours are settled. Parts
@@ -49,7 +51,7 @@ def settle_batch(
     decisions: list[Decision] = []
     not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
     parts = [list(deliveries)] if deliveries else []
-    put_off: set[str] = set()  # or a later event of such a job would overtake the one that was put off
+    put_off = set(busy_jobs)  # or a later event of such a job would overtake the one that was put off
     while parts:
         part, settled, failed = parts.pop(), [], 0
         try:
@@ -102,16 +104,62 @@ def _settle_alone(
             with engine.connect() as connection:
                 return settle(connection, [delivery], terms, busy_jobs={delivery.event.job_id})
         case Fault.BISECT:
-            trace = "".join(traceback.format_exception(error))
-            letter = event_letter(delivery, APPLY_ERROR, f"{type(error).__name__}: {error}", exception=trace)
-            with engine.begin() as connection:
-                unpark(connection, {delivery.identity: delivery.fingerprint})
-                record_dead_letters(connection, [letter], build=terms.build)
+            waiting = {delivery.identity: delivery.fingerprint}
+            _keep_letter(engine, failed_letter(delivery, error), terms.build, waiting=waiting)
             return []
         case Fault.KEEP:
             raise error
         case _:
             assert_never(fault)
+
+
+def keep_letters(engine: sa.Engine, letters: Sequence[DeadLetter], *, build: str) -> None:
+    """Write dead letters, in one transaction if nothing is wrong; one that cannot be written hinders no other.
+
+    Raises what `classify` calls KEEP at once, and what keeps even a bare letter away after the others are written.
+    """
+    try:
+        with engine.begin() as connection:
+            record_dead_letters(connection, letters, build=build)
+    except Exception as error:
+        if classify(error) is Fault.KEEP:
+            raise
+    else:
+        return
+    not_even_kept: Exception | None = None
+    for letter in letters:
+        try:
+            _keep_letter(engine, letter, build)
+        except Exception as error:
+            if classify(error) is Fault.KEEP:
+                raise
+            not_even_kept = error
+    if not_even_kept is not None:
+        raise not_even_kept
+
+
+def _keep_letter(
+    engine: sa.Engine,
+    letter: DeadLetter,
+    build: str,
+    *,
+    waiting: Mapping[Identity, str] = MappingProxyType({}),
+) -> None:
+    """Write one letter in the place of its pending row; else beside that row; else with its bytes alone.
+
+    What makes an event fail may stand in its ids or in its pending row as well, and would keep the letter away too.
+    """
+    tries = [(waiting, letter), *([({}, letter)] if waiting else []), ({}, bare_letter(letter))]
+    for number, (done, kept) in enumerate(tries, start=1):
+        try:
+            with engine.begin() as connection:
+                unpark(connection, done)
+                record_dead_letters(connection, [kept], build=build)
+        except Exception as error:
+            if classify(error) is Fault.KEEP or number == len(tries):
+                raise
+        else:
+            return
 
 
 def outcomes_of(decisions: Sequence[Decision]) -> list[Outcome]:

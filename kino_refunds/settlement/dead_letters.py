@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from secrets import token_bytes
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kino_refunds.errors import MalformedMessage
+    from kino_refunds.events.envelope import Element
     from kino_refunds.settlement.deliveries import Delivery
 
 DETAIL_LENGTH_MAX = 2_000
@@ -27,7 +29,7 @@ POISON_CRASH = "poison_crash"
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One message that a person has to look at; `key` finds the row of the same message again."""
+    """One message, or one element of it, that a person has to look at; `key` finds the row of the same one again."""
 
     key: bytes
     raw: bytes
@@ -39,30 +41,59 @@ class DeadLetter:
     event_id: str | None = None
     job_id: str | None = None
     attempts: int = 0
+    cause: str = ""
+    """What tells letters of one reason apart: the wrong fields' paths, a task's name, where an exception came from."""
+    element_index: int | None = None
+    """The place of the event in a message that holds several; None: the whole message."""
+    other_job_ids: tuple[str, ...] = ()
+    """Further jobs that the message names, which it must protect as it does `job_id`."""
+    may_hold_others: bool = False
+    """The message may hold the end of a job that it does not name here."""
 
     @property
     def group_fingerprint(self) -> str:
-        """What the desk groups by: the reason, and where an exception came from, not what it said."""
-        last_line = (self.exception or "").strip().rpartition("\n")[2]
-        origin = last_line.partition(":")[0] if self.exception else self.queue
-        return sha256(f"{self.reason}\0{origin}".encode()).hexdigest()[:16]
+        """What the desk groups by: reason and cause. Not the queue: one mistake of a publisher's comes by several."""
+        return sha256(f"{self.reason}\0{self.cause}".encode()).hexdigest()[:16]
 
 
-def malformed_letter(raw: bytes, queue: str, error: MalformedMessage) -> DeadLetter:
-    """A message that does not parse, under the ids that can be read from it."""
-    source, event_id, job_id = describe(raw)
+def malformed_letter(raw: bytes, queue: str, error: MalformedMessage, *, element: Element | None = None) -> DeadLetter:
+    """A message, or an element of it, that does not parse, under the ids that can be read from it."""
+    about = describe(raw if element is None else element.content)
+    index = None if element is None else element.index
     return DeadLetter(
-        message_key(raw), raw, queue, error.code, error.text, source=source, event_id=event_id, job_id=job_id
+        message_key(raw, index),
+        raw,
+        queue,
+        error.code,
+        error.text,
+        source=about.source,
+        event_id=about.event_id,
+        job_id=about.job_id,
+        cause=error.cause,
+        element_index=index,
+        other_job_ids=about.other_job_ids,
+        may_hold_others=about.may_hold_others,
     )
 
 
-def poison_letter(raw: bytes, queue: str, crashes: int) -> DeadLetter:
-    """A message that ended workers while it was alone with them; not even its ids are read from it."""
-    detail = f"{crashes} workers ended while this message was all that they had in flight"
-    return DeadLetter(sha256(raw).digest(), raw, queue, POISON_CRASH, detail, attempts=crashes)
+def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | None = None) -> DeadLetter:
+    """A message, or an element, that ended workers while it was alone with them; not even its ids are read from it."""
+    what = "this message was" if element_index is None else f"element {element_index} of this message was"
+    return DeadLetter(
+        message_key(raw, element_index),
+        raw,
+        queue,
+        POISON_CRASH,
+        f"{crashes} workers ended while {what} all that they had in work",
+        attempts=crashes,
+        element_index=element_index,
+        may_hold_others=True,
+    )
 
 
-def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str | None = None) -> DeadLetter:
+def event_letter(
+    delivery: Delivery, reason: str, detail: str, *, exception: str | None = None, cause: str = ""
+) -> DeadLetter:
     """An event that was understood and cannot be applied."""
     event = delivery.event
     key = sha256(f"{event.source}\0{event.id}\0{delivery.fingerprint}".encode()).digest()
@@ -77,6 +108,66 @@ def event_letter(delivery: Delivery, reason: str, detail: str, *, exception: str
         event.id,
         event.job_id,
         delivery.attempts,
+        cause,
+        delivery.element_index,
+    )
+
+
+def failed_letter(delivery: Delivery, error: Exception) -> DeadLetter:
+    """An event that our own code, or the database, fails on; the exception goes along."""
+    trace = "".join(traceback.format_exception(error))
+    return event_letter(delivery, APPLY_ERROR, _said(error), exception=trace, cause=_origin(error))
+
+
+def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
+    """A message on which our own reading of messages fails: nothing but its bytes is known."""
+    trace = "".join(traceback.format_exception(error))
+    return DeadLetter(
+        sha256(raw).digest(),
+        raw,
+        queue,
+        APPLY_ERROR,
+        _said(error),
+        trace,
+        cause=_origin(error),
+        may_hold_others=True,
+    )
+
+
+def _origin(error: Exception) -> str:
+    """Name an exception by its type and the function of ours that it came from, never by its text or a line number.
+
+    What the driver or Postgres raised is named by its own type, which SQLAlchemy's wrapper would hide.
+    """
+    raised = getattr(error, "orig", None) or error
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if str(frame.f_globals.get("__name__")).startswith("kino_refunds.")]
+    where = [f" in {each.f_globals.get('__name__')}.{each.f_code.co_name}" for each in (ours or frames)[-1:]]
+    return "".join((type(raised).__name__, *where))
+
+
+def _said(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an exception that cannot say what it is must not keep its letter away
+        return type(error).__name__
+
+
+def bare_letter(letter: DeadLetter) -> DeadLetter:
+    """The same letter with nothing in it that a database could refuse: the bytes, and why, in ASCII.
+
+    Without its jobs it may be any job's end, and protects them all for its hour.
+    """
+    detail = letter.detail.encode("ascii", "backslashreplace").decode()
+    return replace(
+        letter,
+        detail=detail,
+        exception=None,
+        source=None,
+        event_id=None,
+        job_id=None,
+        other_job_ids=(),
+        may_hold_others=True,
     )
 
 
@@ -88,13 +179,15 @@ def storable(text: str, length_max: int) -> str:
 
 
 # A discarded letter that comes again is counted and stays discarded: a person has judged this message.
+# Poison names nobody, because it is not read: then the jobs stay that an earlier reading found.
 # One that was replayed and is back has failed again: it opens.
 _RECORD = sa.text("""
     INSERT INTO kino.dead_letter AS d
         (message_key, raw, queue, reason, detail, group_fingerprint, exception, source, event_id, job_id, attempts,
-         seen, first_seen_at, last_seen_at, build, history)
+         element_index, other_job_ids, may_hold_others, seen, first_seen_at, last_seen_at, build, history)
     VALUES (:key, :raw, :queue, :reason, :detail, :group_fingerprint, :exception, :source, :event_id, :job_id,
-            :attempts, :seen, kino.clock(), kino.clock(), :build,
+            :attempts, :element_index, CAST(:other_job_ids AS text[]), :may_hold_others, :seen,
+            kino.clock(), kino.clock(), :build,
             jsonb_build_array(jsonb_build_object('at', kino.clock(), 'reason', CAST(:reason AS text),
                                                  'detail', CAST(:detail AS text))))
     ON CONFLICT (message_key) DO UPDATE SET
@@ -103,6 +196,12 @@ _RECORD = sa.text("""
         reason = excluded.reason,
         detail = excluded.detail,
         group_fingerprint = excluded.group_fingerprint,
+        source = coalesce(d.source, excluded.source),
+        event_id = coalesce(d.event_id, excluded.event_id),
+        job_id = coalesce(d.job_id, excluded.job_id),
+        other_job_ids = CASE WHEN excluded.reason = 'poison_crash' THEN d.other_job_ids
+                             ELSE excluded.other_job_ids END,
+        may_hold_others = excluded.may_hold_others,
         exception = excluded.exception,
         attempts = greatest(d.attempts, excluded.attempts),
         build = excluded.build,
@@ -160,6 +259,9 @@ def _row(letter: DeadLetter, seen: int, build: str) -> dict[str, Any]:
         "event_id": letter.event_id,
         "job_id": letter.job_id,
         "attempts": letter.attempts,
+        "element_index": letter.element_index,
+        "other_job_ids": list(letter.other_job_ids),
+        "may_hold_others": letter.may_hold_others,
         "seen": seen,
         "build": build,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC
@@ -13,19 +14,19 @@ import sqlalchemy as sa
 
 from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
-from kino_refunds.events.envelope import MalformedReason
-from kino_refunds.events.schema import ID_LENGTH_MAX
-from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.events.envelope import MalformedReason, split
+from kino_refunds.events.schema import EDITED_ID_LENGTH_MAX
+from kino_refunds.settlement.batch import keep_letters, settle_batch
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, malformed_letter, record_dead_letters
-from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_delivery
+from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_kept, read_message
 from kino_refunds.settlement.inbox import read_record
-from kino_refunds.settlement.outcomes import Disposition, disposition
+from kino_refunds.settlement.outcomes import ChargeState, Disposition, Outcome, disposition
 from kino_refunds.settlement.settle import decide, read_charges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from kino_refunds.settlement.settle import Terms
+    from kino_refunds.settlement.settle import Decision, Terms
 
 LOCK_CLASS = 0x6B696E6F
 """`kino`, in the space of Postgres' advisory locks."""
@@ -56,6 +57,10 @@ def replay_letter(
 ) -> Replay:
     """Settle a dead letter's event; it keeps its identity, so what was settled meanwhile is a duplicate.
 
+    A letter of one element settles that element. A letter of a whole message that holds several events settles each;
+    one that fails gets a letter of its own, and the outcome counts them.
+
+    An event that names another account than its charge is closed where that charge is settled: nothing can move.
     `edited` is a corrected message; it settles as `<id>+edit.N`, because its content is not the original's. It
     must be of the letter's event, and the letter not replayed yet: a second correction would contradict the first.
     With `dry_run` the outcome is what it would be now, and nothing is written. A replay that fails leaves the
@@ -127,24 +132,26 @@ def _replay(
         with engine.begin() as connection:
             set_letter_status(connection, dead_letter_id, status, actor=actor, entry=entry)
 
+    if edited is None and letter.element_index is None and split(letter.raw) is not None:
+        outcome = _settle_each(engine, letter, terms, dry_run=dry_run)
+        if not dry_run:
+            close("replayed", outcome=outcome)
+        return Replay(dead_letter_id, None, None, outcome, closed=True)
+
     try:
         ours = _is_ours(letter)
         delivery = (
             _edited(edited, letter, ours=ours)
             if edited is not None
-            else read_delivery(letter.raw, letter.queue, ours=ours)
+            else read_kept(letter.raw, letter.queue, letter.element_index, ours=ours)
         )
     except MalformedMessage as error:
         if edited is not None:
             raise
         if not dry_run:
-            with engine.begin() as connection:
-                again = malformed_letter(letter.raw, letter.queue, error)
-                record_dead_letters(connection, [again], build=terms.build)
-            if again.key != bytes(letter.message_key):
-                close("replayed", outcome=error.code)
-            elif letter.status == "discarded":
-                close("open", outcome=error.code)
+            replaced = _keep_again(engine, letter, error, terms)
+            if replaced or letter.status == "discarded":
+                close("replayed" if replaced else "open", outcome=error.code)
         return Replay(dead_letter_id, letter.event_id, letter.job_id, error.code, closed=False)
     outcome, closed = _would_settle(engine, delivery, terms) if dry_run else _settle(engine, delivery, terms)
     # A letter under another key has taken this one's place: the same message, read by another build.
@@ -157,8 +164,17 @@ def _replay(
     return Replay(dead_letter_id, delivery.event.id, delivery.event.job_id, outcome, closed)
 
 
+def _keep_again(engine: sa.Engine, letter: Any, error: MalformedMessage, terms: Terms) -> bool:
+    """Count a message that still cannot be read; returns whether that is another row, as by another build's key."""
+    element = next((each for each in split(letter.raw) or () if each.index == letter.element_index), None)
+    again = malformed_letter(letter.raw, letter.queue, error, element=element)
+    with engine.begin() as connection:
+        record_dead_letters(connection, [again], build=terms.build)
+    return again.key != bytes(letter.message_key)
+
+
 _LETTER = sa.text("""
-    SELECT raw, queue, reason, message_key, source, event_id, job_id, status, status_actor, status_at,
+    SELECT raw, queue, element_index, reason, message_key, source, event_id, job_id, status, status_actor, status_at,
            (SELECT count(*) FROM jsonb_array_elements(history) h WHERE h ? 'as') AS edits
     FROM kino.dead_letter WHERE dead_letter_id = :dead_letter_id
 """)
@@ -170,35 +186,59 @@ def _is_ours(letter: Any) -> bool:
 
 
 def _edited(message: bytes, letter: Any, *, ours: bool) -> Delivery:
-    event = read_delivery(message, letter.queue, ours=ours).event
+    event = read_kept(message, letter.queue, None, ours=ours).event
     known = {"source": letter.source, "id": letter.event_id}
     if letter.event_id is None or (letter.source == RECONCILER and not ours):
         known = {"job_id": letter.job_id}  # all that can tell two letters apart
     for name, value in known.items():
-        if value is not None and getattr(event, name) != value:
+        # White space at the ends may be what is corrected.
+        if value is not None and getattr(event, name).strip() != value.strip():
             found = f"its {name} is {getattr(event, name)!r}, the letter's is {value!r}"
             raise MalformedMessage("invalid_event", f"{found}; a correction is of the same event")
     event_id = f"{event.id}+edit.{letter.edits + 1}"
-    if len(event_id) > ID_LENGTH_MAX:
-        raise MalformedMessage("invalid_event", f"the id of the edited event is over {ID_LENGTH_MAX} characters")
+    if len(event_id) > EDITED_ID_LENGTH_MAX:
+        found = f"the id of the edited event is over {EDITED_ID_LENGTH_MAX} characters"
+        raise MalformedMessage("invalid_event", found)
     return delivery_of(event.model_copy(update={"id": event_id}))
+
+
+def _settle_each(engine: sa.Engine, letter: Any, terms: Terms, *, dry_run: bool) -> str:
+    """Settle every event of a kept message, as intake would; each is decided or has its row then."""
+    deliveries, dead = read_message(letter.raw, letter.queue)
+    if dry_run:
+        decisions = _decide(engine, deliveries, terms)
+    else:
+        decisions = settle_batch(engine, deliveries, terms)
+        keep_letters(engine, dead, build=terms.build)
+    outcomes = Counter(decision.outcome.value for decision in decisions)
+    outcomes.update(each.reason for each in dead)
+    outcomes[APPLY_ERROR] += len(deliveries) - len(decisions)
+    return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(outcomes.items()) if count)
 
 
 def _settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
     decisions = settle_batch(engine, [delivery], terms)
-    if not decisions:
-        return APPLY_ERROR, False
-    outcome = decisions[0].outcome
-    return outcome.value, disposition(outcome) is not Disposition.DEAD_LETTER
+    return _came_to(decisions[0]) if decisions else (APPLY_ERROR, False)
 
 
 def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
+    (decision,) = _decide(engine, [delivery], terms)
+    return _came_to(decision)
+
+
+def _decide(engine: sa.Engine, deliveries: Sequence[Delivery], terms: Terms) -> list[Decision]:
     with engine.connect() as connection:
-        record = read_record(connection, {delivery.identity})
-        charges = read_charges(connection, {delivery.event.job_id})
+        record = read_record(connection, {delivery.identity for delivery in deliveries})
+        charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
         now = read_clock(connection)
-    (decision,) = decide([delivery], record, charges, terms.policy, now)
-    return decision.outcome.value, disposition(decision.outcome) is not Disposition.DEAD_LETTER
+    return decide(deliveries, record, charges, terms.policy, now)
+
+
+def _came_to(decision: Decision) -> tuple[str, bool]:
+    """Return the outcome, and whether the letter needs nobody any more."""
+    settled = decision.charge is not None and decision.charge.state is not ChargeState.OPEN
+    closed = disposition(decision.outcome) is not Disposition.DEAD_LETTER
+    return decision.outcome.value, closed or (decision.outcome is Outcome.ACCOUNT_MISMATCH and settled)
 
 
 def set_letter_status(

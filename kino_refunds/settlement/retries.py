@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from kino_refunds.errors import SettledElsewhere
-from kino_refunds.events.envelope import parse
+from kino_refunds.errors import MalformedMessage, SettledElsewhere
+from kino_refunds.events.envelope import parse_stored
+from kino_refunds.settlement.dead_letters import malformed_letter, record_dead_letters
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
 
 if TYPE_CHECKING:
@@ -130,13 +131,19 @@ def unpark(connection: sa.Connection, done: Mapping[Identity, str]) -> None:
 
 
 def lease_due(
-    connection: sa.Connection, *, lease: timedelta, limit: int = 500, event_id: str | None = None
+    connection: sa.Connection,
+    *,
+    lease: timedelta,
+    build: str,
+    limit: int = 500,
+    event_id: str | None = None,
 ) -> list[Delivery]:
     """Take events whose time has come, and those whose charge has come, for the length of `lease`.
 
     In the caller's transaction, which must be committed before they are settled: the lease, not a lock,
     keeps a second sweep away from them. It runs out with the alive TTL of a worker, so what a sweep had in hand
-    when it was killed comes back as soon as its worker's batch (P9).
+    when it was killed comes back as soon as its worker's batch (P9). An event that this build cannot read, of a
+    newer one that was taken back, becomes a dead letter: it must not stop the sweep for all others (P8).
     """
     rows = connection.execute(
         sa.text("""
@@ -159,14 +166,22 @@ def lease_due(
             UPDATE kino.pending_event p
             SET leased_until = kino.clock() + make_interval(secs => :lease_s) FROM due
             WHERE p.source = due.source AND p.event_id = due.event_id
-            RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts
+            RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts,
+                      p.source, p.event_id, p.fingerprint, p.queue
         """),
         {"lease_s": lease.total_seconds(), "limit": limit, "event_id": event_id},
     )
-    return [
-        delivery_of(parse(row.event.encode()), pending_since=row.first_seen_at, attempts=row.attempts + 1)
-        for row in rows
-    ]
+    due, unread, letters = [], {}, []
+    for row in rows:
+        raw = row.event.encode()
+        try:
+            due.append(delivery_of(parse_stored(raw), pending_since=row.first_seen_at, attempts=row.attempts + 1))
+        except MalformedMessage as error:
+            unread[row.source, row.event_id] = row.fingerprint
+            letters.append(malformed_letter(raw, row.queue, error))
+    unpark(connection, unread)
+    record_dead_letters(connection, letters, build=build)
+    return due
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +197,7 @@ def sweep_retries(
     settle_deliveries: Callable[[Sequence[Delivery]], Collection[Outcome]],
     *,
     lease: timedelta,
+    build: str,
     limit: int = 500,
     event_id: str | None = None,
 ) -> Swept:
@@ -190,7 +206,7 @@ def sweep_retries(
     If Postgres goes away in between, the leases run out and no attempt is spent.
     """
     with engine.begin() as connection:
-        due = lease_due(connection, lease=lease, limit=limit, event_id=event_id)
+        due = lease_due(connection, lease=lease, build=build, limit=limit, event_id=event_id)
     outcomes: dict[str, int] = {}
     for outcome in settle_deliveries(due) if due else ():
         outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1

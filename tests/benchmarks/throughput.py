@@ -36,7 +36,7 @@ import sqlalchemy as sa
 from kino_refunds.demo.promises import violations
 from kino_refunds.demo.replay import scratch
 from kino_refunds.embedded import DATABASE, Servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Event, queue_of, to_json
 from kino_refunds.processes import CeleryProcess, settings_for, start_worker
@@ -154,7 +154,7 @@ class Bench:
             while waiting(engine):
                 if time.monotonic() - started > DEADLINE_S:
                     raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
-                tried += sweep_retries(engine, settle_again, lease=settings.retry_lease).tried
+                tried += sweep_retries(engine, settle_again, lease=settings.retry_lease, build=terms.build).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:
             print(f"  {tried:,} jobs were busy, and settled by the retry sweep")

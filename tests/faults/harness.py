@@ -29,7 +29,7 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import Servers, servers
 from kino_refunds.errors import ServerFailed
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, depths
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.policy.document import published_policy
@@ -380,6 +380,7 @@ class World:
                 self.engine,
                 lambda due: outcomes_of(settle_batch(self.engine, due, self.terms)),
                 lease=timedelta(minutes=1),
+                build=self.terms.build,
             )
 
     def sweep_overdue(self, source: JobSource | None, *, asks: int = 1, later_s: float = 0.0) -> OverdueReport:

@@ -12,8 +12,8 @@ from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.gate import pause_intake, resume_intake
 from tests.faults.harness import World, require, scenario
-from tests.faults.oracle import CAPTURED, FAILED, TIMED_OUT, Message
-from tests.malformed import MALFORMED
+from tests.faults.oracle import CAPTURED, FAILED, KINDS, TIMED_OUT, Message
+from tests.malformed import MALFORMED, envelope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,9 +133,7 @@ def everything_malformed(world: World) -> None:
     work = world.workload
     messages = work.some(20)
     queues = sorted({message.queue for message in messages})
-    # One content in both wire forms is one dead letter, seen twice: here each comes in one of them.
-    unwanted = world.chance.choice((", bare", ", kombu"))
-    raws = dict.fromkeys(raw for name, (raw, _) in MALFORMED.items() if not name.endswith(unwanted))
+    raws = dict.fromkeys(raw for raw, _ in MALFORMED.values())
     noise = [work.add(Message(raw, queues[index % len(queues)], "", "", "", "dead")) for index, raw in enumerate(raws)]
     mixed = [*messages, *noise]
     world.chance.shuffle(mixed)
@@ -143,6 +141,47 @@ def everything_malformed(world: World) -> None:
     world.publish(mixed)
     world.faults["bad input"] += len(noise)
     world.drain(world.intake())
+
+
+@scenario("several events in a message", quick=True)
+def arrays_of_events(world: World) -> None:
+    """Arrays of events, with copies and rubbish among them: each element is decided by itself, or kept (P2, P7, P8)."""
+    work = world.workload
+    messages = [work.event(work.job(KINDS[kind].ending), kind, wire="bare") for kind in [*KINDS] * 6]
+    world.open(messages)
+    bodies = [message.raw for message in messages]
+    for start in range(0, len(bodies), 10):
+        part = bodies[start : start + 10]
+        array = b"[" + b",".join([*part, part[0], b'{"specversion":"1.0"}']) + b"]"
+        raw = array if start % 20 else envelope(array)
+        work.add(Message(raw, messages[start].queue, "", "", "", "dead"))
+        world.redis.lpush(messages[start].queue, raw)
+        work.published.update([raw, *part])
+    world.faults["arrays"] += len(bodies) // 10
+    world.drain(world.intake(intake_batch=7))
+
+
+@scenario("several events in a message", quick=True)
+def completions_that_nobody_can_read(world: World) -> None:
+    """Completions that we hold in a message that cannot be read protect every job in it until they are settled (P9)."""
+    work = world.workload
+    messages = [work.event(work.job(CAPTURED, overdue_s=60), "completed", wire="bare") for _ in range(6)]
+    world.open(messages)
+    for start, glue in ((0, b"\n"), (2, b" "), (4, b"} {")):
+        held = glue.join(message.raw for message in messages[start : start + 2])
+        work.add(Message(held, messages[0].queue, "", "", "", "dead"))
+        world.redis.lpush(messages[0].queue, held)
+        work.published.add(held)
+    world.faults["unreadable completions"] += 3
+    intake = world.intake()
+    world.consume(intake)
+    # Known to a source, as far as the guard is asked: then nothing but the jobs' names protects them.
+    for source, later_s in ((None, 1), (Says(lambda _: UNKNOWN), 2)):
+        swept = world.sweep_overdue(source, later_s=later_s)
+        require(sum(swept.withheld.values()) == len(messages), "every job of the messages is protected")
+    require(world.settled() == 0, "no completed job is refunded")
+    world.publish(messages)
+    world.drain(intake)
 
 
 # --- jobs without an event ------------------------------------------------------------------------------------

@@ -263,20 +263,19 @@ def sessions_terminated(world: World) -> None:
 
 @scenario("Postgres read-only")
 def postgres_read_only(world: World) -> None:
-    """A database that was made read-only is waited for, and gone on with once it is not (P6)."""
+    """A server that came back as a standby is waited for, and gone on with once it is promoted (P6)."""
     messages = world.workload.some(60)
     world.open(messages)
     world.start_worker()
     world.until_ready()
-    world.sql(f"ALTER DATABASE {world.database} SET default_transaction_read_only = on")
-    world.terminate_sessions("kino-intake")
+    world.servers.postgres.stop()
+    (world.servers.postgres.data / "standby.signal").touch()
+    world.servers.postgres.start()
     world.faults["Postgres read-only"] += 1
     world.publish(messages)
     world.until(lambda: world.in_flight() == len(messages) and "read-only" in world.last_words(), "a kept batch")
     require(world.settled() == 0, "nothing could be written")
-    # As in a failover: sessions that were opened before stay read-only for as long as they live.
-    with world.servers.postgres.connect() as superuser:
-        superuser.execute(f"ALTER DATABASE {world.database} RESET default_transaction_read_only".encode())
+    world.sql("SELECT pg_promote()")
     world.settle_down()
 
 
@@ -343,3 +342,38 @@ def half_open_to_postgres(world: World) -> None:
         for _ in world.stream(40):
             pass
         world.settle_down()
+
+
+DEFAULTS = (
+    "datestyle = 'SQL, DMY'",
+    "datestyle = 'German'",
+    "intervalstyle = 'sql_standard'",
+    "timezone = 'Asia/Tokyo'",
+    "client_encoding = 'LATIN1'",
+    "bytea_output = 'escape'",
+    "search_path = 'nowhere'",
+    "default_transaction_isolation = 'serializable'",
+    "default_transaction_read_only = on",
+    "standard_conforming_strings = off",
+    "plan_cache_mode = 'force_generic_plan'",
+    "statement_timeout = '1ms'",
+)
+
+
+@scenario("session defaults", quick=True)
+def defaults_of_the_database(world: World) -> None:
+    """Whatever a database's sessions begin with, the same events settle the same way (P8)."""
+
+    def alter(what: str) -> None:
+        with world.servers.postgres.connect() as superuser:  # of another database: under this default it may be refused
+            superuser.execute(f'ALTER DATABASE "{world.database}" {what}'.encode())
+
+    for default in DEFAULTS:
+        alter(f"SET {default}")
+        world.faults["session default"] += 1
+        messages = world.workload.some(10)
+        world.open(messages)
+        world.publish(messages)
+        world.consume(world.intake(engine=world.new_engine()))
+        alter("RESET ALL")
+        require(world.settled() == len(world.workload.messages), f"all is settled under {default}")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import signal
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import redis
+from kombu import Connection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from kino_refunds.events.connection import redis_client
+from tests.failover import pair
 from tests.faults.harness import World, require, scenario
 from tests.faults.on_events import Truth
 from tests.faults.oracle import TIMED_OUT
@@ -75,6 +82,52 @@ def flushed_under_load(world: World) -> None:
     world.settle_down()
     require(0 < world.settled() <= 180, "some events are gone, and some were settled")
     world.sweep_overdue(None, later_s=7200)
+
+
+@scenario("Valkey emptied")
+def flushed_beside_a_simple_queue(world: World) -> None:
+    """After FLUSHALL a living stock SimpleQueue delivers again as soon as the bindings are back (P6)."""
+    world.start_worker()
+    world.until_ready()
+    messages = world.workload.some(20, kinds=("timeout",))
+    world.open(messages)
+    with Connection(world.servers.redis.url()) as connection, connection.SimpleQueue(messages[0].queue) as queue:
+        for message in messages[:10]:
+            queue.put(json.loads(_bare(message.raw)))
+        world.until(lambda: world.settled() == 10, "what was sent before")
+        world.redis.flushall()
+        world.faults["FLUSHALL"] += 1
+        world.until(lambda: world.redis.exists(f"_kombu.binding.{messages[0].queue}"), "the binding is back")
+        for message in messages[10:]:
+            queue.put(json.loads(_bare(message.raw)))
+    world.settle_down()
+    require(world.settled() == len(messages), "nothing that was sent afterwards is lost")
+
+
+def _bare(raw: bytes) -> bytes:
+    document = json.loads(raw)
+    return base64.b64decode(document["body"]) if "body" in document else raw
+
+
+@scenario("Redis failover")
+def failover_with_a_living_old_primary(world: World) -> None:
+    """The old primary lives on as a replica, and connections stay open: workers go on at the new one (P6)."""
+    with tempfile.TemporaryDirectory(prefix="kino-failover-") as folder, pair(Path(folder)) as servers:
+        before, world.redis = world.redis, redis_client(servers.url())
+        try:
+            world.start_worker(KINO_REDIS_URL=servers.url(), KINO_INTAKE_BATCH="20")
+            world.until_ready()
+            messages = world.workload.some(200)
+            world.open(messages)
+            world.publish(messages[:100])
+            world.until(lambda: world.settled() > 10, "the first settlements")
+            servers.fail_over()
+            world.faults["Redis failover"] += 1
+            world.publish(messages[100:])
+            world.settle_down()
+        finally:
+            world.redis.close()
+            world.redis = before
 
 
 def _may_be_gone(world: World) -> None:

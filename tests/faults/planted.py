@@ -154,9 +154,9 @@ PLANTED = [
     Planted(
         "malformed dropped silently",
         Edit(
-            INTAKE,
-            "            dead.append(malformed_letter(message.raw, message.queue.value, error))\n",
-            "            log.debug(str(error))\n",
+            "kino_refunds/settlement/deliveries.py",
+            "return [], [malformed_letter(raw, queue, malformed)]",
+            "return [], []",
         ),
         ("everything_malformed",),
     ),
@@ -186,7 +186,7 @@ PLANTED = [
     ),
     Planted(
         "poison counted per batch",
-        Edit(QUEUES, "if alone and redis.call('EXISTS'", "if redis.call('EXISTS'"),
+        Edit(QUEUES, "if is_alone(held) and redis.call('EXISTS'", "if redis.call('EXISTS'"),
         ("poisonous_message",),
     ),
     Planted(
@@ -203,8 +203,8 @@ PLANTED = [
         "claim writes before its DEL",
         Edit(
             QUEUES,
-            "redis.call('DEL', alive(me))\nredis.call('SET', alive(me), '1', 'PX', alive_ms)",
-            "redis.call('SET', alive(me), '1', 'PX', alive_ms)",
+            "  redis.call('DEL', alive(me))\n  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
+            "  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
         ),
         ("full_before_the_claim",),
     ),
@@ -243,11 +243,39 @@ PLANTED = [
         ("host_that_is_slow",),
     ),
     Planted(
+        "the first name only",
+        Edit(
+            "kino_refunds/events/envelope.py",
+            "        jobs[1:],\n        may_hold_others=not (readable and sure and len(jobs) == 1),",
+            "        (),\n        may_hold_others=not jobs,",
+        ),
+        ("completions_that_nobody_can_read",),
+    ),
+    Planted(
+        "bindings not looked after",
+        Edit(QUEUES, "      if not found then\n", "      if not members then\n"),
+        ("flushed_beside_a_simple_queue",),
+    ),
+    Planted(
+        "a demoted primary keeps its connections",
+        Edit(
+            "kino_refunds/events/connection.py",
+            "            if not _is_not_primary(error):\n",
+            "            if error:\n",
+        ),
+        ("failover_with_a_living_old_primary",),
+    ),
+    Planted(
+        "dates as the database writes them",
+        Edit("kino_refunds/db/engine.py", '    "DateStyle": "ISO, MDY",\n', ""),
+        ("defaults_of_the_database",),
+    ),
+    Planted(
         "an error of the source is an answer",
         Edit(
             OVERDUE,
-            "                report.source_errors += 1\n",
-            "                answers[part[0]] = Answer(JobState.UNKNOWN)\n",
+            "                _note_problem(error, part, report)\n",
+            "                answers |= dict.fromkeys(part, Answer(JobState.UNKNOWN))\n",
         ),
         ("source_that_errs",),
     ),

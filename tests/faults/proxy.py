@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Coroutine
     from types import TracebackType
     from typing import Any
@@ -40,10 +41,11 @@ class _Line:
 
 
 class Proxy:
-    """Stands between a client and the server on `port`; in a thread of its own."""
+    """Stands between a client and the server on `port`; in a thread of its own. With `tls` its own side speaks TLS."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self._server_port = port
+        self._tls = tls
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -67,6 +69,10 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE_S)
         self._loop.close()
+
+    def lead_to(self, port: int) -> None:
+        """Take new connections to another server, as an address that was switched; open ones stay where they are."""
+        self._server_port = port
 
     def cut(self) -> None:
         """End every connection at once; new ones are taken."""
@@ -111,7 +117,7 @@ class Proxy:
 
     async def _listen(self) -> None:
         self._flowing.set()
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from kino_refunds.demo.promises import violations
 from kino_refunds.demo.replay import scratch
 from kino_refunds.embedded import Servers
-from kino_refunds.events.client import redis_client
+from kino_refunds.events.connection import redis_client
 from kino_refunds.events.schema import Event
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import retries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ import sqlalchemy as sa
 import typer
 from kombu import Connection as KombuConnection
 from packaging.requirements import Requirement
+from pydantic import SecretStr
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
@@ -35,12 +37,14 @@ from kino_refunds.db.migrate import migrate
 from kino_refunds.doctor.on_redis import refused_commands
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.events.envelope import MalformedReason, parse
-from kino_refunds.events.publisher import EventPublisher, declare_queues
-from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
-from kino_refunds.events.schema import Queue
+from kino_refunds.events.publisher import EventPublisher
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Bound, Queues, depths, waiting
+from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
 from kino_refunds.reconciliation import guard, overdue
+from kino_refunds.reconciliation.adapters import read_answers, source_of
+from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.server_guard import Orders
 from kino_refunds.settings import PREFIX, Settings
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, POISON_CRASH
@@ -110,11 +114,11 @@ def test_runbook_knows_every_reason() -> None:
     dead = {outcome.value for outcome in Outcome if disposition(outcome) is not Disposition.FINAL}
     breaks = {outcome.value for outcome in BREAKS} | {overdue.RUNNING_PAST_CAP}
     source = inspect.getsource(guard) + inspect.getsource(overdue)
-    withheld = set(re.findall(r'(?:return|refused =|else|withheld\[)\s?"([a-z_]+)"', source))
+    withheld = set(re.findall(r'(?:return|refused =|else|withheld\[|_Waiting\()\s?"([a-z_]+)"', source))
 
     rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
 
-    assert len(withheld) == 10
+    assert len(withheld) == 11
     assert set(MalformedReason) | dead | {APPLY_ERROR, POISON_CRASH} | breaks | withheld <= rows
 
 
@@ -180,6 +184,198 @@ def test_compose_asks_for_every_password_it_uses() -> None:
     assert used == set(re.findall(r"^([A-Z_]+)=", example, re.MULTILINE))
 
 
+def deployed(name: str) -> str:
+    return (DEPLOY / name).read_text(encoding="utf-8")
+
+
+def names(text: str, line: str) -> set[str]:
+    """The settings that stand where `line` has NAME."""
+    return set(re.findall(line.replace("NAME", r"(KINO_\w+)"), text, re.MULTILINE))
+
+
+def slots_of_compose() -> dict[str, set[str]]:
+    """The settings that each service has a slot for."""
+    text = deployed("compose.yaml")
+    shared = names(text.partition("x-settings: &settings\n")[2].partition("\n\n")[0], "^  NAME:")
+    services = dict(re.findall(r"^  (worker|beat|migrate):\n((?:    .*\n)+)", text, re.MULTILINE))
+    return {
+        name: names(service, "^      NAME:") | (shared if "<<: *settings" in service else set())
+        for name, service in services.items()
+    }
+
+
+PEOPLES = "KINO_PRODUCT_DATABASE_URL"
+SETTINGS_OF_KUBERNETES = ("kubernetes/settings.yaml", "kubernetes/secrets.example.yaml")
+
+
+def slots_of_kubernetes() -> dict[str, set[str]]:
+    """The settings that each workload has a slot for: those of the config map and secrets that it names."""
+    sources: dict[str, set[str]] = {}
+    for document in "\n---\n".join(map(deployed, SETTINGS_OF_KUBERNETES)).split("\n---\n"):
+        (name,) = re.findall(r"^  name: (\S+)$", document, re.MULTILINE)
+        sources[name] = names(document, "^  NAME:")
+    return {
+        name: {
+            setting
+            for source in re.findall(r"Ref:\n +name: (\S+)", deployed(f"kubernetes/{name}.yaml"))
+            for setting in sources[source]
+        }
+        for name in ("worker", "beat", "migrate")
+    }
+
+
+def slots_of_systemd() -> dict[str, set[str]]:
+    """The settings that the example of each unit's environment file has a slot for."""
+    units = {"worker": "worker@", "beat": "beat", "migrate": "migrate"}
+    files = {
+        name: re.findall(
+            r"^EnvironmentFile=/etc/kino-refunds/(.+)$", deployed(f"systemd/kino-refunds-{unit}.service"), re.MULTILINE
+        )
+        for name, unit in units.items()
+    }
+    return {name: names(deployed(f"systemd/{file}.example"), "^NAME=") for name, (file,) in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("slots", "of_the_image"),
+    [(slots_of_compose, {"KINO_BUILD"}), (slots_of_kubernetes, {"KINO_BUILD"}), (slots_of_systemd, set())],
+    ids=["compose", "kubernetes", "systemd"],
+)
+def test_every_setting_has_a_slot(slots: Any, of_the_image: set[str]) -> None:
+    """Whoever deploys finds each setting where the others are, and never the owner's password beside a worker."""
+    owners = "KINO_MIGRATION_DATABASE_URL"
+    # A person's own, for `charges open` and `grant`: nothing that is deployed may open charges.
+    everything = {PREFIX + name.upper() for name in Settings.model_fields}
+
+    found = slots()
+
+    assert found["worker"] == found["beat"] == everything - of_the_image - {owners, PEOPLES}
+    assert found["migrate"] == {owners}
+    assert all(f"ENV {name}=$BUILD\n" in deployed("Dockerfile") for name in of_the_image)
+
+
+def test_an_empty_slot_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What deploy/ leaves empty is what the program takes by itself; only who connects where must be filled in."""
+    example = deployed("compose.env.example")
+    for name, value in re.findall(r"^(KINO_\w+)=(.*)$", example, re.MULTILINE):
+        monkeypatch.setenv(name, value)
+
+    assert Settings() == Settings.model_construct(log_format="json", build=Settings().build)
+
+
+def test_no_job_source_is_chosen_for_anybody() -> None:
+    """deploy/ chooses neither `none` nor another job source: each decides about credits, so a person does."""
+    chosen = {
+        path.name: set(re.findall(r"KINO_JOB_SOURCE(?:: |=)(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+        for path in FILES
+        if path.suffix != ".md"
+    }
+
+    assert {name: values for name, values in chosen.items() if values} == {
+        "compose.yaml": {"${KINO_JOB_SOURCE:-}"},
+        "compose.env.example": {""},
+        "settings.yaml": {'""'},
+        "env.example": {""},
+    }
+
+
+SECRETS = {PREFIX + name.upper() for name, field in Settings.model_fields.items() if "Secret" in str(field.annotation)}
+
+
+@pytest.mark.parametrize("name", sorted(SECRETS - {PEOPLES}))
+def test_what_opens_something_is_a_secret(name: str) -> None:
+    """In Kubernetes a URL with a password and a token are in a secret, and in no config map."""
+    assert f"  {name}: " in deployed("kubernetes/secrets.example.yaml")
+    assert f"  {name}: " not in deployed("kubernetes/settings.yaml")
+
+
+GUIDE = (DEPLOY / "README.md").read_text(encoding="utf-8")
+
+
+def guide_example(name: str) -> str:
+    found = re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", GUIDE, re.DOTALL)
+    assert found is not None, f"the guide has no example {name}"
+    return found[1]
+
+
+def test_guides_query_answers_as_it_says(database: Database) -> None:
+    """The example of a query runs against such a table through the real source, and tells all that an event can say."""
+    ended = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    owner = create_engine(database.url("postgres"))
+    with owner.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA pipeline"))
+        connection.execute(
+            sa.text(
+                "CREATE TABLE pipeline.generation_job (job_id char(20), status text, error_party text,"
+                " blocked_at text, output_key text, ended_at timestamptz)"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO pipeline.generation_job VALUES"
+                " ('done', 'SUCCEEDED', NULL, NULL, 'video', :ended),"
+                " ('theirs', 'ERROR', 'vendor', NULL, NULL, :ended),"
+                " ('odd', 'ERROR', 'gremlins', NULL, NULL, NULL), ('late', 'EXPIRED', NULL, NULL, 'video', :ended),"
+                " ('dead', 'EXPIRED', NULL, NULL, NULL, NULL), ('bad', 'BLOCKED', NULL, 'output', NULL, NULL),"
+                " ('new', 'RETRYING', NULL, NULL, NULL, NULL)"
+            ),
+            {"ended": ended},
+        )
+    settings = Settings(
+        job_source="sql", job_source_url=SecretStr(database.url("postgres")), job_source_query=guide_example("query")
+    )
+
+    with source_of(settings) as source:
+        assert source is not None
+        answers = dict(source.ask(["done", "theirs", "odd", "late", "dead", "bad", "new", "nobody"]))
+
+    owner.dispose()
+    produced = {"done", "late"}
+    assert answers == {
+        name: replace(answer, result_produced=name in produced)
+        for name, answer in {
+            "done": Answer(JobState.COMPLETED, finished_at=ended),
+            "theirs": Answer(JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=ended),
+            "odd": Answer(JobState.FAILED),
+            "late": Answer(JobState.TIMED_OUT, finished_at=ended),
+            "dead": Answer(JobState.TIMED_OUT),
+            "bad": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
+            "new": Answer(JobState.RUNNING),
+            "nobody": Answer(JobState.UNKNOWN),
+        }.items()
+    }
+
+
+def test_guides_answer_is_read_as_it_says() -> None:
+    """The example of an answer has every state and every field, and is read whole."""
+    rows = json.loads(guide_example("answer"))["jobs"]
+
+    answers = read_answers(rows, [row["job_id"] for row in rows])
+
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    assert answers == {
+        "job-1": Answer(JobState.COMPLETED, finished_at=noon),
+        "job-2": Answer(
+            JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=noon + timedelta(seconds=1.5) - timedelta(hours=1)
+        ),
+        "job-3": Answer(JobState.TIMED_OUT, result_produced=True),
+        "job-4": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
+        "job-5": Answer(JobState.RUNNING),
+        "job-6": Answer(JobState.UNKNOWN),
+    }
+    assert {answer.state for answer in answers.values()} == set(JobState)
+    assert {name for row in rows for name in row} == {"job_id"} | {field.name for field in fields(Answer)}
+
+
+def test_guide_names_every_word_of_the_contract() -> None:
+    """The guide has each setting of the job source, each state, origin, stage and field, in code."""
+    in_code = set(re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", GUIDE, flags=re.DOTALL | re.MULTILINE)))
+
+    settings = {"KINO_JOB_SOURCE", "KINO_JOB_SOURCE_URL", "KINO_JOB_SOURCE_TIMEOUT_S", "none", "sql", "http"}
+    assert settings | {*JobState, *ErrorOrigin, *SafetyStage} <= in_code
+    assert all(any(field.name in code for code in in_code) for field in fields(Answer))
+
+
 def test_scaler_watches_the_queues() -> None:
     """KEDA scales on the four queues and on nothing else."""
     keda = (DEPLOY / "kubernetes/keda.yaml").read_text(encoding="utf-8")
@@ -239,7 +435,7 @@ def test_units_start_what_the_image_starts() -> None:
     """Each systemd unit runs the command that the image runs for the same purpose."""
     started = {
         path.stem: re.findall(r"^ExecStart=/opt/kino/bin/(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        for path in (DEPLOY / "systemd").iterdir()
+        for path in (DEPLOY / "systemd").glob("*.service")
     }
 
     assert started == {
@@ -252,7 +448,7 @@ def test_units_start_what_the_image_starts() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
 def test_units_are_read_by_systemd() -> None:
     """Every line of the units is understood by systemd; whether their programs are installed is another question."""
-    for path in (DEPLOY / "systemd").iterdir():
+    for path in (DEPLOY / "systemd").glob("*.service"):
         said = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, check=False
         ).stderr
@@ -607,15 +803,14 @@ def test_script_of_a_worker_has_no_more_rights_than_the_worker(valkey: DeployedV
 
 
 def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis) -> None:
-    """Claim, drop, release, recovery, the poison count, reading and leaving all run as the user `worker`."""
-    url = valkey.url_of("worker")
+    """Claim, drop, release, recovery, the poison count, bindings, reading and leaving all run as the user `worker`."""
     with valkey.client("worker") as client:
-        declare_queues(url)
         admin.lpush(Queue.TIMEOUT, "one")
         admin.lpush(QUEUE_KEYS[1], "two")
         workers = [Queues(client, f"worker-{number}", alive_ttl_s=60) for number in range(5)]
         first, *others = workers
 
+        bound = first.bind()
         released = first.release(first.claim().token)
         first.refresh()
         dropped = first.drop(first.claim().token)
@@ -631,6 +826,7 @@ def test_queues_work_with_a_workers_rights(valkey: DeployedValkey, admin: Redis)
         for each in workers:
             each.leave()
 
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
     assert (released, dropped, settled) == (2, True, True)
     assert crashes == [(1, True, 0), (1, True, 1), (1, True, 2), (1, True, 3)]
     assert seen == (1, 1)
@@ -803,8 +999,12 @@ def test_healthcheck_does_not_blame_a_worker_for_a_ledger_that_takes_no_writes(
             {"host": socket.gethostname()},
         )
     blamed = healthcheck(KINO_DATABASE_URL=database.url())
-    with database.servers.postgres.connect() as superuser:
-        superuser.execute(f'ALTER DATABASE "{database.name}" SET default_transaction_read_only = on'.encode())
+    with database.servers.postgres.connect(database.name) as superuser:
+        superuser.execute(
+            "CREATE FUNCTION kino.planted() RETURNS trigger LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'; END $$"
+        )
+        superuser.execute("CREATE TRIGGER planted BEFORE UPDATE ON kino.intake_worker EXECUTE FUNCTION kino.planted()")
 
     done = healthcheck(KINO_DATABASE_URL=database.url())
 

@@ -29,10 +29,10 @@ from kino_refunds.reconciliation.protection import discard_although_open, read_p
 from kino_refunds.schedule import Entry
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement import replays
-from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter
+from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter, storable
 from tests.clock import claim_slot, record_dead_letters
 from tests.conftest import Database
-from tests.malformed import bare
+from tests.malformed import bare, envelope
 from tests.scenario import NOW, PATIENT, Broken, Scene, Waits, make_event, until
 
 SCRIPT = Path(sys.executable).with_name("kino-refunds")
@@ -508,8 +508,8 @@ def test_letters_are_listed_with_what_is_at_stake(cli: Cli, scene: Scene) -> Non
     by_group = cli("dead-letters", "list", "--group", everything["items"][0]["group"], "--json").document
 
     assert everything["items"][0].keys() == {
-        "number", "reason", "job_id", "event_id", "queue", "credits_at_stake", "seen", "last_seen_at", "status",
-        "group", "detail",
+        "number", "reason", "job_id", "event_id", "queue", "element_index", "credits_at_stake", "seen", "last_seen_at",
+        "status", "group", "detail",
     }  # fmt: skip
     assert [(each["number"], each["credits_at_stake"]) for each in everything["items"]] == [(1, 10), (2, 0), (3, 0)]
     assert [[each["number"] for each in page["items"]] for page in (first, second, by_reason, by_job, by_group)] == [
@@ -520,6 +520,40 @@ def test_letters_are_listed_with_what_is_at_stake(cli: Cli, scene: Scene) -> Non
         [1, 3],
     ]
     assert everything["next"] is None
+
+
+def test_a_letter_is_found_under_every_job_that_it_names(cli: Cli, scene: Scene) -> None:
+    """Who asks about the second job of an unreadable message finds its letter, in the list and by `why`."""
+    keep(scene, DeadLetter(b"k", b"raw", FAILED, "bad_json", "x", job_id="job-1", other_job_ids=("job-2", "job-3")))
+
+    listed = [cli("dead-letters", "list", "--job", job, "--json").document["items"] for job in ("job-2", "job-9")]
+    why = cli("why", "job-3", "--json").document
+
+    assert [[each["number"] for each in items] for items in listed] == [[1], []]
+    assert [each["dead_letter_id"] for each in why["dead_letters"]] == [1]
+
+
+BODIES: dict[str, tuple[bytes, int | None, str | None]] = {
+    "bare": (b'{"a": 1}', None, None),
+    "kombu": (envelope(b'{"a": "\x1b[2J"}'), None, '{"a": "\\x1b[2J"}'),
+    "pickle": (envelope(b"\x80\x04N."), None, "\\x80\\x04N."),
+    "an element": (b'[{"specversion":"1.0"},{"b": 2}]', 1, '{"b": 2}'),
+    "an element in kombu's": (envelope(b'[{"specversion":"1.0"},{"b": 2}]'), 1, '{"b": 2}'),
+}
+
+
+@pytest.mark.parametrize(("raw", "index", "body"), BODIES.values(), ids=BODIES)
+def test_a_letter_is_shown_decoded(cli: Cli, scene: Scene, raw: bytes, index: int | None, body: str | None) -> None:
+    """Nobody has to decode base64 by hand: the body stands beside the bytes, escaped, and of several events the one."""
+    keep(scene, DeadLetter(b"k", raw, FAILED, "bad_json", "x", element_index=index))
+
+    shown = cli("dead-letters", "show", "1", "--json").document
+    for_people = cli("dead-letters", "show", "1")
+
+    assert (shown["body"], shown["element_index"]) == (body, index)
+    assert shown["message"] == storable(raw.decode("utf-8", "backslashreplace"), 4_000)
+    assert harmless(for_people)
+    assert squeezed(body or "") in squeezed(for_people.out)
 
 
 def test_a_letter_is_replayed_noted_and_discarded(cli: Cli, scene: Scene) -> None:
@@ -996,6 +1030,8 @@ def test_overdue_run_asks_and_settles(cli: Cli, scene: Scene, monkeypatch: pytes
         "overdue": 1,
         "asked": 0,
         "source_errors": 0,
+        "source_broken": 0,
+        "source_problem": None,
         "answers": {"unknown": 1},
         "outcomes": {"refunded": 1},
         "refunded": 1,

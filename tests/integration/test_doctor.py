@@ -22,10 +22,11 @@ from kino_refunds.db.migrate import head_revision
 from kino_refunds.doctor import findings, on_postgres, on_redis
 from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.errors import LedgerInconsistent
-from kino_refunds.events import client as redis_clients
+from kino_refunds.events import connection as redis_connections
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
+from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE
 from kino_refunds.server_guard import Orders
 from kino_refunds.settlement.gate import TRIPWIRE, pause_intake
 from tests.clock import clock_at
@@ -59,6 +60,14 @@ class Diagnosis(NamedTuple):
 
 
 Doctor = Callable[..., Diagnosis]
+CHOSEN: dict[str, str | None] = {"KINO_JOB_SOURCE": "http", "KINO_JOB_SOURCE_URL": "https://jobs.example/ask"}
+"""A source about which the doctor has nothing to say: it reads the setting, and asks nobody."""
+
+
+@pytest.fixture
+def run(run: Run) -> Run:
+    """Run a command where a job source is chosen, unless the test says otherwise."""
+    return lambda *arguments, stdin=b"", **environment: run(*arguments, stdin=stdin, **(CHOSEN | environment))
 
 
 @pytest.fixture
@@ -156,6 +165,7 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
         *("settings", "job source"),
         *("postgres version", "postgres writable", "durability", "postgres clock", "roles"),
         *("rights", "migrations", "append-only", "ledger clock", "intake", "workers", "beat", "beat", "beat", "beat"),
+        "waiting messages",
         *("overdue charges", "dead letters", "breaks", "verified through", "horizon"),
         *("redis rights", "redis version", "redis role", "redis cluster", "redis eviction", "redis persistence"),
         *("redis memory", "redis clock", "queue names", "queue keys", "queues"),
@@ -228,7 +238,7 @@ def test_wrong_value_is_a_finding_and_wrong_usage(doctor: Doctor) -> None:
         ("KINO_REDIS_URL", None, "KINO_REDIS_URL is not set", "redis://HOST:6379/0"),
         ("KINO_DATABASE_URL", "db:hunter2@x", "KINO_DATABASE_URL cannot be read: ", "postgresql://kino_worker@"),
         ("KINO_DATABASE_URL", "mysql://x/y", "KINO_DATABASE_URL is not Postgres by psycopg but mysql", "postgresql://"),
-        ("KINO_REDIS_URL", "sentinel://x:hunter2@y", "KINO_REDIS_URL cannot be read: ", "redis://HOST:6379/0"),
+        ("KINO_REDIS_URL", "sentinel://x:hunter2@y", "KINO_REDIS_URL is a Sentinel URL, ", "redis://HOST:6379/0"),
     ],
 )
 @pytest.mark.usefixtures("well")
@@ -247,11 +257,76 @@ def test_missing_url_is_wrong_usage_and_the_other_server_is_looked_at(
 
 
 @pytest.mark.usefixtures("well")
-def test_job_source_that_is_not_chosen_is_a_warning(doctor: Doctor) -> None:
-    """Without a source no overdue sweep runs: that is said, also when it was meant."""
-    advice = "set KINO_JOB_SOURCE: without it a job whose event is lost stays open for good"
+def test_job_source_that_nobody_chose_is_wrong_usage(doctor: Doctor) -> None:
+    """Without a choice no overdue sweep runs and lost jobs are never found: the doctor fails, and says what to set."""
+    says = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open for good"
 
-    assert doctor(KINO_JOB_SOURCE=None) == Diagnosis(0, [Found("job source", "warn", "not configured", advice)])
+    unset, empty = doctor(KINO_JOB_SOURCE=None), doctor(KINO_JOB_SOURCE="")
+
+    assert unset == empty == Diagnosis(2, [Found("settings", "fail", says, HOW_TO_CHOOSE)])
+
+
+@pytest.mark.usefixtures("well")
+def test_no_job_source_is_a_warning_for_as_long_as_it_is_chosen(doctor: Doctor) -> None:
+    """`none` refunds what had completed: the doctor says so every time, and it stops nothing."""
+    says = "KINO_JOB_SOURCE=none: a job whose event is lost counts as timed out and is refunded, completed or not"
+
+    found = [doctor(KINO_JOB_SOURCE="none", KINO_JOB_SOURCE_URL=None) for _ in range(2)]
+
+    assert found == [Diagnosis(0, [Found("job source", "warn", says, HOW_TO_CHOOSE)])] * 2
+
+
+@pytest.mark.parametrize(
+    ("swept", "level", "code", "found", "advice"),
+    [
+        (
+            {"source_broken": 1_200, "source_errors": 34, "source_problem": "answered for 'a '", "answers": {}},
+            *("fail", 1, "the last sweep got no answer for 1,234 jobs: answered for 'a '"),
+            "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`",
+        ),
+        (
+            {"source_broken": 0, "source_errors": 2, "source_problem": "status 500", "answers": {}},
+            *("away", 3, "the last sweep got no answer for 2 jobs: status 500"),
+            "those jobs are asked about again; if it stays, check that the source runs, its URL and its password",
+        ),
+        (
+            {"source_broken": 0, "source_errors": 2, "source_problem": "status 500", "answers": {"running": 1}},
+            *("warn", 0, "the last sweep got no answer for 2 jobs: status 500"),
+            "those jobs are asked about again; if it stays, check that the source runs, its URL and its password",
+        ),
+        (
+            {"source_problem": "KINO_JOB_SOURCE_QUERY cannot run: \x1b[2J"},
+            *("fail", 1, "the last sweep could not ask: KINO_JOB_SOURCE_QUERY cannot run: \x1b[2J"),
+            "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`",
+        ),
+    ],
+    ids=["broken", "away", "one job", "setting"],
+)
+def test_what_the_last_sweep_says_of_the_source_is_found(
+    doctor: Doctor, well: Scene, swept: dict[str, Any], level: str, code: int, found: str, advice: str
+) -> None:
+    """The worker's own sweep is what counts: its last finished one names what is wrong, until one finds it well."""
+    _swept(well, {"source_problem": "mended since"}, swept)
+    ill = doctor()
+    _swept(well, swept, {"asked": 3, "source_broken": 0, "source_errors": 0, "source_problem": None})
+    mended = doctor()
+
+    assert ill == Diagnosis(code, [Found("job source", level, found, advice)])
+    assert mended == Diagnosis(0, [])
+
+
+def _swept(scene: Scene, before: dict[str, Any], last: dict[str, Any]) -> None:
+    """Let two sweeps for overdue jobs have ended with these results, and another have just begun."""
+    scene.as_superuser("DELETE FROM kino.schedule_slot WHERE name = 'kino.sweep_overdue'")
+    scene.rows(
+        "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by, finished_at, result) VALUES"
+        " ('kino.sweep_overdue', clock_timestamp() - interval '2 min', 'beat', clock_timestamp(), :before),"
+        " ('kino.sweep_overdue', clock_timestamp() - interval '1 min', 'beat', clock_timestamp(), :last),"
+        " ('kino.sweep_overdue', clock_timestamp(), 'beat', NULL, NULL)"
+        " RETURNING 1",
+        before=json.dumps(before),
+        last=json.dumps(last),
+    )
 
 
 @pytest.mark.usefixtures("well")
@@ -305,7 +380,7 @@ def silent_server() -> Iterator[int]:
 
 def test_server_that_swallows_everything_is_away(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own time-outs end the wait for a server that accepts and does not answer."""
-    monkeypatch.setattr(redis_clients, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_connections, "ANSWER_TIMEOUT_S", 0.1)
     with silent_server() as port:
         found = doctor(
             KINO_DATABASE_URL=f"postgresql://kino_worker@{LOOPBACK}:{port}/kino",
@@ -392,16 +467,6 @@ def test_commit_that_does_not_wait_is_found(doctor: Doctor, well: Scene, databas
 
     assert (found.code, [(each.check, each.level) for each in found.bad]) == (1, [("durability", "fail")])
     assert found.bad[0].found == "fsync on, synchronous_commit off, full_page_writes on"
-
-
-def test_read_only_database_is_found(doctor: Doctor, well: Scene, database: Database) -> None:
-    """Where nothing can be written nothing settles; the URL may lead to what was the primary."""
-    well.as_superuser(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
-
-    found = doctor()
-
-    advice = "workers keep their batches and wait; let the URL lead to the primary (target_session_attrs=read-write)"
-    assert found == Diagnosis(1, [Found("postgres writable", "fail", "read-only", advice)])
 
 
 def test_standby_is_found(doctor: Doctor, own_postgres: OwnPostgres) -> None:
@@ -873,7 +938,7 @@ def test_replica_is_found(doctor: Doctor, own_valkey: EmbeddedValkey) -> None:
             client.replicaof("NO", "ONE")
 
     advice = "a replica takes no writes: give KINO_REDIS_URL an address that follows the primary"
-    assert found == Diagnosis(1, [Found("redis role", "fail", "replica", advice)])
+    assert found == Diagnosis(1, [Found("redis role", "fail", "replica; rights and queues were not looked at", advice)])
 
 
 @pytest.mark.parametrize(
@@ -936,7 +1001,7 @@ RIGHTS = "connect as the user `worker` of this build's deploy/users.acl; `ACL LO
         ("+@all ~* -script|load", "refused: SCRIPT LOAD return 0"),
         ("+@all ~generation.* ~_kombu.* ~kino:celery:*", "refused: LMOVE generation.job-failed,"),
         ("+@all ~generation.* ~_kombu.* ~kino:*", None),
-        ("+@all ~generation.* ~kino:*", "refused: SADD _kombu.binding.generation.job-failed,"),
+        ("+@all ~generation.* ~kino:*", "refused: SMEMBERS _kombu.binding.generation.job-failed,"),
         ("+@all ~* -zadd", "refused: ZADD kino:celery:unacked_index"),
         ("+@all ~* -time", "refused: TIME"),
     ],
@@ -1035,8 +1100,93 @@ def test_queue_whose_name_is_misspelt_is_found(doctor: Doctor, redis: Redis) -> 
         "if those are events: mend their publisher, then move each, as admin: LMOVE 'generation.job-complete'"
         " generation.job-completed RIGHT LEFT, LMOVE 'generation.time-out' generation.timeout RIGHT LEFT"
     )
-    says = "nobody reads 'generation.job-complete', 'generation.time-out'"
+    says = "no worker reads 'generation.job-complete', 'generation.time-out'"
     assert [each for each in found.bad if each.check != "beat"] == [Found("queue names", "warn", says, advice)]
+
+
+MISSPELT = {
+    "GENERATION.JOB-FAILED": "generation.job-failed",
+    "Generation.Timeout": "generation.timeout",
+    "generation_job-failed": "generation.job-failed",
+    "generation:job-failed": "generation.job-failed",
+    "generation.job_completed": "generation.job-completed",
+    "generation/safety-rejection": "generation.safety-rejection",
+    "generationJobFailed": "generation.job-failed",
+    "prod:generation.timeout": "generation.timeout",
+    "myapp_generation.job-failed": "generation.job-failed",
+    "generation.timeout\x06\x165": "generation.timeout",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_each_form_of_a_misspelt_name_is_found(redis: Redis, name: str) -> None:
+    """Another case, another separator, a prefix and a priority that kombu has elsewhere: each with how to move it."""
+    redis.lpush(name, "{}")
+
+    found = on_redis._misspelt(redis, None)
+
+    move = f"LMOVE {name!a} {MISSPELT[name]} RIGHT LEFT"
+    advice = f"if those are events: mend their publisher, then move each, as admin: {move}"
+    assert found == findings.Finding("queue names", "warn", f"no worker reads {name!a}", advice)
+
+
+OTHER_LIBRARIES = {
+    "bull:generation.job-failed:*": ("bull:generation.job-failed:wait", "bull:generation.job-failed:meta"),
+    "{bull}:generation.timeout:*": ("{bull}:generation.timeout:events",),
+    "bq:generation.timeout:*": ("bq:generation.timeout:waiting",),
+    "rq:queue:generation.timeout": ("rq:queue:generation.timeout",),
+    "dramatiq:generation.timeout": ("dramatiq:generation.timeout",),
+    "dramatiq:generation.timeout.msgs": ("dramatiq:generation.timeout.msgs",),
+    "resque:queue:generation.job-completed": ("resque:queue:generation.job-completed",),
+    "queue:generation.safety-rejection": ("queue:generation.safety-rejection",),
+    "queues:generation.job-failed": ("queues:generation.job-failed",),
+    "laravel_database_queues:generation.job-failed": ("laravel_database_queues:generation.job-failed",),
+    "arq:queue:Generation.Job_Failed": ("arq:queue:Generation.Job_Failed",),
+    "generation-timeout": ("generation-timeout",),
+}
+
+
+PUT = {
+    "list": ("LPUSH", "{0}", "x"),
+    "stream": ("XADD", "{0}", "*", "a", "b"),
+    "zset": ("ZADD", "{0}", "1", "a"),
+    "hash": ("HSET", "{0}", "a", "b"),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_LIBRARIES)
+@pytest.mark.parametrize("held", PUT)
+def test_queue_of_another_library_is_found_once(redis: Redis, family: str, held: str) -> None:
+    """Whatever type a library keeps its messages in; they are not events that could be moved, but published again."""
+    put: Any = redis.execute_command
+    for name in OTHER_LIBRARIES[family]:
+        put(*(word.format(name) for word in PUT[held]))
+
+    found = on_redis._misspelt(redis, None)
+
+    assert (found.level, found.found) == ("warn", f"no worker reads {family!a}")
+    if held == "list" and family == "generation-timeout":
+        assert found.advice is not None
+        assert "LMOVE 'generation-timeout' generation.timeout" in found.advice
+    else:
+        ways = "EventPublisher, kombu without a key prefix, or a bare LPUSH"
+        assert found.advice == (
+            f"another library wrote {family!a} in a form of its own: publish by {ways}, and publish those events again"
+        )
+
+
+def test_key_that_only_speaks_of_a_queue_is_not_named(redis: Redis) -> None:
+    """Counters, caches and other people's queues are none of our business, nor are keys of our own."""
+    redis.set("metrics:generation.timeout", 1)
+    redis.hset("metrics:generation.job-failed", "count", "1")
+    redis.set("generation.timeouts", "1")
+    redis.lpush("bull:emails:wait", "1")
+    redis.lpush("rq:queue:default", "1")
+    redis.lpush("queue:generation.jobs", "1")
+    redis.lpush("generation.jobs", "1")
+    redis.lpush("kino.credits-refunded.generation.timeout", "1")
+
+    assert on_redis._misspelt(redis, None).level == "ok"
 
 
 @pytest.mark.usefixtures("well")
@@ -1077,6 +1227,37 @@ def test_old_event_that_waits_is_a_warning(doctor: Doctor, redis: Redis) -> None
     counts, age_s = text.split("; the oldest event is ")
     assert counts == "3 wait (generation.job-failed 2, generation.timeout 1)"
     assert int(age_s.removesuffix(" s old")) >= 660
+
+
+@pytest.mark.usefixtures("well")
+def test_events_of_one_message_have_their_age(doctor: Doctor, redis: Redis) -> None:
+    """The oldest event of a message that holds several counts as any other."""
+    events = [make_event("completed", at=datetime.now(UTC)), make_event("timeout", at=EVENT_AT - 10 * MINUTE)]
+    redis.lpush(QUEUE_KEYS[0], b"[%s]" % b",".join(map(to_json, events)))
+
+    found = doctor()
+
+    assert [each[:2] for each in found.bad] == [("queues", "warn")]
+
+
+def test_message_that_waits_for_more_than_a_day_is_named(doctor: Doctor, well: Scene) -> None:
+    """What no longer holds back other jobs' verdicts is shown, with the jobs that it still does hold back."""
+    well.as_superuser(
+        "INSERT INTO kino.waiting_message VALUES"
+        " ('\\x01', clock_timestamp() - interval '25 hours', ARRAY['job-1', E'job\\x1b2']),"
+        " ('\\x02', clock_timestamp() - interval '2 days', '{}'),"
+        " ('\\x03', clock_timestamp() - interval '23 hours', ARRAY['job-3'])"
+    )
+
+    found = doctor()
+
+    ((check, level, text, advice),) = found.bad
+    assert (found.code, check, level) == (0, "waiting messages", "warn")
+    assert re.fullmatch(
+        r"2 wait in Redis for more than a day, the first since [\d :-]+Z, about 'job-1', 'job\\x1b2'", text
+    )
+    assert advice is not None
+    assert "kino-refunds intake status" in advice
 
 
 @pytest.mark.usefixtures("well")

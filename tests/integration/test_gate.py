@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.events.queues import SERVED, Queues, depths
+from kino_refunds.events.schema import to_json
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
@@ -308,6 +309,78 @@ def test_a_probe_tries_one_event_although_a_batch_is_in_flight(
     assert size == 1
     assert letters(scene) == {"apply_error": (1, 1)}
     assert depths(redis) == {**EMPTY, FAILED: 59}
+
+
+# --- several events in one message
+
+
+def several(client: Redis, *jobs: str) -> None:
+    """Publish one message with the failures of all these jobs."""
+    client.lpush(FAILED, b"[" + b",".join(to_json(make_event("failed platform", job)) for job in jobs) + b"]")
+
+
+def test_the_tripwire_counts_events_and_not_messages(
+    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
+) -> None:
+    """One message of sixty events that fail closes the gate, and is given back whole."""
+    jobs = numbered("job", 60)
+    open_jobs(scene, *jobs)
+    several(redis, *jobs)
+    bad_build(".")
+
+    make_intake(scene, redis).run_once()
+
+    assert state(scene).actor == TRIPWIRE
+    assert letters(scene) == {"apply_error": (51, 51)}
+    assert depths(redis) == {**EMPTY, FAILED: 1}
+
+
+def test_a_probe_tries_one_event_of_several(scene: Scene, redis: Redis, bad_build: Callable[[str], None]) -> None:
+    """Each probe tries the next event of the message, which stays until each has its row."""
+    jobs = numbered("job", 3)
+    open_jobs(scene, *jobs)
+    several(redis, *jobs)
+    bad_build(".")
+    pause(scene, "a bad build", TRIPWIRE)
+    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+
+    found = [(intake.run_once(), letters(scene)["apply_error"], depths(redis)[FAILED]) for _ in jobs]
+
+    assert found == [(1, (1, 1), 1), (1, (2, 2), 1), (1, (3, 3), 0)]
+    assert state(scene).paused
+    assert [row.element_index for row in scene.rows("SELECT element_index FROM kino.dead_letter ORDER BY 1")] == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_one_bad_event_of_several_does_not_keep_the_gate_closed(
+    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
+) -> None:
+    """The probe passes over what fails and what proves nothing; the first event that settles opens the gate."""
+    jobs = numbered("job", 4)
+    open_jobs(scene, *jobs)
+    redis.lpush(
+        FAILED,
+        b"[%s]"
+        % b",".join(
+            [b'{"specversion":"1.0"}', to_json(make_event("failed platform", "no charge"))]
+            + [to_json(make_event("failed platform", job)) for job in jobs]
+        ),
+    )
+    bad_build("job-0")
+    pause(scene, "a bad build", TRIPWIRE)
+    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+
+    probes = [(intake.run_once(), state(scene).paused) for _ in range(3)]
+    drain(intake)
+
+    assert probes == [(1, True), (1, True), (1, False)]
+    assert refunded(scene) == jobs[1:]
+    assert letters(scene) == {"apply_error": (1, 2), "invalid_event": (1, 1)}
+    assert [*scene.pending()] == ["no charge failed platform"]
+    assert depths(redis) == EMPTY
 
 
 # --- a person and the tripwire

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 import sqlalchemy as sa
-from redis import Connection, Redis
+from kombu import Connection, Producer
+from redis import Connection as RedisConnection
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from structlog.testing import CapturingLogger
@@ -20,23 +23,23 @@ from kino_refunds.db.engine import SessionLimits
 from kino_refunds.db.migrate import migrate
 from kino_refunds.embedded import DATABASE, Servers, servers
 from kino_refunds.errors import ForeignKey
-from kino_refunds.events.client import redis_client
-from kino_refunds.events.publisher import EventPublisher, declare_queues
+from kino_refunds.events.connection import redis_client
+from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
 from kino_refunds.events.schema import Event, Queue, to_json
 from kino_refunds.ledger.lots import lock_lots
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
-from kino_refunds.settlement.deliveries import Delivery
+from kino_refunds.settlement.deliveries import Delivery, delivery_of
 from kino_refunds.settlement.settle import Decision, Terms, settle
 from tests.conftest import Database
-from tests.malformed import MALFORMED
+from tests.malformed import MALFORMED, envelope
 from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
 from tests.scenario import Scene, Waits, make_event, make_terms, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
-from workers.bootstep import Chores, terms_of
-from workers.intake import Intake, read_claim
+from workers.bootstep import Binding, Chores, terms_of
+from workers.intake import Intake, read_claim, sub_batches
 
 FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
 A, B = "worker-a", "worker-b"
@@ -195,7 +198,7 @@ IDS = {
     "backslash": "\\ \\x00 \\u0000",
     "emoji": "\U0001f3ac" * 128,
     "combining": "e\u0301\u0323",
-    "spaces": "   ",
+    "spaces inside": "a   b",
     "markup": "[bold]<b>&amp;",
 }
 
@@ -233,7 +236,7 @@ FORMS = {
     "kombu": {name: case for name, case in MALFORMED.items() if name.endswith(", kombu")},
     "bare": {name: case for name, case in MALFORMED.items() if not name.endswith(", kombu")},
 }
-"""Apart, because the same content in both forms is one dead letter, seen twice."""
+"""Apart, so that each fits in one batch with a neighbour for every message."""
 
 
 @pytest.mark.parametrize("key", [*SERVED, f"{FAILED}\x06\x166", f"{COMPLETED}\x06\x169"])
@@ -282,6 +285,143 @@ def test_a_huge_message_is_kept_whole_and_blocks_nobody(scene: Scene, redis: Red
     assert sum(sizes) == 4
     assert letters(scene) == [Letter(huge, FAILED, "too_large", 1)]
     assert ledger(scene) == {"before": REFUNDED, "behind": REFUNDED, "beside": CAPTURED}
+
+
+# --- several events in one message
+
+
+def several(*events: Event | bytes) -> bytes:
+    """One message that holds all of these."""
+    return b"[%s]" % b",".join(event if isinstance(event, bytes) else to_json(event) for event in events)
+
+
+@pytest.mark.parametrize("form", [bytes, envelope], ids=["bare", "kombu"])
+@pytest.mark.parametrize("queue", SERVED)
+def test_each_event_of_a_message_is_decided_by_itself(
+    scene: Scene, redis: Redis, form: Callable[[bytes], bytes], queue: Queue
+) -> None:
+    """What settles settles, what waits waits, and what is bad is a letter with the whole message and its place."""
+    open_jobs(scene, "job-1", "job-2", "job-3")
+    raw = form(
+        several(
+            make_event("completed", "job-1"),
+            b'{"specversion":"1.0","subject":"job-9","data":{"job_id":"job-9"}}',
+            make_event("failed platform", "job-2"),
+            make_event("timeout", "no charge"),
+            make_event("failed platform", "job-3", account_id="somebody else"),
+            make_event("completed", "job-1"),
+        )
+    )
+    redis.lpush(queue, raw)
+
+    sizes = drain(make_intake(scene, redis))
+
+    assert sizes == [1]
+    assert ledger(scene) == {"job-1": CAPTURED, "job-2": REFUNDED, "job-3": []}
+    assert [*scene.pending()] == ["no charge timeout"]
+    found = scene.rows("SELECT element_index, reason, job_id, raw, may_hold_others FROM kino.dead_letter ORDER BY 1")
+    assert [tuple(row) for row in found] == [
+        (1, "invalid_event", "job-9", raw, False),
+        (4, "account_mismatch", "job-3", raw, False),
+    ]
+    assert depths(redis) == EMPTY
+
+
+def test_a_message_of_several_events_again_changes_nothing(scene: Scene, redis: Redis, said: CapturingLogger) -> None:
+    """Sent again, in the other form and beside one of its events alone, each is told what it was told first."""
+    open_jobs(scene, "job-1", "job-2")
+    events = failures(["job-1", "job-2"])
+    redis.lpush(FAILED, several(*events), envelope(several(*events)), to_json(events[0]), several(*events, b"{}"))
+    intake = make_intake(scene, redis)
+
+    drain(intake)
+    redis.lpush(FAILED, several(*events, b"{}"))
+    drain(intake)
+
+    assert outcomes(said) == [{"refunded": 2, "duplicate": 5}, {"duplicate": 2}]
+    assert ledger(scene) == {"job-1": REFUNDED, "job-2": REFUNDED}
+    assert [(letter.reason, letter.seen) for letter in letters(scene)] == [("invalid_event", 2)]
+
+
+def test_no_transaction_is_larger_than_a_batch(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim of 12 messages with 100 events each is settled in batches of events; between them the worker lives."""
+    jobs = numbered("job", 1_200)
+    open_jobs(scene, *jobs)
+    for start in range(0, len(jobs), 100):
+        redis.lpush(FAILED, several(*failures(jobs[start : start + 100])))
+    intake = make_intake(scene, redis, intake_batch=250)
+    done: list[int | str] = []
+
+    def seen_batch(engine: sa.Engine, deliveries: list[Delivery], *args: Any, **kwargs: Any) -> list[Decision]:
+        done.append(len(deliveries))
+        return settle_batch(engine, deliveries, *args, **kwargs)
+
+    monkeypatch.setattr(intake_module, "settle_batch", seen_batch)
+    monkeypatch.setattr(intake._queues, "refresh", lambda: done.append("alive"))
+
+    size = intake.run_once()
+
+    assert size == 12
+    assert done == [250, "alive", 250, "alive", 250, "alive", 250, "alive", 200]
+    assert ledger(scene) == dict.fromkeys(jobs, REFUNDED)
+    assert depths(redis) == EMPTY
+
+
+def test_a_job_s_events_are_never_split() -> None:
+    """The events of one job stay in one batch and in their order, though it is the larger for it."""
+    jobs = ["a", "b", "a", "c", *["d"] * 5, "b", "e"]
+    deliveries = [delivery_of(make_event("timeout", job, event_id=f"{n}")) for n, job in enumerate(jobs)]
+
+    batches = list(sub_batches(deliveries, 3))
+
+    assert [[each.event.job_id for each in batch] for batch in batches] == [
+        ["a", "a"],
+        ["b", "b", "c"],
+        ["d"] * 5,
+        ["e"],
+    ]
+    ids = [each.event.id for batch in batches for each in batch]
+    assert sorted(ids, key=int) == [each.event.id for each in deliveries]
+    assert [each for each in ids if each in {"4", "5", "6", "7", "8"}] == ["4", "5", "6", "7", "8"]
+
+
+def test_a_stop_between_two_batches_of_one_claim_releases_it(
+    scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is settled by then is a duplicate for the next worker, and no event of the message is lost."""
+    jobs = numbered("job", 100)
+    open_jobs(scene, *jobs)
+    raw = several(*failures(jobs))
+    redis.lpush(FAILED, raw)
+    intake = make_intake(scene, redis, intake_batch=40)
+
+    def stop_and_settle(*args: Any, **kwargs: Any) -> list[Decision]:
+        intake.stopping.set()
+        return settle_batch(*args, **kwargs)
+
+    monkeypatch.setattr(intake_module, "settle_batch", stop_and_settle)
+    intake.run()
+    left, settled = redis.lrange(FAILED, 0, -1), sum(map(len, ledger(scene).values()))
+    drain(make_intake(scene, redis, B))
+
+    assert (left, settled) == ([raw], 40)
+    assert ledger(scene) == dict.fromkeys(jobs, REFUNDED)
+
+
+def test_what_kombu_makes_of_bytes_is_read(scene: Scene, redis: Redis, redis_url: str) -> None:
+    """A publisher that hands kombu its JSON as bytes, whose encoding kombu then calls binary, is understood."""
+    open_jobs(scene, "job-1")
+    with Connection(redis_url) as connection:
+        Producer(connection.channel()).publish(
+            to_json(make_event("failed platform")), routing_key=FAILED, content_type="application/json"
+        )
+    (encoding,) = [json.loads(raw)["content-encoding"] for raw in redis.lrange(FAILED, 0, -1)]
+
+    drain(make_intake(scene, redis))
+
+    assert encoding == "binary"
+    assert ledger(scene) == {"job-1": REFUNDED}
+    assert letters(scene) == []
 
 
 # --- what Postgres refuses (P8)
@@ -536,18 +676,18 @@ def test_a_drop_whose_answer_was_lost_has_dropped(
     client = redis_client(redis_url)
     push(client, *failures(["job-1", "job-2"]))
     intake = make_intake(scene, client, intake_batch=1)
-    real_drop, read_response = intake._queues.drop, Connection.read_response
+    real_drop, read_response = intake._queues.drop, RedisConnection.read_response
     dropped: list[bool] = []
 
-    def lose_once(connection: Connection, *args: Any, **kwargs: Any) -> None:
+    def lose_once(connection: RedisConnection, *args: Any, **kwargs: Any) -> None:
         read_response(connection, *args, **kwargs)
-        monkeypatch.setattr(Connection, "read_response", read_response)
+        monkeypatch.setattr(RedisConnection, "read_response", read_response)
         raise RedisConnectionError("the answer was lost")
 
     def drop(token: str) -> bool:
         if not dropped:
             real_drop("no such token")  # the server knows the script from here on
-            monkeypatch.setattr(Connection, "read_response", lose_once)
+            monkeypatch.setattr(RedisConnection, "read_response", lose_once)
         dropped.append(real_drop(token))
         return dropped[-1]
 
@@ -844,23 +984,31 @@ def test_the_thread_outlives_every_error(
     assert ledger(scene) == {"job-1": REFUNDED}
 
 
-def test_declaring_the_queues_cannot_keep_intake_from_settling(
+def test_foreign_binding_cannot_keep_intake_from_settling(
     scene: Scene, redis: Redis, said: CapturingLogger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Redis that refuses kombu's bindings is drained all the same."""
+    """A binding's key that holds something else is named once, the other bindings are put back, and events settle."""
     monkeypatch.setattr(intake_module, "BACK_OFF_MAX_S", 0.01)
     open_jobs(scene, "job-1")
     push(redis, *failures(["job-1"]))
     redis.set("_kombu.binding.generation.job-failed", "foreign")
     intake = make_intake(scene, redis)
-    url = "redis://{host}:{port}/{db}".format(**redis.connection_pool.connection_kwargs)
-    declare = Chores({"declare queues": (30, lambda: declare_queues(url))})
+    looks = 0
+    bind = Binding(Queues(redis, A, alive_ttl_s=60))
 
-    with running(intake, chores=declare):
-        until(lambda: depths(redis) == EMPTY)
+    def chore() -> None:
+        nonlocal looks
+        bind()
+        looks += 1
 
+    with running(intake, chores=Chores({"bind": (0.0, chore)})):
+        until(lambda: depths(redis) == EMPTY and looks > 1)
+
+    (named,) = [call for call in said.calls if call.method_name == "error"]
+    assert named.kwargs == {"keys": ("_kombu.binding.generation.job-failed",)}
+    assert redis.exists(*(f"_kombu.binding.{queue}" for queue in SERVED)) == 4
+    assert redis.get("_kombu.binding.generation.job-failed") == b"foreign"
     assert ledger(scene) == {"job-1": REFUNDED}
-    assert "chore failed" in [call.args[0] for call in said.calls]
 
 
 def test_a_stop_in_a_long_search_releases_the_batch(scene: Scene, redis: Redis) -> None:

@@ -36,6 +36,10 @@ from tests.scenario import PATIENT, until
 pytestmark = pytest.mark.usefixtures("sound_books")
 
 
+PADDED = ["order-1 ", " order-1", "order-1\xa0", "order-1\u2003", "\u3000order-1", "order-1\u200b", "order-1\t", " "]
+"""Ids that nobody can tell from another one by looking."""
+
+
 @pytest.fixture
 def patient(database: Database) -> Iterator[sa.Engine]:
     """An engine for kino_worker that waits long for locks: a test says when they are given up."""
@@ -215,6 +219,7 @@ class TestGrants:
             {"account_id": ""},
             {"account_id": "\ud800"},
             {"purchase_id": ""},
+            *({name: text} for name in ("reference", "account_id", "purchase_id") for text in PADDED),
             {"lot_class": "gift"},
             {"expires_at": datetime(2035, 1, 1)},  # noqa: DTZ001 - what is refused here
             {"priority": 2**31},

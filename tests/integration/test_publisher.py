@@ -14,9 +14,9 @@ from kombu import Connection, Producer
 from redis import Redis
 
 from kino_refunds.embedded import EmbeddedValkey
-from kino_refunds.errors import DependencyAway, MalformedMessage
+from kino_refunds.errors import BadSettings, DependencyAway, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason, parse
-from kino_refunds.events.publisher import EventPublisher, _connection_options
+from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.schema import (
     ErrorOrigin,
     Event,
@@ -315,42 +315,8 @@ def test_credentials_of_the_url_are_used(redis_url: str, redis: Redis) -> None:
     assert "w0rd" not in str(caught.value)
 
 
-def test_tls_is_verified_unless_the_url_says_otherwise() -> None:
-    """rediss:// checks the server's certificate, which kombu by itself would not."""
-    url = "rediss://user:p%40ss@redis.example:6380/3"
-
-    default, own_ca, unchecked = (
-        _connection_options(url + query)["ssl"] for query in ("", "?ssl_ca_certs=/etc/ca.pem", "?ssl_cert_reqs=none")
-    )
-
-    assert default == {"ssl_cert_reqs": "required"}
-    assert own_ca == {"ssl_cert_reqs": "required", "ssl_ca_certs": "/etc/ca.pem"}
-    assert unchecked == {"ssl_cert_reqs": "none"}
-
-
-def test_the_url_is_read_as_redis_py_reads_it() -> None:
-    """One KINO_REDIS_URL means the same server, database and user to publisher and worker."""
-    options = _connection_options("redis://user:p%40ss@redis.example:6380/3?socket_timeout=2.5")
-
-    assert options == {
-        "transport": "redis",
-        "hostname": "redis.example",
-        "port": 6380,
-        "userid": "user",
-        "password": "p@ss",
-        "virtual_host": "3",
-        "ssl": False,
-        "transport_options": {
-            "socket_connect_timeout": 5,
-            "socket_timeout": 2.5,
-            "socket_keepalive": True,
-            "client_name": None,
-        },
-    }
-
-
 @pytest.mark.parametrize("url", ["amqp://localhost", "unix:///run/redis.sock", "localhost:6379"])
 def test_another_kind_of_url_is_refused_at_once(url: str) -> None:
     """A URL that cannot be Redis over TCP is an error where it is given, not at the first event."""
-    with pytest.raises(ValueError, match="redis://"):
+    with pytest.raises(BadSettings, match=r"^the Redis URL .*redis://"):
         EventPublisher(url)

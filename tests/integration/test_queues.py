@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kombu import Connection as KombuConnection
 from redis import Connection, Redis, ResponseError
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -33,6 +34,7 @@ from kino_refunds.events.queues import (
     POISON_CRASHES,
     QUEUE_KEYS,
     SERVED,
+    Bound,
     Claim,
     Message,
     Queues,
@@ -405,6 +407,69 @@ def test_refresh_keeps_a_worker_alive(redis: Redis) -> None:
     assert depths(redis)["in-flight"] == 1
 
 
+def test_a_dead_worker_that_was_idle_is_no_news(redis: Redis) -> None:
+    """A worker that ended with nothing in flight leaves the registry, and is not named as recovered."""
+    worker(redis).refresh()
+    die(redis, A)
+
+    assert worker(redis, B).recover() == Recovered(workers=(), messages=0, skipped=())
+    assert redis.exists("kino:workers") == 0
+
+
+# --- kombu's bindings
+
+KINDS = ("_kombu.binding", "_kombu.binding_permanent")
+BINDINGS = [f"{kind}.{queue}" for kind in KINDS for queue in SERVED]
+
+
+def test_bindings_are_those_that_kombu_writes(redis: Redis, redis_url: str) -> None:
+    """What the script puts back is, key by key, what kombu itself declares for a `SimpleQueue` of each queue."""
+    with KombuConnection(redis_url) as stock:
+        for queue in SERVED:
+            stock.SimpleQueue(queue.value).close()
+    by_kombu = {key: redis.smembers(key) for key in redis.scan_iter("_kombu.*")}
+    redis.flushdb()
+
+    bound = worker(redis).bind()
+
+    assert {key: redis.smembers(key) for key in redis.scan_iter("_kombu.*")} == by_kombu
+    assert sorted(by_kombu) == sorted(key.encode() for key in BINDINGS)
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
+    assert worker(redis).bind() == Bound(restored=(), skipped=())
+
+
+@pytest.mark.parametrize("key", BINDINGS)
+def test_each_lost_binding_is_put_back(redis: Redis, key: str) -> None:
+    """One that is gone, or has other members only, is put back and named by its queue; the others stay as they are."""
+    queues = worker(redis)
+    queues.bind()
+    whole = redis.smembers(key)
+    redis.delete(key)
+    gone = queues.bind()
+    redis.delete(key)
+    redis.sadd(key, "another's")
+    incomplete = queues.bind()
+
+    queue = next(queue for queue in SERVED if key.endswith(queue))
+    assert gone == incomplete == Bound(restored=(queue,), skipped=())
+    assert redis.smembers(key) == whole | {b"another's"}
+
+
+def test_a_foreign_binding_is_left_alone_and_the_others_are_put_back(redis: Redis) -> None:
+    """A key of another type is named, whichever it is, and ends nothing."""
+    for number, key in enumerate(BINDINGS[::2]):
+        if number % 2:
+            redis.set(key, "x")
+        else:
+            redis.lpush(key, "x")
+
+    bound = worker(redis).bind()
+
+    assert bound.skipped == tuple(sorted(BINDINGS[::2]))
+    assert redis.exists(*BINDINGS) == len(BINDINGS)
+    assert worker(redis).bind() == Bound(restored=(), skipped=bound.skipped)
+
+
 # --- a full Redis
 
 
@@ -419,7 +484,7 @@ def own_redis(tmp_path: Path) -> Iterator[Redis]:
 
 @pytest.mark.faults
 def test_a_full_redis_drains(own_redis: Redis) -> None:
-    """At maxmemory, where every publisher is refused, claim, release, refresh, recovery and drop go on."""
+    """At maxmemory, where every publisher is refused, claim, begin, release, refresh, bind, recovery and drop go on."""
     redis = own_redis
     for queue in SERVED:
         push(redis, queue, *numbered(queue, 1000))
@@ -433,22 +498,25 @@ def test_a_full_redis_drains(own_redis: Redis) -> None:
     redis.script_flush()
     released = queues.release(queues.claim(limit=1000).token)
     queues.refresh()
+    bound = queues.bind()
     recovered = queues.recover()
     drained: list[Message] = []
     claim = queues.claim(limit=1000)
     while claim.messages:
         drained += claim.messages
+        assert queues.begin(claim.token, 0) == (0 if claim.recovered else None)
         assert queues.drop(claim.token)
         claim = queues.claim(limit=1000)
     queues.leave()
 
     assert "maxmemory" in str(refused.value)
     assert released == 1000
+    assert bound == Bound(restored=tuple(sorted(SERVED)), skipped=())
     assert recovered == Recovered(workers=(B,), messages=10, skipped=())
     assert Counter(drained) == Counter(
         message for queue in SERVED for message in messages(queue, *numbered(queue, 1000))
     )
-    assert contents(redis) == {}
+    assert set(contents(redis)) == {key.encode() for key in BINDINGS}
 
 
 # --- keys of the wrong type
@@ -507,6 +575,7 @@ def test_an_own_key_of_the_wrong_type_refuses_before_anything_moves(redis: Redis
         queues.claim,
         lambda: queues.drop(token),
         lambda: queues.release(token),
+        lambda: queues.begin(token, 0),
         queues.refresh,
         queues.leave,
         queues.recover,
@@ -633,6 +702,113 @@ def test_a_drop_clears_the_crashes_of_its_message(redis: Redis) -> None:
     assert claim.crashes == 1
     assert 0 < expires_s <= 3600
     assert list(redis.scan_iter("kino:crashes:*")) == []
+
+
+# --- one of several events in work
+
+
+def begin_and_die(client: Redis, name: str, *indices: int | None) -> list[int | None]:
+    """Recover, claim the one message, say which events are in work, and die with the last of them."""
+    queues = worker(client, name)
+    queues.recover()
+    claim = queues.claim()
+    found = [queues.begin(claim.token, index) for index in indices]
+    die(client, name)
+    return found
+
+
+def test_a_crash_is_counted_for_the_event_that_was_in_work(redis: Redis) -> None:
+    """Neither the message nor a neighbour is blamed for an event that ends workers."""
+    push(redis, FAILED, b"several")
+    worker(redis, "first").claim()
+    die(redis, "first")
+
+    counted = [begin_and_die(redis, f"w{number}", 0, 1) for number in range(POISON_CRASHES)]
+    queues = worker(redis)
+    queues.recover()
+    claim = queues.claim()
+    last = [queues.begin(claim.token, index) for index in (0, 1, 2)]
+
+    assert counted == [[0, 0], [0, 1], [0, 2]]
+    assert (claim.crashes, last) == (0, [0, POISON_CRASHES, 0])
+    assert queues.drop(claim.token)
+    assert contents(redis).keys() == {b"kino:workers", b"kino:alive:worker-a"}
+
+
+def test_a_crash_between_two_events_is_the_message_s(redis: Redis) -> None:
+    """Before the first event is in work, and after the last one, it is not known whose fault a crash is."""
+    push(redis, FAILED, b"several")
+    worker(redis, "first").claim()
+    die(redis, "first")
+
+    begin_and_die(redis, "w1")
+    begin_and_die(redis, "w2", 0, None)
+    queues = worker(redis)
+    queues.recover()
+
+    assert queues.claim().crashes == 2
+
+
+def test_what_is_in_work_changes_no_token(redis: Redis) -> None:
+    """A batch is claimed again, released and dropped under the token that its worker knows."""
+    push(redis, FAILED, b"several")
+    claim = claim_alone_of_one(redis)
+    queues = worker(redis)
+    queues.begin(claim.token, 99)
+
+    again = queues.claim()
+    released = queues.release(claim.token)
+    later = queues.claim()
+    begun = queues.begin(claim.token, 0), queues.begin(later.token, 0)
+
+    assert again == replace(claim, again=True)
+    assert released == 1
+    assert begun == (None, 0)
+    assert queues.drop(later.token)
+
+
+def claim_alone_of_one(client: Redis) -> Claim:
+    worker(client, "first").claim()
+    die(client, "first")
+    queues = worker(client)
+    queues.recover()
+    return queues.claim()
+
+
+def test_a_worker_that_was_taken_for_dead_is_told_before_its_next_event(redis: Redis) -> None:
+    """A message that was handed on is not settled further beside its heir, and no mark of ours is left on it."""
+    push(redis, FAILED, b"several")
+    claim = claim_alone_of_one(redis)
+    queues = worker(redis)
+    die(redis, A)
+    worker(redis, B).recover()
+    before = contents(redis)
+
+    assert queues.begin(claim.token, 1) is None
+    assert contents(redis) == before
+
+
+def test_a_batch_of_many_has_no_event_in_work(redis: Redis) -> None:
+    """Only a message that is alone in flight can be blamed."""
+    push(redis, FAILED, b"1", b"2")
+    queues = worker(redis)
+    claim = queues.claim()
+
+    assert queues.begin(claim.token, 0) is None
+
+
+def test_a_foreign_count_of_an_event_refuses(redis: Redis) -> None:
+    """The count of an event is an own key like every other, and nothing is written over it."""
+    push(redis, FAILED, b"1")
+    claim = claim_alone_of_one(redis)
+    counter = "kino:crashes:356a192b7913b04c54574d18c28d46e6395428ab:7"  # the digest of `1`
+    redis.hset(counter, "foreign", "value")
+    before = contents(redis)
+
+    with pytest.raises(ForeignKey, match=counter):
+        worker(redis).begin(claim.token, 7)
+
+    assert contents(redis) == before
 
 
 def test_a_released_recovered_message_is_still_claimed_alone_and_uncounted(redis: Redis) -> None:
@@ -840,6 +1016,14 @@ class Conservation(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         name, claim = data.draw(st.sampled_from(self.claims))
         assert self.workers[name].release(claim.token) in (0, len(claim.messages))
+
+    @precondition(lambda self: self.claims)
+    @rule(data=st.data(), index=st.none() | st.sampled_from([0, 7, 99]))
+    def begin(self, data: st.DataObject, index: int | None) -> None:
+        name, claim = data.draw(st.sampled_from(self.claims))
+        if self.workers[name].begin(claim.token, index) is not None:
+            assert Counter(claim.messages) == self.in_flight(name)
+            assert claim.recovered
 
     @rule(name=st.sampled_from([A, B]))
     def expire(self, name: str) -> None:

@@ -9,15 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import psycopg
 import pytest
+import sqlalchemy as sa
 
 from kino_refunds.demo.promises import violations
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
-from kino_refunds.events.schema import ID_LENGTH_MAX, Event, to_json
+from kino_refunds.events.schema import ID_LENGTH_MAX, Event, Queue, stored_ids, to_json
 from kino_refunds.ledger import Balance
 from kino_refunds.settlement import batch, replays
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter
-from kino_refunds.settlement.deliveries import RECONCILER, delivery_of, read_delivery
+from kino_refunds.settlement.deliveries import RECONCILER, delivery_of, read_delivery, read_message
 from kino_refunds.settlement.replays import Replay
 from kino_refunds.settlement.settle import settle as settle_events
 from tests.clock import (
@@ -29,7 +31,7 @@ from tests.clock import (
     settle_batch_at,
 )
 from tests.conftest import Database
-from tests.malformed import MALFORMED, bare, envelope
+from tests.malformed import MALFORMED, bare, celery_task, envelope
 from tests.malformed import event as document
 from tests.scenario import NOW, SOURCE, Scene, Settled, make_event, make_terms
 
@@ -76,6 +78,11 @@ def malformed(raw: bytes) -> DeadLetter:
     with pytest.raises(MalformedMessage) as caught:
         read_delivery(raw, FAILED)
     return malformed_letter(raw, FAILED, caught.value)
+
+
+def with_id(event: Event, event_id: str) -> Event:
+    """The event under an id that may only be stored."""
+    return event.model_copy(update={"id": event_id})
 
 
 class Letter(NamedTuple):
@@ -238,6 +245,23 @@ def test_a_mismatch_stays(scene: Scene) -> None:
     assert scene.story().settlement is None
 
 
+@pytest.mark.parametrize(("kind", "status"), [("completed", "captured"), ("timeout", "refunded")])
+def test_a_mismatch_whose_job_is_settled_can_be_closed(scene: Scene, kind: str, status: str) -> None:
+    """Once another event has settled the job nothing can move for this one: its replay closes the letter."""
+    scene.charged()
+    settle(scene, make_event("failed platform", account_id="somebody else"))
+    settle(scene, make_event(kind))
+    story = scene.story()
+
+    foretold = replay(scene, dry_run=True)
+    replayed = replay(scene)
+
+    assert foretold == replayed == Replay(1, "job-1 failed platform", "job-1", "account_mismatch", closed=True)
+    assert [each.status for each in letters(scene)] == ["replayed"]
+    assert scene.story() == story
+    assert scene.rows("SELECT status FROM kino.charge_status") == [(status,)]
+
+
 def test_a_conflict_stays(scene: Scene) -> None:
     """Another content under an id that was decided is never applied, replayed or not."""
     scene.charged()
@@ -325,14 +349,39 @@ def test_edits_are_counted_up(scene: Scene) -> None:
     assert scene.breaks()[0].kind == "failed_after_capture"
 
 
-LONG_ID = "e" * (ID_LENGTH_MAX - 6)
+def test_the_longest_id_can_be_corrected(scene: Scene) -> None:
+    """A corrected copy's id may be longer than the 128 characters of a published one."""
+    longest = "e" * ID_LENGTH_MAX
+    scene.charged()
+    settle(scene, make_event("failed platform", event_id=longest, account_id="somebody else"))
+
+    replayed = replay(scene, edited=to_json(make_event("failed platform", event_id=longest)))
+
+    assert (replayed.event_id, replayed.outcome) == (f"{longest}+edit.1", "refunded")
+
+
+def test_a_corrected_copy_that_waits_comes_back(scene: Scene) -> None:
+    """The longer id is read again by the retry sweep, and by the replay of the letter that it may become."""
+    longest = "e" * ID_LENGTH_MAX
+    record(scene, poison_letter(b"nonsense", FAILED, 3))
+    waits = replay(scene, edited=to_json(make_event("failed platform", event_id=longest)))
+    scene.sweep(now=LATER + timedelta(hours=25))
+    scene.charged()
+
+    replayed = replay(scene, 2)
+
+    assert (waits.outcome, waits.event_id) == ("charge_not_found", f"{longest}+edit.1")
+    assert replayed == Replay(2, f"{longest}+edit.1", "job-1", "refunded", closed=True)
+
+
+LONG_ID = "e" * ID_LENGTH_MAX + "+edit.1"
 
 
 @pytest.mark.parametrize(
     ("event_id", "edited", "says"),
     [
         ("e", b"nonsense", "expected ident"),
-        (LONG_ID, to_json(make_event("failed platform", event_id=LONG_ID)), "is over 128 characters"),
+        (LONG_ID, to_json(with_id(make_event("failed platform"), LONG_ID)), "is over 140 characters"),
         (
             "e",
             to_json(make_event("failed platform", "job-2")),
@@ -349,7 +398,7 @@ def test_a_correction_that_is_none_of_this_letter_changes_nothing(
     """Whoever corrects a message wrongly is told so, and the letter stays as it was: it may guard a job's credits."""
     scene.charged()
     scene.charged("job-2")
-    settle(scene, make_event("failed platform", account_id="somebody else", event_id=event_id))
+    settle(scene, with_id(make_event("failed platform", account_id="somebody else"), event_id))
     settle(scene, make_event("failed platform", "job-2"))
     before = scene.everything()
 
@@ -444,6 +493,211 @@ def test_a_correction_that_fails_is_not_closed(scene: Scene) -> None:
 
     assert (replayed.outcome, replayed.closed) == ("account_mismatch", False)
     assert "open" in [each.status for each in letters(scene)]
+
+
+# --- several events in one message
+
+
+def several(*events: Event | bytes) -> bytes:
+    return b"[%s]" % b",".join(event if isinstance(event, bytes) else to_json(event) for event in events)
+
+
+WIRE_FORMS: dict[str, Callable[[bytes], bytes]] = {"bare": lambda raw: raw, "kombu": envelope}
+
+
+@pytest.mark.parametrize("form", WIRE_FORMS)
+def test_the_letter_of_one_event_of_several_is_replayed_as_that_event(
+    scene: Scene, bug: Callable[[str], None], form: str
+) -> None:
+    """The letter keeps the whole message, and its replay settles the one event at its place."""
+    scene.charged()
+    scene.charged("job-2")
+    raw = WIRE_FORMS[form](several(make_event("completed", "job-2"), b"{}", make_event("failed platform")))
+    deliveries, dead = read_message(raw, FAILED)
+    bug("on")
+    settle_batch_at(scene.worker, deliveries[1:], make_terms(), NOW)
+    record(scene, *dead)
+    bug("off")
+
+    replays = [replay(scene, 1), replay(scene, 2)]
+
+    assert [(each.event_id, each.outcome, each.closed) for each in replays] == [
+        ("job-1 failed platform", "refunded", True),
+        (None, "invalid_event", False),
+    ]
+    assert scene.rows("SELECT raw, element_index, seen FROM kino.dead_letter ORDER BY dead_letter_id") == [
+        (raw, 2, 1),
+        (raw, 1, 2),
+    ]
+    assert scene.story("job-2").settlement is None
+
+
+def test_a_poisonous_event_of_several_settles_when_a_person_says_so(scene: Scene) -> None:
+    """What was not read is read by its replay, at its place."""
+    scene.charged()
+    raw = several(make_event("completed", "job-2"), make_event("failed platform"))
+    record(scene, poison_letter(raw, FAILED, 3, element_index=1))
+
+    replayed = replay(scene)
+
+    assert replayed == Replay(1, "job-1 failed platform", "job-1", "refunded", closed=True)
+
+
+def test_a_whole_message_of_several_events_settles_each(scene: Scene) -> None:
+    """A letter from before such messages were read is replayed event by event; what fails has a letter of its own."""
+    for job in ("job-1", "job-2", "job-3"):
+        scene.charged(job)
+    raw = several(
+        make_event("completed", "job-1"),
+        make_event("failed platform", "job-2"),
+        make_event("failed platform", "job-3", account_id="somebody else"),
+        b"{}",
+    )
+    record(scene, malformed_letter(raw, FAILED, MalformedMessage("invalid_event", "an event is a JSON object")))
+
+    foretold = replay(scene, dry_run=True)
+    replayed = replay(scene)
+
+    outcome = "account_mismatch: 1, captured: 1, invalid_event: 1, refunded: 1"
+    assert foretold == replayed == Replay(1, None, None, outcome, closed=True)
+    assert [(each.number, each.reason, each.status) for each in letters(scene)] == [
+        (1, "invalid_event", "replayed"),
+        (2, "account_mismatch", "open"),
+        (3, "invalid_event", "open"),
+    ]
+    assert scene.rows("SELECT element_index FROM kino.dead_letter ORDER BY dead_letter_id") == [(None,), (2,), (3,)]
+
+
+def test_a_bug_in_a_whole_message_leaves_a_letter_for_each_event(scene: Scene, bug: Callable[[str], None]) -> None:
+    """Closing the message's letter hides nothing: each of its events that fails has its own."""
+    scene.charged()
+    record(scene, poison_letter(several(make_event("completed"), make_event("timeout")), FAILED, 3))
+    bug("on")
+
+    replayed = replay(scene)
+
+    assert replayed.outcome == "apply_error: 2"
+    assert [(each.reason, each.status) for each in letters(scene)] == [
+        ("poison_crash", "replayed"),
+        ("apply_error", "open"),
+        ("apply_error", "open"),
+    ]
+
+
+def test_a_correction_of_one_event_of_several_is_one_event(scene: Scene) -> None:
+    """A correction is of one event, also where the message holds several."""
+    scene.charged()
+    raw = several(make_event("failed platform", account_id="somebody else", event_id="e"), make_event("completed", "x"))
+    settle_batch_at(scene.worker, read_message(raw, FAILED)[0][:1], make_terms(), NOW)
+
+    with pytest.raises(MalformedMessage, match="an array of 2 events, where one is expected"):
+        replay(scene, edited=raw)
+    replayed = replay(scene, edited=to_json(make_event("failed platform", event_id="e")))
+
+    assert replayed == Replay(1, "e+edit.1", "job-1", "refunded", closed=True)
+
+
+# --- ids from before today's rule
+
+
+def old_charge(scene: Scene, job_id: str) -> None:
+    scene.grant("acct-1")
+    scene.as_superuser(
+        "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)"
+        f" VALUES ('{job_id}', 'acct-1', 0, now() + interval '1 hour')"
+    )
+
+
+def test_a_letter_about_a_charge_whose_id_has_white_space_settles(scene: Scene) -> None:
+    """The wire refuses such an id today; the letter that it becomes is replayed by the rule of before."""
+    old_charge(scene, "job-1 ")
+    raw = bare(document(subject="job-1 ", data={"job_id": "job-1 ", "error": {"code": "E", "origin": "platform"}}))
+    record(scene, malformed(raw))
+    kept = scene.rows("SELECT reason, job_id, other_job_ids, may_hold_others FROM kino.dead_letter")
+
+    replayed = replay(scene)
+
+    assert [tuple(row) for row in kept] == [("invalid_event", "job-1 ", ["job-1"], True)]
+    assert (replayed.job_id, replayed.outcome, replayed.closed) == ("job-1 ", "refunded", True)
+
+
+def test_an_event_that_waited_with_such_an_id_settles(scene: Scene) -> None:
+    """A row that a build of before has parked comes back by the rule of before."""
+    with stored_ids():
+        waiting = make_event("failed platform", "job-1 ", event_id="e ", source=" s")
+    settle(scene, waiting)
+    old_charge(scene, "job-1 ")
+
+    swept = scene.sweep(now=LATER)
+
+    assert swept == {"refunded": 1}
+    assert scene.rows("SELECT source, event_id, job_id FROM kino.inbox_event") == [(" s", "e ", "job-1 ")]
+
+
+def test_a_correction_may_take_white_space_away(scene: Scene) -> None:
+    """The corrected message is of the same event although its ids are written without the slip."""
+    scene.charged()
+    record(scene, malformed(bare(document(id="evt-1 ", data=document()["data"] | {"account_id": None}))))
+
+    replayed = replay(scene, edited=bare(document(data=document()["data"] | {"account_id": None})))
+
+    assert (replayed.event_id, replayed.outcome) == ("evt-1+edit.1", "refunded")
+
+
+@pytest.mark.parametrize("source", [f"{RECONCILER} ", f" {RECONCILER}"])
+def test_our_name_with_white_space_is_our_name(scene: Scene, source: str) -> None:
+    """What nearly says that it is the reconciler's is refused on the wire and in storage."""
+    scene.charged()
+    record(scene, malformed(bare(document(source=source))))
+
+    replayed = replay(scene)
+
+    assert (replayed.outcome, replayed.closed) == ("invalid_event", False)
+    assert scene.story().settlement is None
+
+
+# --- groups
+
+
+def test_letters_are_grouped_by_cause_and_not_by_queue(scene: Scene) -> None:
+    """Six mistakes by four queues are six groups."""
+    mistakes: list[list[bytes]] = [
+        [bare(document(id=f"a{number}", time="x")) for number in range(4)],
+        [bare(document(id=number)) for number in range(4)],
+        [celery_task("tasks.a", task_id=f"t{number}") for number in range(4)],
+        [celery_task("tasks.b", task_id=f"t{number}") for number in range(4)],
+        [envelope(document(id=f"b{number}"), content_type="text/plain") for number in range(4)],
+        [several(document_bytes(number), b"{}") for number in range(4)],
+    ]
+    for raws in mistakes:
+        for queue, raw in zip(Queue, raws, strict=True):
+            record(scene, *read_message(raw, queue)[1])
+
+    groups = scene.rows("SELECT count(*) FROM kino.dead_letter GROUP BY group_fingerprint")
+
+    assert [tuple(row) for row in groups] == [(4,)] * 6
+
+
+def document_bytes(number: int) -> bytes:
+    return bare(document(id=f"c{number}"))
+
+
+def test_exceptions_are_grouped_by_where_they_came_from(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bugs are two groups although Postgres or the driver raised both, and one bug is one, whatever it said."""
+    errors = iter([psycopg.errors.RaiseException("job 1"), psycopg.errors.RaiseException("job 2")])
+
+    def by_postgres(*_: Any, **__: Any) -> Any:
+        raise sa.exc.InternalError("SELECT", None, next(errors))
+
+    def by_ours(*_: Any, **__: Any) -> Any:
+        raise sa.exc.InternalError("SELECT", None, psycopg.errors.DivisionByZero("x"))
+
+    for failing, job in ((by_postgres, "job-1"), (by_postgres, "job-2"), (by_ours, "job-3")):
+        monkeypatch.setattr(batch, "settle", failing)
+        settle(scene, make_event("failed platform", job))
+
+    groups = scene.rows("SELECT count(*) FROM kino.dead_letter GROUP BY group_fingerprint ORDER BY 1")
+    assert [tuple(row) for row in groups] == [(1,), (2,)]
 
 
 # --- dry run

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import SessionLimits, create_engine
 from kino_refunds.db.faults import Fault, classify
+from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import Balance
 from kino_refunds.settlement import settle as settle_module
 from kino_refunds.settlement.batch import Part, settle_batch
@@ -193,15 +194,77 @@ def test_a_charge_whose_lines_do_not_add_up_moves_nothing(scene: Scene) -> None:
     assert scene.story("job-2") == Story(dead_letters={"job-2 timeout": "apply_error"})
 
 
+def test_an_event_whose_letter_is_refused_too_is_kept_as_its_bytes(scene: Scene) -> None:
+    """What is wrong with an event may keep its letter away too; its bytes are kept and its neighbours refunded."""
+    events = charge_all(scene)
+    refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
+    scene.as_superuser(
+        f"CREATE TRIGGER planted BEFORE INSERT ON kino.dead_letter FOR EACH ROW WHEN (NEW.job_id = '{BAD}')"
+        " EXECUTE FUNCTION kino.planted()"
+    )
+
+    said = scene.settle_batch(*events)
+
+    [(raw, detail, *unsaid)] = scene.rows(
+        "SELECT raw, detail, exception, source, event_id, job_id FROM kino.dead_letter"
+    )
+    assert said == {event.id: "refunded" for event in events if event.job_id != BAD}
+    assert raw == to_json(events[JOBS.index(BAD)])
+    assert "not this one" in detail
+    assert unsaid == [None] * 4
+
+
+def test_a_bad_event_whose_pending_row_is_held_is_kept_beside_it(scene: Scene) -> None:
+    """A pending row that another session holds keeps no letter away, and no neighbour waiting."""
+    scene.settle(make_event("timeout", BAD))
+    events = charge_all(scene)
+    refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
+
+    with scene.superuser.begin() as other:
+        other.exec_driver_sql("SELECT FROM kino.pending_event FOR UPDATE")
+        said = scene.settle_batch(*events)
+
+    assert said == {event.id: "refunded" for event in events if event.job_id != BAD}
+    assert scene.dead_letters() == [Dead(f"{BAD} timeout", BAD, "apply_error", 1, "open")]
+    assert scene.pending() == {f"{BAD} timeout": Waits(BAD, "charge_not_found", 0)}
+
+
+def test_an_event_that_seems_decided_elsewhere_for_ever_waits_alone(scene: Scene) -> None:
+    """A row that can never be inserted looks as if another session were faster: its event waits, the others settle."""
+    events = charge_all(scene)
+    refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RETURN NULL")
+
+    said = scene.settle_batch(*events)
+
+    assert said == {event.id: "busy" if event.job_id == BAD else "refunded" for event in events}
+    assert scene.pending() == {f"{BAD} timeout": Waits(BAD, "busy", 0)}
+    assert balances(scene) == ALL_BUT_BAD
+
+
+def test_a_waiting_event_that_this_build_cannot_read_stops_no_other(scene: Scene) -> None:
+    """An event parked by a newer build that was taken back is a dead letter; the sweep goes on with the others."""
+    events = [make_event("timeout", job_id) for job_id in JOBS]
+    scene.settle_batch(*events)
+    charge_all(scene)
+    scene.as_superuser(
+        "UPDATE kino.pending_event SET event = jsonb_set(event, '{type}', '\"kino.generation.job-paused.v1\"')"
+        f" WHERE job_id = '{BAD}'"
+    )
+
+    said = scene.sweep()
+
+    assert said == {"refunded": len(JOBS) - 1}
+    assert scene.pending() == {}
+    assert scene.dead_letters() == [Dead(f"{BAD} timeout", BAD, "unknown_type", 1, "open")]
+
+
 # What is not the events' fault.
 
 
-def read_only(scene: Scene) -> None:
-    scene.as_superuser(f"ALTER DATABASE {scene.worker.url.database} SET default_transaction_read_only = on")
-
-
 KEPT: dict[str, Callable[[Scene], None]] = {
-    "read-only": read_only,
+    "read-only": lambda scene: refuse(
+        scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'"
+    ),
     "no right to the inbox": lambda scene: scene.as_superuser("REVOKE INSERT ON kino.inbox_event FROM kino_worker"),
     "no right to lots": lambda scene: scene.as_superuser(
         "REVOKE UPDATE (remaining) ON kino.credit_lot FROM kino_worker"

@@ -422,7 +422,7 @@ def test_a_leased_event_is_left_to_who_leased_it(scene: Scene) -> None:
     scene.settle(make_event("timeout"))
     due_at = NOW + LONGEST_DELAY
     with scene.worker.begin() as connection:
-        leased = lease_due(connection, now=due_at, lease=LEASE)
+        leased = lease_due(connection, now=due_at, lease=LEASE, build="test")
 
     meanwhile = scene.sweep(now=due_at + LEASE - SECOND)
     afterwards = scene.sweep(now=due_at + LEASE)
@@ -437,7 +437,7 @@ def test_a_leased_event_comes_back_as_the_event_that_was_parked(scene: Scene) ->
     scene.settle(parked)
 
     with scene.worker.begin() as connection:
-        [leased] = lease_due(connection, now=NOW + LONGEST_DELAY, lease=LEASE)
+        [leased] = lease_due(connection, now=NOW + LONGEST_DELAY, lease=LEASE, build="test")
 
     assert (leased.event, leased.fingerprint, leased.raw) == (parked.event, parked.fingerprint, parked.raw)
     assert leased.pending_since == NOW

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -15,7 +19,15 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from kino_refunds.db.engine import SessionLimits, create_engine
-from kino_refunds.errors import BadSettings, SourceUnavailable
+from kino_refunds.errors import (
+    BadSettings,
+    ForeignAnswer,
+    KinoError,
+    SourceBroken,
+    SourceTimeout,
+    SourceUnavailable,
+    SourceUnreachable,
+)
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.reconciliation.adapters import ANSWER_BYTES_MAX, HttpSource, SqlSource, read_answers, source_of
 from kino_refunds.reconciliation.contract import JobSourceContract
@@ -24,29 +36,45 @@ from kino_refunds.settings import Settings
 from tests.conftest import Database
 
 UNKNOWN, COMPLETED, FAILED = Answer(JobState.UNKNOWN), Answer(JobState.COMPLETED), Answer(JobState.FAILED)
-JOBS: dict[str, tuple[str, str | None, str | None]] = {
-    "completed": ("completed", None, None),
-    "failed": ("failed", None, None),
-    "failed by the user": ("failed", "user", None),
-    "timed out": ("timed_out", None, None),
-    "rejected": ("rejected", None, None),
-    "rejected late": ("rejected", None, "after_generation"),
-    "running": ("running", None, None),
-    "named unknown": ("unknown", None, None),
-    "it's 100% :odd": ("completed", None, None),
-}
+ENDED_AT = datetime(2026, 11, 1, 12, 30, 15, 123456, tzinfo=UTC)
+JOBS: list[dict[str, Any]] = [
+    {"job_id": "completed", "state": "completed"},
+    {"job_id": "completed at", "state": "completed", "finished_at": "2026-11-01T12:30:15.123456Z"},
+    {"job_id": "failed", "state": "failed"},
+    {"job_id": "failed by the user", "state": "failed", "origin": "user"},
+    {"job_id": "failed at", "state": "failed", "finished_at": "2026-11-01T05:30:15.123456-07:00"},
+    {"job_id": "timed out", "state": "timed_out"},
+    {"job_id": "timed out with a result", "state": "timed_out", "result_produced": True},
+    {"job_id": "timed out without", "state": "timed_out", "result_produced": False},
+    {"job_id": "rejected", "state": "rejected"},
+    {"job_id": "rejected late", "state": "rejected", "stage": "after_generation"},
+    {"job_id": "running", "state": "running"},
+    {"job_id": "named unknown", "state": "unknown"},
+    {"job_id": "it's 100% :odd", "state": "completed"},
+    {"job_id": "twenty characters it", "state": "completed"},
+    {"job_id": "l" * 128, "state": "completed"},
+    {"job_id": "Case", "state": "completed"},
+]
 KNOWN = {
     "completed": COMPLETED,
+    "completed at": Answer(JobState.COMPLETED, finished_at=ENDED_AT),
     "failed": FAILED,
     "failed by the user": Answer(JobState.FAILED, origin=ErrorOrigin.USER),
+    "failed at": Answer(JobState.FAILED, finished_at=ENDED_AT),
     "timed out": Answer(JobState.TIMED_OUT),
+    "timed out with a result": Answer(JobState.TIMED_OUT, result_produced=True),
+    "timed out without": Answer(JobState.TIMED_OUT, result_produced=False),
     "rejected": Answer(JobState.REJECTED, stage=SafetyStage.DURING_GENERATION),
     "rejected late": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
     "running": Answer(JobState.RUNNING),
     "named unknown": UNKNOWN,
     "it's 100% :odd": COMPLETED,
+    "twenty characters it": COMPLETED,
+    "l" * 128: COMPLETED,
+    "Case": COMPLETED,
 }
-QUERY = "SELECT job_id, state, origin, stage FROM public.job WHERE job_id = ANY(CAST(:job_ids AS text[]))"
+COLUMNS = "job_id, state, origin, stage, result_produced, finished_at"
+QUERY = f"SELECT {COLUMNS} FROM public.job WHERE job_id = ANY(CAST(:job_ids AS text[]))"
 TEN_KB = "x" * 10_000
 
 
@@ -58,12 +86,16 @@ def jobs(database: Database) -> Iterator[sa.Engine]:
     """The pipeline's own table, and a session that could write it."""
     engine = create_engine(database.url("postgres"), limits=SessionLimits(statement_timeout_ms=500))
     with engine.begin() as connection:
-        connection.execute(sa.text("CREATE TABLE public.job (job_id text, state text, origin text, stage text)"))
-        for job_id, (state, origin, stage) in JOBS.items():
-            connection.execute(
-                sa.text("INSERT INTO public.job VALUES (:job_id, :state, :origin, :stage)"),
-                {"job_id": job_id, "state": state, "origin": origin, "stage": stage},
+        connection.execute(
+            sa.text(
+                "CREATE TABLE public.job (job_id text, state text, origin text, stage text, result_produced boolean,"
+                " finished_at timestamptz)"
             )
+        )
+        connection.execute(
+            sa.text("INSERT INTO public.job SELECT * FROM jsonb_populate_recordset(NULL::public.job, :jobs)"),
+            {"jobs": json.dumps(JOBS)},
+        )
     yield engine
     engine.dispose()
 
@@ -96,7 +128,7 @@ WRITES = {
 def asked(source: SqlSource, *job_ids: str) -> dict[str, Answer] | type[Exception]:
     try:
         return dict(source.ask(job_ids))
-    except (SourceUnavailable, sa.exc.DBAPIError) as error:
+    except KinoError as error:
         return type(error)
 
 
@@ -114,41 +146,56 @@ def test_a_query_that_hangs_ends(jobs: sa.Engine) -> None:
     """A query that takes too long is no answer, and the connection serves the next ask."""
     hanging = SqlSource(jobs, "SELECT j AS job_id, pg_sleep(60)::text AS state FROM unnest(CAST(:job_ids AS text[])) j")
 
-    with pytest.raises(sa.exc.OperationalError, match="statement timeout"):
+    with pytest.raises(SourceTimeout, match="statement timeout"):
         hanging.ask(["completed"])
 
     assert SqlSource(jobs, QUERY).ask(["completed"]) == {"completed": COMPLETED}
 
 
-UNREADABLE = (
-    "(VALUES ('a', 'gone fishing')) v (job_id, state)",
-    "(VALUES ('a', NULL)) v (job_id, state)",
-    "(VALUES ('a', 'failed', 'the intern')) v (job_id, state, origin)",
-    "(VALUES ('a', 'rejected', 'sometime')) v (job_id, state, stage)",
-    "(VALUES (NULL, 'completed')) v (job_id, state)",
-    "(VALUES (1, 'completed')) v (job_id, state)",
-    "(VALUES ('a')) v (job_id)",
-    "(VALUES ('completed')) v (state)",
-    "(VALUES ('a', 'completed'), ('a', 'failed')) v (job_id, state)",
-    "(VALUES ('a', 'failed', 'user'), ('a', 'failed', 'platform')) v (job_id, state, origin)",
-)
+BROKEN, FOREIGN = SourceBroken, ForeignAnswer
+ROWS: dict[str, type[Exception]] = {
+    "(VALUES ('a', 'gone fishing')) v (job_id, state)": BROKEN,
+    "(VALUES ('a', NULL)) v (job_id, state)": BROKEN,
+    "(VALUES ('a', 1)) v (job_id, state)": BROKEN,
+    "(VALUES ('a', 'failed', 'the intern')) v (job_id, state, origin)": BROKEN,
+    "(VALUES ('a', 'rejected', 'sometime')) v (job_id, state, stage)": BROKEN,
+    "(VALUES ('a', 'completed'), ('a', 'failed')) v (job_id, state)": BROKEN,
+    "(VALUES ('a', 'failed', 'user'), ('a', 'failed', 'platform')) v (job_id, state, origin)": BROKEN,
+    "(VALUES ('a', 'timed_out', 1)) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'timed_out', 'false')) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'timed_out', 't')) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'timed_out', true), ('a', 'timed_out', false)) v (job_id, state, result_produced)": BROKEN,
+    "(VALUES ('a', 'completed', timestamp '2026-11-01 12:00')) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', date '2026-11-01')) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', '2026-11-01 12:00')) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', 1793534400)) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', 'NaN'::float8)) v (job_id, state, finished_at)": BROKEN,
+    "(VALUES ('a', 'completed', 'infinity'::timestamptz)) v (job_id, state, finished_at)": SourceUnavailable,
+    "(VALUES ('a', 'completed'), ('a ', 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('a'::char(20), 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('A', 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('a', 'completed'), ('c', 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('c', NULL)) v (job_id, state)": FOREIGN,
+    "(VALUES (NULL, NULL)) v (job_id, state)": FOREIGN,
+    "(VALUES (NULL, 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES (1, 'completed')) v (job_id, state)": FOREIGN,
+    "(VALUES ('NaN'::float8, 'completed')) v (job_id, state)": FOREIGN,
+    "public.job": FOREIGN,
+    "(SELECT 'a' AS job_id, 'completed' AS state, generate_series(1, 1000000000)) v": FOREIGN,
+    "(VALUES ('a')) v (job_id)": BadSettings,
+    "(VALUES ('completed')) v (state)": BadSettings,
+    "(VALUES ('a', 'completed')) v (\"JOB_ID\", state)": BadSettings,
+    "(SELECT WHERE false) v": BadSettings,
+    "public.elsewhere": BadSettings,
+}
 
 
-def test_an_unreadable_row_is_an_error_and_not_an_answer(jobs: sa.Engine) -> None:
-    """Words that the contract does not have, missing columns and two answers for one job settle nothing."""
-    answers = {
-        rows: asked(SqlSource(jobs, f"SELECT * FROM {rows} WHERE CAST(:job_ids AS text[]) IS NOT NULL"), "a", "b")
-        for rows in UNREADABLE
-    }
+@pytest.mark.parametrize(("rows", "error"), ROWS.items(), ids=ROWS)
+def test_what_is_no_row_of_the_contract_is_no_answer(jobs: sa.Engine, rows: str, error: type[Exception]) -> None:
+    """A row that cannot be read is its job's error, one of another job everybody's, other columns the setting's."""
+    source = SqlSource(jobs, f"SELECT * FROM {rows} WHERE CAST(:job_ids AS text[]) IS NOT NULL")
 
-    assert answers == dict.fromkeys(UNREADABLE, SourceUnavailable)
-
-
-def test_rows_of_other_jobs_are_ignored(jobs: sa.Engine) -> None:
-    """A query that gives the whole table answers only for those who were asked for."""
-    source = SqlSource(jobs, "SELECT * FROM public.job WHERE CAST(:job_ids AS text[]) IS NOT NULL")
-
-    assert source.ask(["failed", "nobody"]) == {"failed": FAILED, "nobody": UNKNOWN}
+    assert asked(source, "a", "b") is error
 
 
 def test_the_same_answer_twice_is_one_answer(jobs: sa.Engine) -> None:
@@ -163,7 +210,7 @@ def test_ids_of_any_length_and_kind_are_asked_for(jobs: sa.Engine) -> None:
     source = SqlSource(jobs, QUERY)
 
     assert source.ask([TEN_KB, "\x1b[31m", "failed"]) == {TEN_KB: UNKNOWN, "\x1b[31m": UNKNOWN, "failed": FAILED}
-    with pytest.raises(sa.exc.DBAPIError):
+    with pytest.raises(SourceUnavailable, match="0x00"):
         source.ask(["a\x00b"])
 
 
@@ -181,11 +228,11 @@ def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **head
 
 
 def honest(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-    jobs = []
-    for job_id in asked["job_ids"]:
-        state, origin, stage = JOBS.get(job_id, ("unknown", None, None))
-        jobs.append({"job_id": job_id, "state": state, "origin": origin, "stage": stage, "more": {"is": "ignored"}})
-    send(handler, json.dumps({"jobs": jobs, "took_ms": 3}).encode())
+    known = {each["job_id"]: each for each in JOBS}
+    jobs = [known.get(job_id, {"job_id": job_id, "state": "unknown"}) for job_id in asked["job_ids"]]
+    nulls = dict.fromkeys(("origin", "stage", "result_produced", "finished_at"))
+    answer = {"jobs": [nulls | {"more": {"is": "ignored"}} | job for job in jobs], "took_ms": 3}
+    send(handler, json.dumps(answer).encode())
 
 
 class Endpoint:
@@ -275,42 +322,65 @@ def huge(handler: BaseHTTPRequestHandler, _asked: dict[str, Any]) -> None:
         handler.wfile.write(b" " * 2**16)
 
 
-LIES: dict[str, Reply] = {
-    "an error": body(b'{"jobs": []}', 500),
-    "another good status": body(b'{"jobs": [{"job_id": "a", "state": "completed"}]}', 203),
-    "no content": body(b"", 204),
-    "not found": body(b"not here", 404),
-    "a redirect": body(b"", 307, Location="/elsewhere"),
-    "nothing": body(b""),
-    "no json": body(b"<html>a login page</html>"),
-    "no utf-8": body(b'{"jobs": [{"job_id": "\xff", "state": "completed"}]}'),
-    "json cut off": cut_off,
-    "an array": body(b"[]"),
-    "null": body(b"null"),
-    "no jobs": body(b"{}"),
-    "jobs of another kind": body(b'{"jobs": {"a": "completed"}}'),
-    "a job of another kind": body(b'{"jobs": ["a"]}'),
-    "deep": body(b'{"jobs": ' + b"[" * 100_000),
-    "huge": huge,
-    "a lying encoding": body(b"not gzip", Content_Encoding="gzip"),
-    "an unknown word": rows({"job_id": "a", "state": "gone fishing"}),
-    "a state of another kind": rows({"job_id": "a", "state": ["completed"]}),
-    "an unknown origin": rows({"job_id": "a", "state": "failed", "origin": "the intern"}),
-    "no state": rows({"job_id": "a"}),
-    "no id": rows({"state": "completed"}),
-    "an id of another kind": rows({"job_id": 1, "state": "completed"}),
-    "two answers": rows({"job_id": "a", "state": "completed"}, {"job_id": "a", "state": "failed"}),
+A_ROW: dict[str, Any] = {"job_id": "a", "state": "completed"}
+NO_ANSWER, NOWHERE = SourceUnavailable, SourceUnreachable
+LIES: dict[str, tuple[Reply, type[Exception]]] = {
+    "an error": (body(b'{"jobs": []}', 500), NO_ANSWER),
+    "another good status": (body(b'{"jobs": [{"job_id": "a", "state": "completed"}]}', 203), NO_ANSWER),
+    "no content": (body(b"", 204), NO_ANSWER),
+    "not found": (body(b"not here", 404), NOWHERE),
+    "a wrong token": (body(b"who are you?", 401), NOWHERE),
+    "a redirect": (body(b"", 307, Location="/elsewhere"), NOWHERE),
+    "a redirect to nowhere": (body(b"", 302), NOWHERE),
+    "nothing": (body(b""), BROKEN),
+    "no json": (body(b"<html>a login page</html>"), BROKEN),
+    "no utf-8": (body(b'{"jobs": [{"job_id": "\xff", "state": "completed"}]}'), BROKEN),
+    "json cut off": (cut_off, NO_ANSWER),
+    "an array": (body(b"[]"), BROKEN),
+    "null": (body(b"null"), BROKEN),
+    "no jobs": (body(b"{}"), BROKEN),
+    "jobs of another kind": (body(b'{"jobs": {"a": "completed"}}'), BROKEN),
+    "a job of another kind": (body(b'{"jobs": ["a"]}'), BROKEN),
+    "deep": (body(b'{"jobs": ' + b"[" * 100_000), BROKEN),
+    "huge": (huge, NO_ANSWER),
+    "a lying encoding": (body(b"not gzip", Content_Encoding="gzip"), NO_ANSWER),
+    "an unknown word": (rows(A_ROW | {"state": "gone fishing"}), BROKEN),
+    "a state of another kind": (rows(A_ROW | {"state": ["completed"]}), BROKEN),
+    "an unknown origin": (rows(A_ROW | {"state": "failed", "origin": "the intern"}), BROKEN),
+    "no state": (rows({"job_id": "a"}), BROKEN),
+    "null as state": (rows(A_ROW | {"state": None}), BROKEN),
+    "a result of another kind": (rows(A_ROW | {"state": "timed_out", "result_produced": "false"}), BROKEN),
+    "a result that is a number": (rows(A_ROW | {"state": "timed_out", "result_produced": 0}), BROKEN),
+    "a time without offset": (rows(A_ROW | {"finished_at": "2026-11-01T12:00:00"}), BROKEN),
+    "a time that is a number": (rows(A_ROW | {"finished_at": 1793534400}), BROKEN),
+    "no such day": (rows(A_ROW | {"finished_at": "2026-02-30T12:00:00Z"}), BROKEN),
+    "an endless time": (rows(A_ROW | {"finished_at": float("inf")}), BROKEN),
+    "NaN as time": (rows(A_ROW | {"finished_at": float("nan")}), BROKEN),
+    "two answers": (rows(A_ROW, A_ROW | {"state": "failed"}), BROKEN),
+    "two times": (rows(A_ROW, A_ROW | {"finished_at": "2026-11-01T12:00:00Z"}), BROKEN),
+    "no id": (rows({"state": "completed"}), FOREIGN),
+    "null as id": (rows(A_ROW | {"job_id": None}), FOREIGN),
+    "NaN as id": (rows(A_ROW | {"job_id": float("nan")}), FOREIGN),
+    "an id of another kind": (rows(A_ROW | {"job_id": 1}), FOREIGN),
+    "an id that cannot be a key": (rows(A_ROW | {"job_id": ["a"]}), FOREIGN),
+    "a padded id": (rows(A_ROW | {"job_id": "a  "}), FOREIGN),
+    "a folded id": (rows(A_ROW | {"job_id": "A"}), FOREIGN),
+    "another's row beside ours": (rows(A_ROW, A_ROW | {"job_id": "c"}), FOREIGN),
+    "another's unreadable row": (rows(A_ROW, {"job_id": "c"}), FOREIGN),
 }
 
 
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
-def test_what_is_not_an_answer_is_an_error(endpoint: Endpoint, http_source: HttpSource, lie: Reply) -> None:
-    """Anything but a readable 200 settles nothing, and the next ask is answered."""
+@pytest.mark.parametrize(("lie", "error"), LIES.values(), ids=LIES)
+def test_what_is_not_an_answer_is_an_error(
+    endpoint: Endpoint, http_source: HttpSource, lie: Reply, error: type[Exception]
+) -> None:
+    """Anything but a readable 200 for the jobs that were asked settles nothing, and the next ask is answered."""
     endpoint.reply = lie
 
-    with pytest.raises(SourceUnavailable):
+    with pytest.raises(KinoError) as caught:
         http_source.ask(["a", "b"])
 
+    assert type(caught.value) is error
     endpoint.reply = honest
     assert http_source.ask(["failed"]) == {"failed": FAILED}
 
@@ -326,8 +396,8 @@ def test_a_redirect_is_not_followed(endpoint: Endpoint, http_source: HttpSource)
 
 
 def test_a_job_that_is_missing_was_not_answered(endpoint: Endpoint, http_source: HttpSource) -> None:
-    """Silence about a job is not `unknown`, and answers about others are ignored."""
-    endpoint.reply = rows({"job_id": "a", "state": "failed"}, {"job_id": "not asked for", "state": "failed"})
+    """Silence about a job is not `unknown`."""
+    endpoint.reply = rows({"job_id": "a", "state": "failed"})
 
     assert http_source.ask(["a", "b"]) == {"a": FAILED}
 
@@ -340,7 +410,7 @@ def test_an_endpoint_that_hangs_is_no_answer(endpoint: Endpoint, http_source: Ht
 
     endpoint.reply = hang
 
-    with pytest.raises(SourceUnavailable, match="did not answer"):
+    with pytest.raises(SourceTimeout, match="did not answer in time"):
         http_source.ask(["a"])
 
 
@@ -357,13 +427,13 @@ def test_an_endpoint_that_drips_is_no_answer(endpoint: Endpoint, http_source: Ht
 
     endpoint.reply = drip
 
-    with pytest.raises(SourceUnavailable):
+    with pytest.raises(SourceTimeout):
         http_source.ask(["a"])
 
 
 def test_nobody_there_is_no_answer() -> None:
     """A closed port is an error like any other."""
-    with httpx.Client(timeout=0.5, trust_env=False) as client, pytest.raises(SourceUnavailable):
+    with httpx.Client(timeout=0.5, trust_env=False) as client, pytest.raises(SourceUnreachable, match="refused"):
         HttpSource(client, "http://127.0.0.1:9/jobs").ask(["a"])
 
 
@@ -379,11 +449,120 @@ def test_ids_travel_as_they_are(endpoint: Endpoint, http_source: HttpSource) -> 
 
 def test_what_is_said_of_an_error_is_short() -> None:
     """An error names the field and not the answer's content: that may be anything, and is logged."""
-    with pytest.raises(SourceUnavailable) as caught:
+    with pytest.raises(SourceBroken) as caught:
         read_answers([{"job_id": "a", "state": "\x1b[31m" + TEN_KB}], ["a"])
 
     assert len(str(caught.value)) < 300
     assert str(caught.value).isprintable()
+
+
+# --- the contract itself
+
+
+class Knows:
+    """A source in Python that knows KNOWN, and then says what the test makes of it."""
+
+    def __init__(self, lie: Lie) -> None:
+        self._lie = lie
+
+    def ask(self, job_ids: Sequence[str]) -> Any:
+        return self._lie(job_ids, {job_id: KNOWN.get(job_id, UNKNOWN) for job_id in job_ids})
+
+
+Lie = Callable[[Sequence[str], dict[str, Answer]], Any]
+
+
+def told(**changes: Any) -> Lie:
+    """A source that says the same of each answer, whatever it knows."""
+    return lambda _, true: {job_id: replace(answer, **changes) for job_id, answer in true.items()}
+
+
+def never_twice(job_ids: Sequence[str], true: dict[str, Answer]) -> dict[str, Answer]:
+    return true if len(job_ids) == len(true) else {}
+
+
+CLOCK = iter(range(10**6))
+CARELESS: dict[str, tuple[Lie, str]] = {
+    "honest": (lambda _, true: true, ""),
+    "pads": (lambda _, true: {job_id.ljust(20): a for job_id, a in true.items()}, "no_other_job_is_answered_for"),
+    "cuts": (lambda _, true: {job_id[:20]: a for job_id, a in true.items()}, "no_other_job_is_answered_for"),
+    "strips": (
+        lambda _, true: {job_id: KNOWN.get(job_id.strip(), UNKNOWN) for job_id in true},
+        "a_like_id_is_not_the_job",
+    ),
+    "folds": (
+        lambda _, true: {
+            job_id: {k.lower(): a for k, a in KNOWN.items()}.get(job_id.lower(), UNKNOWN) for job_id in true
+        },
+        "a_like_id_is_not_the_job",
+    ),
+    "gives the whole table": (lambda _, true: KNOWN | true, "no_other_job_is_answered_for"),
+    "answers by place": (
+        lambda ids, _: dict(zip(ids, [KNOWN.get(each, UNKNOWN) for each in sorted(ids)], strict=True)),
+        "the_order_does_not_matter",
+    ),
+    "is confused by an id twice": (never_twice, "a_job_asked_twice_is_answered_once"),
+    "leaves out what it does not know": (
+        lambda _, true: {job_id: a for job_id, a in true.items() if job_id in KNOWN},
+        "an_unheard_of_job_is_unknown",
+    ),
+    "takes forty at most": (lambda _, true: dict([*true.items()][:40]), "a_whole_batch_is_answered"),
+    "has no result": (told(result_produced=False), "known_jobs_are_answered_as_they_are"),
+    "has no time": (told(finished_at=None), "known_jobs_are_answered_as_they_are"),
+    "has no origin": (told(origin=ErrorOrigin.UNKNOWN), "known_jobs_are_answered_as_they_are"),
+    "has no stage": (told(stage=SafetyStage.DURING_GENERATION), "known_jobs_are_answered_as_they_are"),
+    "says the time of the ask": (
+        lambda _, true: {j: replace(a, finished_at=ENDED_AT + timedelta(next(CLOCK))) for j, a in true.items()},
+        "asking_again_gives_the_same",
+    ),
+    "gives rows": (lambda _, true: [*true.items()], "every_value_is_an_answer"),
+    "gives words": (lambda _, true: {job_id: a.state for job_id, a in true.items()}, "every_value_is_an_answer"),
+    "knows jobs in a crowd only": (
+        lambda ids, true: true if len(ids) > 1 else dict.fromkeys(true, UNKNOWN),
+        "each_job_is_answered_alone_as_among_others",
+    ),
+    "reads wildcards": (
+        lambda _, true: true | {"%": COMPLETED} if "%" in true else true,
+        "hostile_ids_are_only_ids",
+    ),
+    "cuts what is unknown": (
+        lambda _, true: {job_id[:100]: a for job_id, a in true.items()} if "l" * 128 not in true else true,
+        "an_unheard_of_job_is_unknown_whatever_its_length",
+    ),
+    "errs for all where one is unknown": (
+        lambda _, true: true if true.keys() <= KNOWN.keys() else dict.fromkeys(true, UNKNOWN),
+        "one_unheard_of_job_spoils_no_other_answer",
+    ),
+}
+
+
+def broken_promises(source: Knows) -> set[str]:
+    """The tests of the contract that this source fails."""
+    broken = set()
+    for name, test in vars(JobSourceContract).items():
+        if name.startswith("test_"):
+            given: dict[str, Any] = {"source": source, "known": KNOWN}
+            wanted = {each: given[each] for each in inspect.signature(test).parameters if each in given}
+            try:
+                test(JobSourceContract(), **wanted)
+            except Exception:  # noqa: BLE001 - whatever a careless source makes of its test, it is not passed
+                broken.add(name.removeprefix("test_"))
+    return broken
+
+
+@pytest.mark.parametrize(("lie", "promise"), CARELESS.values(), ids=CARELESS)
+def test_the_contract_finds_a_careless_source(lie: Lie, promise: str) -> None:
+    """Each careless source fails the test that speaks of its carelessness; an honest one fails none."""
+    broken = broken_promises(Knows(lie))
+
+    assert promise in broken if promise else broken == set()
+
+
+def test_every_promise_of_the_contract_is_broken_by_somebody() -> None:
+    """No test of the contract is hollow: for each there is a careless source that fails it."""
+    promises = {name.removeprefix("test_") for name in vars(JobSourceContract) if name.startswith("test_")}
+
+    assert promises == {promise for _, promise in CARELESS.values() if promise}
 
 
 # --- settings
@@ -404,6 +583,35 @@ WRONG: dict[str, tuple[Settings, str]] = {
         settings(job_source="sql", job_source_url=SQL_URL, job_source_query="SELECT 1"),
         "with the parameter :job_ids",
     ),
+    "sql with a parameter that nobody gives": (
+        settings(job_source="sql", job_source_url=SQL_URL, job_source_query=f"{QUERY} AND state <> :state"),
+        "has the parameter :state, and only :job_ids is given",
+    ),
+    **{
+        f"sql at {url}": (settings(job_source="sql", job_source_url=url, job_source_query=QUERY), says)
+        for url, says in {
+            "mysql://h/d": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but mysql; for example postgresql://",
+            "sqlite:///d": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but sqlite",
+            "https://jobs.example/ask": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but https",
+            "redis://h:6379/0": "KINO_JOB_SOURCE_URL is not Postgres by psycopg but redis",
+            "postgresql://u:hunter2@h:port/d": "KINO_JOB_SOURCE_URL cannot be read",
+            "postgresql://u:hun@ter2@h/d": "KINO_JOB_SOURCE_URL cannot be read",
+            "jobs": "KINO_JOB_SOURCE_URL cannot be read",
+            "postgresql://h/d?no_such_option=1": "has options that Postgres does not know: no_such_option",
+        }.items()
+    },
+    "http with a token that is none": (
+        settings(job_source="http", job_source_url="https://h/ask", job_source_token="hunter2ö"),
+        "KINO_JOB_SOURCE_TOKEN has characters that no HTTP header can carry",
+    ),
+    "http with a token of two lines": (
+        settings(job_source="http", job_source_url="https://h/ask", job_source_token="hunter2\nX-Admin: 1"),
+        "KINO_JOB_SOURCE_TOKEN has characters that no HTTP header can carry",
+    ),
+    **{
+        f"http at {url!a}": (settings(job_source="http", job_source_url=url), "KINO_JOB_SOURCE_URL cannot be read")
+        for url in ("http://[::1/ask", "https://u:hunter2@h:port/ask", "https://h:99999/ask", "https://h/\x01")
+    },
     "http without url": (settings(job_source="http"), "needs KINO_JOB_SOURCE_URL"),
     **{
         f"http at {url}": (settings(job_source="http", job_source_url=url), "must be https://")
@@ -417,24 +625,109 @@ WRONG: dict[str, tuple[Settings, str]] = {
             "ftp://localhost/ask",
             "localhost/ask",
             "//localhost/ask",
+            "https://",
+            "https:///ask",
+            "postgresql://h/d",
             "",
         )
     },
 }
-NO_ADDRESS = settings(job_source="http", job_source_url="http://[::1/ask"), "KINO_JOB_SOURCE_URL"
+
+
+@pytest.mark.parametrize(("wrong", "says"), WRONG.values(), ids=WRONG)
+def test_a_source_that_cannot_be_is_a_clear_error(wrong: Settings, says: str) -> None:
+    """What is missing, cannot be read or would send answers in the clear is named on one line, before anybody is asked.
+
+    A password is not in it.
+    """
+    with pytest.raises(BadSettings, match=re.escape(says)) as caught, source_of(wrong):
+        pass
+
+    assert str(caught.value).isprintable()
+    assert "hunter2" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+def test_a_database_that_cannot_be_reached_is_an_error_of_the_source(database: Database) -> None:
+    """A port that nobody listens on, a role and a database that do not exist answer for no job, in one line."""
+    here = database.url("postgres")
+    for url in (
+        "postgresql://postgres:hunter2@127.0.0.1:1/kino",
+        database.url("nobody_of_this_name"),
+        here.rpartition("/")[0] + "/no_such_database",
+    ):
+        with source_of(settings(job_source="sql", job_source_url=url, job_source_query=QUERY)) as source:
+            assert source is not None
+            with pytest.raises(SourceUnreachable, match="the job source's database cannot be reached") as caught:
+                source.ask(["a"])
+        assert str(caught.value).isprintable()
+        assert "hunter2" not in str(caught.value)
+
+
+def test_a_database_that_goes_away_in_the_middle_is_away(jobs: sa.Engine) -> None:
+    """A session that ends under the query is no job's doing, and the next ask has another."""
+    dying = SqlSource(jobs, "SELECT '' AS job_id, pg_terminate_backend(pg_backend_pid())::text AS state, :job_ids AS j")
+
+    with pytest.raises(SourceUnreachable, match="went away"):
+        dying.ask(["completed"])
+
+    assert SqlSource(jobs, QUERY).ask(["completed"]) == {"completed": COMPLETED}
+
+
+def test_a_time_out_of_less_than_a_millisecond_is_a_limit(database: Database) -> None:
+    """The shortest time-out that can be set is the shortest limit that Postgres has, and not none."""
+    tiny = settings(
+        job_source="sql",
+        job_source_url=database.url("postgres"),
+        job_source_query="SELECT j AS job_id, pg_sleep(60)::text AS state FROM unnest(CAST(:job_ids AS text[])) j",
+        job_source_timeout_s=0.0001,
+    )
+
+    with source_of(tiny) as source:
+        assert source is not None
+        with pytest.raises(SourceUnavailable):
+            source.ask(["a"])
+
+
+class Nowhere(tzinfo):
+    """A time zone that fails, as foreign ones may."""
+
+    def __repr__(self) -> str:
+        return "Nowhere()"  # without an address: the test is called the same in every process
+
+    def fail(self, _: datetime | None) -> Any:
+        raise NotImplementedError
+
+    utcoffset = dst = tzname = fail
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    "wrong",
     [
-        *(pytest.param(*case, id=name) for name, case in WRONG.items()),
-        pytest.param(*NO_ADDRESS, id="http at no address"),
+        {"state": "completed"},
+        {"state": None},
+        {"state": float("nan")},
+        {"origin": "user"},
+        {"origin": None},
+        {"stage": "after_generation"},
+        {"result_produced": 1},
+        {"result_produced": "false"},
+        {"result_produced": None},
+        {"result_produced": float("nan")},
+        {"finished_at": datetime(2026, 11, 1)},  # noqa: DTZ001 - what is refused
+        {"finished_at": date(2026, 11, 1)},
+        {"finished_at": "2026-11-01T12:00:00Z"},
+        {"finished_at": 1793534400},
+        {"finished_at": float("nan")},
+        {"finished_at": datetime(2026, 11, 1, tzinfo=Nowhere())},
+        {"finished_at": datetime.min.replace(tzinfo=timezone(timedelta(hours=1)))},
     ],
+    ids=str,
 )
-def test_a_source_that_cannot_be_is_a_clear_error(wrong: Settings, says: str) -> None:
-    """What is missing or would send answers in the clear is named, before anybody is asked."""
-    with pytest.raises(BadSettings, match=says), source_of(wrong):
-        pass
+def test_an_answer_of_wrong_types_cannot_be_built(wrong: dict[str, Any]) -> None:
+    """A source in Python learns where it builds an answer that a value is not of its type, not from a settlement."""
+    with pytest.raises(SourceBroken):
+        Answer(**{"state": JobState.TIMED_OUT, **wrong})
 
 
 def test_none_says_that_nobody_knows() -> None:

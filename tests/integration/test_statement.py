@@ -13,14 +13,18 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import TransferNotFound
 from kino_refunds.ledger import (
     Balance,
+    ChargeRequest,
     StatementLine,
     balance,
     freeze_purchase,
     grant_lots,
+    later_lines_exist,
     open_charge,
+    open_charges,
     statement,
     void_purchase,
 )
+from kino_refunds.ledger.lots import CREDITS_MAX
 from tests.clock import clock_at, expire_lots, unfreeze_purchase
 from tests.conftest import Database
 from tests.ledger_acts import DAY, GRACE, NOW, SOLD, charge, end_and_commit, give
@@ -158,6 +162,26 @@ class TestBalance:
         assert balance(connection, "ada") == Balance(100, 0)
         product.rollback()
 
+    def test_more_than_postgres_counts_is_shown_as_the_most_it_counts(
+        self, product: sa.Connection, connection: sa.Connection
+    ) -> None:
+        """1,025 of the largest lots, and a charge for each, are over what a bigint holds: no balance fails for it."""
+        most = 2**63 - 1
+        lots = [replace(SOLD, reference=f"lot {n}", account_id="rich", credits=CREDITS_MAX) for n in range(2 * 1_025)]
+        grant_lots(product, lots)
+        give(product, SOLD)
+        jobs = [ChargeRequest(f"job {n}", "rich", CREDITS_MAX, NOW) for n in range(1_025)]
+        open_charges(product, jobs)
+        product.commit()
+
+        now, then = balance(connection, "rich"), balance(connection, "rich", at=clock(product))
+        everybody = connection.execute(sa.text("SELECT * FROM kino.account_balance ORDER BY account_id")).all()
+        lines = statement(connection, "rich", limit=10_000)
+
+        assert (now, then) == (Balance(most, most), Balance(most, most))
+        assert everybody == [("ada", 100, 0), ("rich", most, most)]
+        assert sum(line.credits for line in lines) == 1_025 * CREDITS_MAX
+
 
 class TestStatement:
     def test_a_statement_tells_every_movement(self, product: sa.Connection, connection: sa.Connection) -> None:
@@ -228,6 +252,21 @@ class TestStatement:
 
         assert ids(held_back) == [1]
         assert ids(statement(connection, "ada")) == [1, 2, 3]
+
+    def test_a_reader_is_told_that_later_lines_exist(
+        self, product: sa.Connection, product_engine: sa.Engine, connection: sa.Connection
+    ) -> None:
+        """What an open transaction holds back can be asked for, by account, and is gone with that transaction."""
+        give(product, SOLD)
+        told = [later_lines_exist(connection, "ada")]
+        with product_engine.connect() as slow:
+            slow.exec_driver_sql("SELECT pg_current_xact_id()")
+            told.append(later_lines_exist(connection, "ada"))
+            give(product, replace(SOLD, reference="quick"))
+            told += [later_lines_exist(connection, account_id) for account_id in ("ada", "bob")]
+        told.append(later_lines_exist(connection, "ada"))
+
+        assert told == [False, False, True, False, False]
 
     @pytest.mark.parametrize("early_commits_first", [False, True])
     def test_a_reader_that_pages_misses_nothing(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -12,13 +14,21 @@ from pydantic import ValidationError
 
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import (
+    ELEMENTS_MAX,
     MESSAGE_BYTES_MAX,
+    Description,
     MalformedReason,
+    contents,
     describe,
     message_key,
+    opened,
     parse,
+    parse_stored,
+    split,
 )
 from kino_refunds.events.schema import (
+    EDITED_ID_LENGTH_MAX,
+    ID_LENGTH_MAX,
     QUEUES,
     ErrorOrigin,
     Event,
@@ -32,7 +42,17 @@ from kino_refunds.events.schema import (
     queue_of,
     to_json,
 )
-from tests.malformed import MALFORMED, bare, data, envelope, event, without
+from tests.malformed import (
+    MALFORMED,
+    WHITE_SPACE,
+    bare,
+    binary_mode,
+    celery_task,
+    data,
+    envelope,
+    event,
+    without,
+)
 
 AT = datetime(2026, 11, 2, 9, 11, 12, 500_000, tzinfo=UTC)
 COMMON: dict[str, Any] = {"id": "evt-1", "source": "/pipeline/eu-1", "time": AT, "job_id": "job-1"}
@@ -191,6 +211,9 @@ def test_a_bare_event_with_the_fields_of_an_envelope_is_a_bare_event() -> None:
         ("application/cloudevents+json", "utf-8"),
         ("application/cloudevents+json; charset=UTF-8", "UTF-8"),
         ("Application/JSON;charset=utf-8", "utf8"),
+        ("application/cloudevents-batch+json", "utf-8"),
+        ("application/json", "binary"),
+        ("application/cloudevents+json", "Binary"),
     ],
 )
 def test_an_envelope_may_carry_either_json_type(content_type: str, content_encoding: str) -> None:
@@ -376,12 +399,35 @@ def test_the_same_content_sent_again_has_the_same_key(first: bytes, again: bytes
 
 
 def test_other_content_has_another_key() -> None:
-    """Two dead letters are one only where nothing but delivery tells them apart."""
+    """Two dead letters are one only where nothing but the delivery tag tells them apart: the other's bytes are gone."""
     messages = {raw for raw, _ in MALFORMED.values()}
-    contents = {raw for name, (raw, _) in MALFORMED.items() if not name.endswith(", kombu")}
 
-    assert len({message_key(raw) for raw in contents}) == len(contents)
-    assert len({message_key(raw) for raw in messages}) == len(contents)
+    assert len({message_key(raw) for raw in messages}) == len(messages)
+
+
+def test_tasks_of_celery_with_one_body_are_kept_apart() -> None:
+    """What differs between two tasks stands in their headers: 33 messages are 33 keys, and one sent again is one."""
+    tasks = [celery_task(f"tasks.{number % 11}", task_id=f"task-{number}") for number in range(33)]
+    again = [raw.replace(b'"delivery_tag": "task-', b'"delivery_tag": "again-') for raw in tasks]
+
+    assert len({message_key(raw) for raw in tasks}) == 33
+    assert [message_key(raw) for raw in again] == [message_key(raw) for raw in tasks]
+    assert again != tasks
+
+
+def test_each_element_of_a_message_has_a_key_of_its_own() -> None:
+    """The letter of one event of several is not that of another, nor that of the whole message."""
+    raw = bare([event()] * ELEMENTS_MAX)
+
+    keys = {message_key(raw, index) for index in (None, *range(ELEMENTS_MAX))}
+
+    assert len(keys) == ELEMENTS_MAX + 1
+
+
+def ids(raw: bytes) -> tuple[str | None, str | None, str | None]:
+    """Whom a malformed message is about."""
+    about = describe(raw)
+    return about.source, about.event_id, about.job_id
 
 
 @pytest.mark.parametrize("name", ["python repr", "cut off", "trailing characters", "byte order mark", "old version"])
@@ -390,11 +436,11 @@ def test_a_malformed_message_still_names_its_job(name: str, form: str) -> None:
     """Whoever looks at a dead letter sees which job it was about, wherever the bytes still say it."""
     raw, _ = MALFORMED[f"{name}, {form}"]
 
-    assert describe(raw) == ("/pipeline/eu-1", "evt-1", "job-1")
+    assert ids(raw) == ("/pipeline/eu-1", "evt-1", "job-1")
 
 
 @pytest.mark.parametrize(
-    ("raw", "ids"),
+    ("raw", "found"),
     [
         (b"", (None, None, None)),
         (b"\xff\xfe", (None, None, None)),
@@ -408,10 +454,299 @@ def test_a_malformed_message_still_names_its_job(name: str, form: str) -> None:
     ],
 )
 def test_ids_are_found_only_where_they_can_be_trusted(
-    raw: bytes, ids: tuple[str | None, str | None, str | None]
+    raw: bytes, found: tuple[str | None, str | None, str | None]
 ) -> None:
     """An id that is cut off, too long, unprintable or not text is not shown as one."""
-    assert describe(raw) == ids
+    assert ids(raw) == found
+
+
+COMPLETED = event(type="kino.generation.job-completed.v1", data={"job_id": "job-1"})
+
+
+def completed(job_id: str, **changes: Any) -> dict[str, Any]:
+    return {**COMPLETED, "id": f"{job_id}-end", "subject": job_id, "data": {"job_id": job_id}, **changes}
+
+
+NAMES_ONE_JOB = {
+    "naive time": completed("job-1", time="2026-11-02T10:11:12"),
+    "unknown type": completed("job-1", type="kino.generation.job-completed.v2"),
+    "old version": completed("job-1", specversion="0.3"),
+    "no type": without(completed("job-1"), "type"),
+    "data missing": without(completed("job-1"), "data"),
+    "data_base64": {
+        **without(completed("job-1", time="x"), "data"),
+        "data_base64": base64.b64encode(bare({"job_id": "job-1"})).decode(),
+    },
+}
+MAY_HOLD_OTHERS: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "two events on lines": (bare(completed("job-1")) + b"\n" + bare(completed("job-2")), ("job-1", "job-2")),
+    "two jobs": (bare(completed("job-1", subject="job-2")), ("job-1", "job-2")),
+    "a job deep inside": (
+        bare(completed("job-1", time="x", extra=[{"more": {"job_id": "job-2"}}])),
+        ("job-1", "job-2"),
+    ),
+    "several in one object": (
+        bare({"specversion": "1.0", "events": [completed("job-1"), completed("job-2")]}),
+        ("job-1", "job-2"),
+    ),
+    "no job": (bare(without(without(completed("job-1"), "subject"), "data")), ()),
+    "a number for a job": (bare(completed("job-1", data={"job_id": 7})), ("job-1",)),
+    "a job too long": (bare(completed("job-1", subject="x" * 129)), ("job-1",)),
+    "white space": (bare(completed("job-1 ")), ("job-1 ", "job-1")),
+    "a no-break space": (bare(completed("job-1\xa0")), ("job-1",)),
+    "data as a string": (bare(completed("job-1", data=json.dumps({"job_id": "job-2"}))), ("job-1",)),
+    "data_base64 of something": (
+        bare({**without(completed("job-1"), "data"), "data_base64": "am9iLTE="}),
+        ("job-1",),
+    ),
+    "cut off": (bare(completed("job-1"))[:-20], ("job-1",)),
+    "too large": (bare([completed("job-1", padding="x" * MESSAGE_BYTES_MAX)]), ("job-1",)),
+    "nothing": (b"", ()),
+    "gzip": (MALFORMED["gzip, bare"][0], ()),
+    "body not base64": (MALFORMED["body not base64"][0], ()),
+    "compressed": (MALFORMED["compressed by zlib"][0], ()),
+    "envelope in an envelope": (envelope(envelope(completed("job-1"))), ()),
+    "binary mode of two jobs": (binary_mode(**{"ce-subject": "job-2"}), ("job-2", "job-1")),
+}
+
+
+@pytest.mark.parametrize("form", [bare, envelope], ids=["bare", "kombu"])
+@pytest.mark.parametrize("document", NAMES_ONE_JOB.values(), ids=NAMES_ONE_JOB)
+def test_a_message_that_is_read_whole_and_names_one_job_is_that_job_s(document: dict[str, Any], form: Any) -> None:
+    """A letter about one job holds up no other job's verdict."""
+    about = describe(form(document))
+
+    assert (about.job_id, about.other_job_ids, about.may_hold_others) == ("job-1", (), False)
+
+
+@pytest.mark.parametrize(("raw", "jobs"), MAY_HOLD_OTHERS.values(), ids=MAY_HOLD_OTHERS)
+def test_a_message_that_could_be_anybody_s_says_so(raw: bytes, jobs: tuple[str, ...]) -> None:
+    """What cannot be read to its end, or names no job or several, may hold any job's end; it names what it can."""
+    about = describe(raw)
+
+    assert (about.job_id, *about.other_job_ids) == (jobs or (None,))
+    assert about.may_hold_others
+
+
+@pytest.mark.parametrize("form", [bare, envelope], ids=["bare", "kombu"])
+def test_an_array_that_is_no_batch_is_one_nameless_letter(form: Any) -> None:
+    """More events than one message may hold are nobody's by name, and guard every job that they name."""
+    jobs = [f"job-{number}" for number in range(ELEMENTS_MAX + 1)]
+
+    about = describe(form([completed(job) for job in jobs]))
+
+    assert about == Description(None, None, None, tuple(jobs), may_hold_others=True)
+
+
+# --- several events in one message
+
+
+@pytest.mark.parametrize("size", [1, 2, ELEMENTS_MAX])
+@pytest.mark.parametrize("form", [bare, envelope], ids=["bare", "kombu"])
+def test_an_array_of_events_is_several_events(size: int, form: Any) -> None:
+    """One to a hundred events in an array are read each by itself, as the events that they are alone."""
+    documents = [event(id=f"evt-{number}", extra=float("nan"), note="ü\u2028") for number in range(size)]
+
+    found = split(form(documents))
+
+    assert found is not None
+    assert [each.index for each in found] == list(range(size))
+    assert [fingerprint(parse(each.content)) for each in found] == [fingerprint(parse(bare(one))) for one in documents]
+    assert contents(form(documents)) == [each.content for each in found]
+
+
+def test_one_bad_event_of_several_leaves_the_others() -> None:
+    """An element that is wrong, or no event at all, is so by itself."""
+    found = split(bare([event(), event(time="x"), {}, event(id="evt-2")]))
+
+    assert found is not None
+    reasons: list[str | None] = []
+    for each in found:
+        try:
+            parse(each.content)
+        except MalformedMessage as malformed:
+            reasons.append(malformed.code)
+        else:
+            reasons.append(None)
+    assert reasons == [None, "invalid_event", "invalid_event", None]
+
+
+@pytest.mark.parametrize(("raw", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_what_is_malformed_is_one_message(raw: bytes, reason: MalformedReason) -> None:
+    """Nothing of the corpus is taken for a batch, so each is one letter."""
+    assert split(raw) is None, reason
+    assert contents(raw) == [raw]
+
+
+def test_one_event_is_read_where_one_is_expected() -> None:
+    """An array is no event to whom asks for one, such as a publisher, and it is told the number."""
+    assert reason_of(bare([event(), event()])) == (
+        "invalid_event",
+        "an array of 2 events, where one is expected",
+    )
+
+
+# --- foreign forms
+
+
+@pytest.mark.parametrize("form", [bare, envelope], ids=["bare", "kombu"])
+@pytest.mark.parametrize(("document", "built", "queue"), KINDS.values(), ids=KINDS)
+def test_data_in_base64_are_data(document: dict[str, Any], built: Event, queue: str, form: Any) -> None:
+    """A publisher whose data are bytes to it says the same event."""
+    content = bare(document["data"])
+    encoded = {**without(document, "data"), "data_base64": base64.b64encode(content).decode()}
+
+    parsed = parse(form(encoded))
+
+    assert (parsed, fingerprint(parsed), queue_of(parsed)) == (built, fingerprint(built), queue)
+    assert [parse(each) for each in contents(form([encoded]))] == [built]
+
+
+TRUTHS = {
+    "time in a leap second, bare": "time: Input should not lie in a leap second, which cannot be stored: say second 59,"
+    " not '2016-12-31T23:59:60Z'",
+    "time on 30 February, bare": "time: Input should be a day of the calendar, in the years 1 to 9999 in UTC,"
+    " not '2026-02-30T10:11:12Z'",
+    "time in year 0, bare": "time: Input should be a day of the calendar, in the years 1 to 9999 in UTC,"
+    " not '0000-01-01T00:00:00Z'",
+    "byte order mark, bare": "it begins with a byte order mark, which JSON does not allow: send it without",
+    "binary mode of http": "a CloudEvent in binary mode, whose attributes are headers of the message:"
+    " publish it in structured mode",
+    "a celery task": "a task of Celery, 'video.render': an array of 3, not of CloudEvents",
+    "a celery task of the older protocol, bare": "a task of Celery, 'video.render': type: Field required, a string",
+    "an array of too many events, bare": "an array of 101, more than the 100 events that one message may hold",
+    "data_base64 that is not base64, bare": "data_base64 (3 characters) is not base64",
+    "data_base64 that holds no json, bare": "data_base64 (5 bytes) does not hold JSON",
+    "id that ends with a space, bare": "id: Input should not begin or end with white space, not 'evt-1 '",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), TRUTHS.items(), ids=TRUTHS)
+def test_a_letter_says_what_is_true_of_the_message(name: str, text: str) -> None:
+    """Whoever reads a letter hears what is wrong with the message, and what its publisher can do."""
+    assert reason_of(MALFORMED[name][0])[1] == text
+
+
+@pytest.mark.parametrize("prefix", ["ce-", "ce_", "cloudEvents:", "cloudEvents_", "CE-"])
+def test_an_event_in_binary_mode_keeps_its_ids(prefix: str) -> None:
+    """The ids of an event whose attributes are headers are read from there."""
+    assert describe(binary_mode(prefix)) == Description("/pipeline/eu-1", "evt-1", "job-1", (), may_hold_others=False)
+
+
+# What letters are grouped by: messages of one mistake have one cause, whatever their values are.
+SAME_CAUSE: list[list[bytes]] = [
+    [bare(event(time=value)) for value in ("x", 7, None)] + [bare(without(event(id="e-2"), "time"))],
+    [bare(event(data=data(error={"code": "E", "origin": value}))) for value in ("nobody", 1)],
+    [bare(event(subject="job-2")), envelope(event(subject="job-3"))],
+    [celery_task("tasks.a", task_id=str(number)) for number in range(3)],
+    [celery_task("tasks.b", body=[[number], {}, {}]) for number in range(3)],
+    [binary_mode(), binary_mode("ce_", ce_id="evt-2")],
+    [envelope(event(), content_type="text/plain"), envelope(event(id="e-2"), content_type="text/plain")],
+    [envelope(event(), content_type="application/data")],
+    [bare(event(type="kino.other.v1")), bare(event(id="e-2", type="kino.other.v1"))],
+    [bare(event(type="kino.another.v1"))],
+    [b"[]", b"[1]", bare([event()] * 101)],
+    [b"{", b"nonsense"],
+    [b"\xef\xbb\xbf{}"],
+]
+
+
+def test_letters_have_the_cause_of_their_mistake() -> None:
+    """One mistake is one cause, and two mistakes are two: neither values nor queues count."""
+    causes = [{(error.code, error.cause) for error in map(malformed, raws)} for raws in SAME_CAUSE]
+
+    assert [len(each) for each in causes] == [1] * len(SAME_CAUSE)
+    assert len(set.union(*causes)) == len(SAME_CAUSE)
+
+
+def malformed(raw: bytes) -> MalformedMessage:
+    with pytest.raises(MalformedMessage) as caught:
+        parse(raw)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        (envelope(event()), bare(event())),
+        (envelope(b"\x80\x04N.", content_type="application/x-python-serialize"), b"\x80\x04N."),
+        (celery_task(body=[]), b"[]"),
+        (envelope(event(), body=5), None),
+        (bare(event()), None),
+        (b"{", None),
+    ],
+)
+def test_what_kombu_wrote_can_be_looked_at(raw: bytes, body: bytes | None) -> None:
+    """The body in an envelope is shown to people decoded, also where it is no event."""
+    assert opened(raw) == body
+
+
+# --- ids
+
+
+def leaves(document: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every place of a document that holds text."""
+    for name, value in document.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+        elif isinstance(value, str):
+            yield (*path, name)
+
+
+def changed(document: dict[str, Any], path: tuple[str, ...], change: Any) -> dict[str, Any]:
+    name, *rest = path
+    return {**document, name: changed(document[name], tuple(rest), change) if rest else change(document[name])}
+
+
+WHOLE = {name: {**document, "data": {**document["data"], "account_id": "a"}} for name, (document, *_) in KINDS.items()}
+
+
+@pytest.mark.parametrize("space", WHITE_SPACE.values(), ids=WHITE_SPACE)
+@pytest.mark.parametrize("document", WHOLE.values(), ids=WHOLE)
+def test_no_text_of_an_event_but_its_message_has_white_space_at_its_ends(document: dict[str, Any], space: str) -> None:
+    """`order-1 ` beside `order-1` would be two: whatever field holds text refuses it, a field of tomorrow too."""
+    paths = [path for path in leaves(document) if path[-1] != "message"]
+
+    for path in paths:
+        for change in (lambda text: text + space, lambda text: space + text):
+            with pytest.raises(MalformedMessage):
+                parse(bare(changed(document, path, change)))
+
+    assert {("id",), ("source",), ("subject",), ("data", "job_id"), ("data", "account_id")} <= set(paths)
+
+
+def test_what_is_stored_is_read_by_the_rule_of_before() -> None:
+    """A charge, a waiting event or a letter with such an id can still be settled; the wire refuses it as before."""
+    old = event(id="e " * 64, source=" s", subject="job-1 ", data=data(job_id="job-1 ", account_id=" a"))
+
+    parsed = parse_stored(bare(old))
+
+    assert (*parsed.identity, parsed.job_id, parsed.account_id) == (" s", "e " * 64, "job-1 ", " a")
+    assert to_json(parse_stored(to_json(parsed))) == to_json(parsed)
+    assert reason_of(bare(old))[0] == "invalid_event"
+
+
+def test_a_corrected_copy_s_id_may_be_longer() -> None:
+    """`<id>+edit.N` of the longest id is stored and read again, and cannot be published."""
+    longest = event(id="x" * ID_LENGTH_MAX + "+edit.12345"[: EDITED_ID_LENGTH_MAX - ID_LENGTH_MAX])
+    too_long = event(id="x" * (EDITED_ID_LENGTH_MAX + 1))
+
+    parsed = parse_stored(bare(longest))
+
+    assert to_json(parse_stored(to_json(parsed))) == to_json(parsed)
+    assert reason_of(bare(longest)) == (
+        "invalid_event",
+        f"id: String should have at most 128 characters, not a string of {len(longest['id'])} characters",
+    )
+    with pytest.raises(MalformedMessage):
+        parse_stored(bare(too_long))
+
+
+@pytest.mark.parametrize("old", [{"id": "e\n"}, {"id": ""}, {"source": "x" * 129}, {"id": "\xa0e"}])
+def test_what_was_never_an_id_is_none_in_storage_either(old: dict[str, Any]) -> None:
+    """The rule of before is about white space and length, not about what garbles a terminal."""
+    with pytest.raises(MalformedMessage):
+        parse_stored(bare(event(**old)))
 
 
 # Fuzzing. Numbers and texts beyond what JSON likes are in the strategies on purpose.
@@ -458,7 +793,8 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 # A slow machine is no failure.
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-MESSAGES = st.one_of(st.binary(), JSON.map(bare), nearly_events(), nearly_envelopes(), damaged())
+ARRAYS = st.lists(nearly_events(), max_size=3).map(lambda raws: b"[" + b",".join(raws) + b"]")
+MESSAGES = st.one_of(st.binary(), JSON.map(bare), nearly_events(), nearly_envelopes(), damaged(), ARRAYS)
 
 
 @FUZZ
@@ -475,7 +811,9 @@ def test_any_bytes_are_an_event_or_malformed(raw: bytes) -> None:
         assert fingerprint(parse(to_json(parsed))) == fingerprint(parsed)
 
     assert len(message_key(raw)) == 32
-    assert all(one is None or (0 < len(one) <= 128 and one.isprintable()) for one in describe(raw))
+    about = describe(raw)
+    assert all(one is None or (0 < len(one) <= 128 and one.isprintable()) for one in (*ids(raw), *about.other_job_ids))
+    assert about.job_id is not None or about.may_hold_others
 
 
 @FUZZ

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from psycopg import errors
 
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import LedgerInconsistent, SettledElsewhere
+from kino_refunds.errors import LedgerInconsistent, SettledElsewhere, WrongEncoding
 from kino_refunds.policy.automatic import Clause, Reason, Verdict
 from kino_refunds.settlement.outcomes import (
     BREAKS,
@@ -186,7 +186,8 @@ def test_a_session_that_ended_keeps_the_batch_unless_it_was_too_slow() -> None:
 @pytest.mark.parametrize(
     ("error", "fault"),
     [
-        (SettledElsewhere("others were faster"), Fault.KEEP),
+        (SettledElsewhere("others were faster"), Fault.SPLIT),
+        (WrongEncoding("a database of another encoding"), Fault.KEEP),
         (sa.exc.TimeoutError("the pool is empty"), Fault.KEEP),
         (MemoryError(), Fault.KEEP),
         (psycopg.OperationalError("server closed the connection"), Fault.KEEP),

@@ -1,0 +1,72 @@
+"""What the ledger needs of its caller's database session, and how it reads instants whatever that session says."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from kino_refunds.errors import UnfitSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+NO_TRANSACTION = "25P01"
+UNTRANSLATABLE = "22P05"
+
+
+def microseconds(column: str) -> str:
+    """Write SQL that gives an instant as microseconds since 1970, exactly.
+
+    A whole number is the same in every DateStyle and TimeZone. The text of an instant is not: psycopg reads only
+    ISO's, and east of UTC the end of the year 9999 is in the year 10000, which Python has not.
+    """
+    return f"CAST(EXTRACT(EPOCH FROM {column}) * 1000000 AS bigint)"
+
+
+def instant(since_epoch_us: int) -> datetime:
+    """Turn what `microseconds` gave into an aware datetime in UTC."""
+    return EPOCH + timedelta(microseconds=since_epoch_us)
+
+
+def instant_or_none(since_epoch_us: int | None) -> datetime | None:
+    """Turn what `microseconds` gave, of a column that may be null, into an aware datetime in UTC."""
+    return None if since_epoch_us is None else instant(since_epoch_us)
+
+
+@contextmanager
+def savepoint(connection: sa.Connection) -> Iterator[None]:
+    """Run the block in a savepoint of the caller's transaction: an error that the caller catches leaves nothing.
+
+    Raises UnfitSession where the caller's session is in autocommit or cannot carry the block's texts.
+    """
+    with fit(connection), connection.begin_nested():
+        yield
+
+
+@contextmanager
+def fit(connection: sa.Connection) -> Iterator[None]:
+    """Raise UnfitSession, which says what to set, where the block fails by the caller's session alone."""
+    driver: Any = connection.connection.driver_connection
+    encoding = driver.info.parameter_status("client_encoding")
+    if encoding == "SQL_ASCII":  # psycopg would give bytes for every text
+        raise UnfitSession(_encoding(encoding))
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise UnfitSession(_encoding(encoding)) from error
+    except sa.exc.DBAPIError as error:
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        if sqlstate == UNTRANSLATABLE:
+            raise UnfitSession(_encoding(encoding)) from error
+        if sqlstate == NO_TRANSACTION:
+            message = "the connection is in autocommit; the ledger needs a transaction of yours, to be all or nothing"
+            raise UnfitSession(message) from error
+        raise
+
+
+def _encoding(name: str) -> str:
+    return f"client_encoding {name} cannot carry every id; SET client_encoding = 'UTF8' in this session"
