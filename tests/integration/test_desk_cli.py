@@ -676,6 +676,15 @@ def came(scene: Scene, *, ago: timedelta = timedelta(0)) -> None:
     scene.as_superuser(f"UPDATE kino.dead_letter SET last_seen_at = kino.clock() - interval '{ago.total_seconds()} s'")
 
 
+def opened_long_ago(scene: Scene) -> None:
+    """The charges that there are were opened before any letter came."""
+    scene.as_superuser(
+        "ALTER TABLE kino.charge DISABLE TRIGGER append_only",
+        "UPDATE kino.charge SET opened_at = kino.clock() - interval '1 day'",
+        "ALTER TABLE kino.charge ENABLE TRIGGER append_only",
+    )
+
+
 def make_overdue(scene: Scene) -> None:
     scene.as_superuser(
         "ALTER TABLE kino.charge DISABLE TRIGGER append_only",
@@ -754,6 +763,7 @@ def test_a_letter_that_protects_nothing_is_discarded_as_before(
     """Nobody is asked for names where discarding the letter leads to no refund."""
     monkeypatch.setenv("KINO_JOB_SOURCE", source)
     scene.charged()
+    opened_long_ago(scene)
     if settled:
         scene.settle(make_event("completed"))
     keep(scene, unreadable_completion(**letter_of))
@@ -780,12 +790,15 @@ def test_what_a_letter_protects_is_what_the_sweep_withholds(
     scene: Scene, redis: Redis, kind: str, ago: timedelta, *, source_configured: bool
 ) -> None:
     """Two readers of one rule: the charges that a person is shown are those whose verdicts the guard withholds."""
-    opened = [scene.charged("before"), scene.charged("also before")]
+    for job_id in ("before", "also before"):
+        scene.charged(job_id)
+    opened_long_ago(scene)
     keep(scene, LETTERS[kind]())
     came(scene, ago=ago)
-    opened.append(scene.charged("after"))
+    scene.charged("after")
     now = datetime.now(UTC)
-    charges = [OverdueCharge(c.charge_id, c.job_id, c.account_id, 10, c.opened_at, now, 3) for c in opened]
+    opened = scene.rows("SELECT charge_id, job_id, account_id, credits, opened_at FROM kino.charge")
+    charges = [OverdueCharge(c.charge_id, c.job_id, c.account_id, c.credits, c.opened_at, now, 3) for c in opened]
 
     guard = read_guard(scene.worker, redis, charges, now=now, source_configured=source_configured)
     with scene.worker.connect() as connection:
@@ -800,6 +813,7 @@ def test_what_a_letter_protects_is_read_when_nobody_else_can_change_it(database:
     """(1) its message comes again, (2) we discard and wait, (3) it is committed, (4) we see what it protects now."""
     with Scene.of(database, limits=PATIENT) as scene:
         scene.charged()
+        opened_long_ago(scene)
         keep(scene, unreadable_completion())
         came(scene, ago=OLD)
 
