@@ -68,6 +68,6 @@ def read_clocks(connection: sa.Connection, redis_client: redis.Redis) -> Clocks:
 def _redis_clock(client: redis.Redis) -> datetime | None:
     try:
         seconds, micros = client.time()
-    except redis.RedisError:
+    except (redis.RedisError, TypeError, ValueError, IndexError):  # a server of another kind answers anything
         return None
     return datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=micros)
