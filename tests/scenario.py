@@ -233,7 +233,7 @@ class Scene:
                 ),
                 {"charge_id": charge.charge_id},
             )
-            lock_lots(connection, {lot_id for lot_id, _ in charge.lines})
+            lock_lots(connection, {lot_id for lot_id, _ in charge.lines}, lot_grace=timedelta(0))
             add_to_lots(connection, dict(charge.lines))
             post_transfers(
                 connection,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import (
     AccountNotActive,
     ChargeAlreadySettled,
@@ -331,9 +330,7 @@ def _give_back(
     connection: sa.Connection, returns: Sequence[_Return], *, lot_grace: timedelta
 ) -> tuple[dict[int, int], list[_Return]]:
     """Put credits where their lots' fate sends them; return lot id -> successor, and what is to be voided."""
-    lots = lock_lots(connection, {lot_id for _, lot_id, _ in returns})
-    # Read after the locks: a lot that expired while we waited for one has expired.
-    until = read_clock(connection) + lot_grace
+    lots = lock_lots(connection, {lot_id for _, lot_id, _ in returns}, lot_grace=lot_grace)
     back: dict[int, int] = defaultdict(int)
     onward: dict[int, int] = defaultdict(int)
     references: dict[int, str] = {}
@@ -345,20 +342,18 @@ def _give_back(
             raise LedgerInconsistent(message)
         if lot.state is LotState.VOIDED:
             voids.append((ending, lot_id, credits))
-        elif _needs_successor(lot, until):
+        elif _needs_successor(lot):
             onward[lot_id] += credits
             # A charge is settled once, so a charge and a lot name one successor and no other.
             references.setdefault(lot_id, f"{SUCCESSOR_PREFIX}{lot_id}:{ending.charge_id}")
         else:
             back[lot_id] += credits
     add_to_lots(connection, back)
-    return add_successors(connection, onward, references=references, expires_at=until), voids
+    return add_successors(connection, onward, references=references, lot_grace=lot_grace), voids
 
 
-def _needs_successor(lot: LockedLot, until: datetime) -> bool:
-    if lot.state is LotState.FROZEN:
-        return False
-    return lot.state is LotState.EXPIRED or (lot.expires_at is not None and lot.expires_at <= until)
+def _needs_successor(lot: LockedLot) -> bool:
+    return lot.state is LotState.EXPIRED or (lot.state is LotState.ACTIVE and lot.ends_soon)
 
 
 def _endings_transfers(

@@ -259,19 +259,25 @@ class LockedLot:
     lot_id: int
     account_id: str
     state: LotState
-    expires_at: datetime | None
+    ends_soon: bool
+    """It has expired, or will within the lot grace."""
 
 
-def lock_lots(connection: sa.Connection, lot_ids: Collection[int]) -> dict[int, LockedLot]:
+def lock_lots(connection: sa.Connection, lot_ids: Collection[int], *, lot_grace: timedelta) -> dict[int, LockedLot]:
     """Lock lots in the order of their ids (so that no two sessions wait for each other) and read them."""
+    # The clock is read when a lot is had: one that expired while we waited for it has expired.
     rows = connection.execute(
-        sa.text(
-            "SELECT lot_id, account_id, state, expires_at FROM kino.credit_lot"
-            " WHERE lot_id = ANY(CAST(:lot_ids AS bigint[])) ORDER BY lot_id FOR NO KEY UPDATE"
-        ),
-        {"lot_ids": sorted(lot_ids)},
+        sa.text("""
+            WITH locked AS MATERIALIZED (
+                SELECT lot_id, account_id, state, expires_at FROM kino.credit_lot
+                WHERE lot_id = ANY(CAST(:lot_ids AS bigint[])) ORDER BY lot_id FOR NO KEY UPDATE
+            )
+            SELECT lot_id, account_id, state, coalesce(expires_at <= kino.clock() + CAST(:lot_grace AS interval), false)
+            FROM locked
+        """),
+        {"lot_ids": sorted(lot_ids), "lot_grace": lot_grace},
     )
-    return {row[0]: LockedLot(row[0], row[1], LotState(row[2]), row[3]) for row in rows}
+    return {lot_id: LockedLot(lot_id, account_id, LotState(state), soon) for lot_id, account_id, state, soon in rows}
 
 
 def lots_held_elsewhere(connection: sa.Connection, lot_ids: Collection[int]) -> set[int]:
@@ -306,9 +312,9 @@ def add_successors(
     credits_by_lot: Mapping[int, int],
     *,
     references: Mapping[int, str],
-    expires_at: datetime,
+    lot_grace: timedelta,
 ) -> dict[int, int]:
-    """Open a successor for each locked lot that expired or soon will; return lot id -> successor's id.
+    """Open a successor for each locked lot that expired or soon will, to live `lot_grace`; return lot id -> its id.
 
     Class, priority and purchase are copied, so the credits burn and are refunded as what they were
     (P4); `granted` is what comes back. There is no grant transfer: the refund's own names both lots.
@@ -320,7 +326,8 @@ def add_successors(
         sa.text("""
             INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining, priority, expires_at,
                                          purchase_id, successor_of)
-            SELECT u.reference, l.account_id, l.class, u.credits, u.credits, l.priority, :expires_at,
+            SELECT u.reference, l.account_id, l.class, u.credits, u.credits, l.priority,
+                   kino.clock() + CAST(:lot_grace AS interval),
                    l.purchase_id, l.lot_id
             FROM unnest(CAST(:lot_ids AS bigint[]), CAST(:credits AS bigint[]), CAST(:references AS text[]))
                  AS u (lot_id, credits, reference)
@@ -331,7 +338,7 @@ def add_successors(
             "lot_ids": lot_ids,
             "credits": [credits_by_lot[lot_id] for lot_id in lot_ids],
             "references": [references[lot_id] for lot_id in lot_ids],
-            "expires_at": expires_at,
+            "lot_grace": lot_grace,
         },
     )
     return {row[0]: row[1] for row in rows}

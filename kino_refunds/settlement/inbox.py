@@ -12,6 +12,7 @@ from kino_refunds.settlement.outcomes import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from datetime import datetime
 
     from kino_refunds.settlement.deliveries import Delivery
 
@@ -27,10 +28,14 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was said before, by event: decided for good, or waiting. An event can be in both for a moment."""
+    """What was said before, by event: decided for good, or waiting. An event can be in both for a moment.
+
+    `read_at` is when it was read, by the ledger's clock: the present time of a batch, without a round trip of its own.
+    """
 
     decided: dict[Identity, Said]
     pending: dict[Identity, Said]
+    read_at: datetime
 
     def first(self, identity: Identity) -> Said | None:
         """Return what counts: the decision if there is one."""
@@ -43,11 +48,13 @@ class Record:
 
 
 _READ = sa.text("""
-    SELECT i.source, i.event_id, i.fingerprint, i.outcome
+    SELECT kino.clock(), NULL, NULL, NULL, NULL
+    UNION ALL
+    SELECT NULL, i.source, i.event_id, i.fingerprint, i.outcome
     FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[])) AS e (source, event_id)
     JOIN kino.inbox_event i ON i.source = e.source AND i.event_id = e.event_id
     UNION ALL
-    SELECT p.source, p.event_id, p.fingerprint, NULL
+    SELECT NULL, p.source, p.event_id, p.fingerprint, NULL
     FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[])) AS e (source, event_id)
     JOIN kino.pending_event p ON p.source = e.source AND p.event_id = e.event_id
 """)
@@ -63,14 +70,18 @@ _INSERT = sa.text("""
 
 def read_record(connection: sa.Connection, identities: Collection[Identity]) -> Record:
     """Read what was said before of these events."""
-    record = Record({}, {})
     parameters = {"sources": [i[0] for i in identities], "event_ids": [i[1] for i in identities]}
-    for source, event_id, fingerprint, outcome in connection.execute(_READ, parameters):
-        if outcome is None:
-            record.pending[source, event_id] = Said(fingerprint, None)
+    decided, pending = dict[Identity, Said](), dict[Identity, Said]()
+    read_at: datetime | None = None
+    for clock, source, event_id, fingerprint, outcome in connection.execute(_READ, parameters):
+        if clock is not None:
+            read_at = clock
+        elif outcome is None:
+            pending[source, event_id] = Said(fingerprint, None)
         else:
-            record.decided[source, event_id] = Said(fingerprint, Outcome(outcome))
-    return record
+            decided[source, event_id] = Said(fingerprint, Outcome(outcome))
+    assert read_at is not None, "the clock is one of the rows"
+    return Record(decided, pending, read_at)
 
 
 def insert_inbox(connection: sa.Connection, decided: Sequence[tuple[Delivery, Outcome]]) -> None:

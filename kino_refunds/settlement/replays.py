@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason, split
 from kino_refunds.events.schema import EDITED_ID_LENGTH_MAX
@@ -230,8 +229,7 @@ def _decide(engine: sa.Engine, deliveries: Sequence[Delivery], terms: Terms) -> 
     with engine.connect() as connection:
         record = read_record(connection, {delivery.identity for delivery in deliveries})
         charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
-        now = read_clock(connection)
-    return decide(deliveries, record, charges, terms.policy, now)
+    return decide(deliveries, record, charges, terms.policy)
 
 
 def _came_to(decision: Decision) -> tuple[str, bool]:

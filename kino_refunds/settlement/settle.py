@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
-from kino_refunds.db.clock import read_clock
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import SettledElsewhere
 from kino_refunds.events.schema import JobCompleted
@@ -132,11 +131,10 @@ def _settle_once(
     busy_jobs: Collection[str],
     held_lots: Collection[int],
 ) -> list[Decision]:
-    now = read_clock(connection)
     record = read_record(connection, {delivery.identity for delivery in deliveries})
     charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
-    decisions = decide(deliveries, record, charges, terms.policy, now, busy_jobs=busy_jobs, held_lots=held_lots)
-    _write(connection, decisions, record, terms, now)
+    decisions = decide(deliveries, record, charges, terms.policy, busy_jobs=busy_jobs, held_lots=held_lots)
+    _write(connection, decisions, record, terms)
     return decisions
 
 
@@ -182,7 +180,6 @@ def decide(
     record: Record,
     charges: Mapping[str, ChargeFacts],
     policy: Policy,
-    now: datetime,
     *,
     busy_jobs: Collection[str] = (),
     held_lots: Collection[int] = (),
@@ -211,7 +208,7 @@ def decide(
     states = {job_id: charge.state for job_id, charge in charges.items()}
     busy = set(busy_jobs)
     for index in sorted(firsts.values(), key=lambda index: (deliveries[index].event.time, index)):
-        decision = _decide_one(deliveries[index], charges, states, policy, now, busy, held_lots)
+        decision = _decide_one(deliveries[index], charges, states, policy, record.read_at, busy, held_lots)
         decisions[index] = decision
         if decision.outcome is Outcome.BUSY:
             busy.add(decision.delivery.event.job_id)  # or a later event of this job would overtake it
@@ -252,12 +249,10 @@ def _decide_one(
     return Decision(delivery, outcome, None, charge, verdict, document.version)
 
 
-def _write(
-    connection: sa.Connection, decisions: Sequence[Decision], record: Record, terms: Terms, now: datetime
-) -> None:
+def _write(connection: sa.Connection, decisions: Sequence[Decision], record: Record, terms: Terms) -> None:
     settling = [d for d in decisions if d.outcome in SETTLING]
     final, retrying, dead = (
-        [d for d in decisions if _fate(d, now) is fate]
+        [d for d in decisions if _fate(d, record.read_at) is fate]
         for fate in (Disposition.FINAL, Disposition.RETRY, Disposition.DEAD_LETTER)
     )
     _insert_settlements(connection, settling)

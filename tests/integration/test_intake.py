@@ -474,7 +474,7 @@ def test_a_job_whose_credits_somebody_holds_waits_alone(brisk_scene: Scene, redi
     intake = make_intake(scene, redis)
 
     with scene.superuser.begin() as other:
-        lock_lots(other, {lot_id for lot_id, _ in held.lines})
+        lock_lots(other, {lot_id for lot_id, _ in held.lines}, lot_grace=timedelta(0))
         sizes = drain(intake)
         while_held = ledger(scene)
     after = scene.sweep(now=datetime.now(UTC) + timedelta(minutes=1))
