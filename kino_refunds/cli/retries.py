@@ -100,6 +100,10 @@ def show(
     return 0
 
 
+ROUND = 500
+_COUNT = sa.text("""
+    SELECT count(*) FROM kino.pending_event WHERE CAST(:event_id AS text) IS NULL OR event_id = :event_id
+""")
 # A row that is locked is being tried at this moment. The entry says who had the event tried; a history that is full
 # loses its second entry, as a sweep's does.
 _HASTEN = sa.text("""
@@ -132,16 +136,17 @@ def run_now(
         with engine.begin() as connection:
             warn_if_paused(connection)
             connection.execute(_HASTEN, {"event_id": event_id, "history_length_max": HISTORY_LENGTH_MAX, "actor": by})
-        while True:
+            waiting = connection.execute(_COUNT, {"event_id": event_id}).scalar_one()
+        # As many rounds as they need and no more: what is put off again may be due within the same second.
+        for _ in range(-(-waiting // ROUND)):
             swept = sweep_retries(
                 engine,
                 lambda due: outcomes_of(settle_batch(engine, due, terms)),
                 lease=settings.retry_lease,
                 build=terms.build,
+                limit=ROUND,
                 event_id=event_id,
             )
-            if not swept.tried:
-                break
             tried += swept.tried
             for outcome, count in swept.outcomes.items():
                 outcomes[outcome] = outcomes.get(outcome, 0) + count

@@ -90,6 +90,20 @@ def test_the_hosts_clock_decides_nothing() -> None:
     assert found == set()
 
 
+TRANSACTION = re.compile(r"\b(pg_current_xact_id|pg_snapshot_xmin|pg_current_snapshot|txid_\w+)\b")
+
+
+def test_order_comes_by_two_functions_only() -> None:
+    """A transaction's number is `kino.this_transaction()` and a horizon `kino.horizon()`, wherever one is asked for."""
+    defined = ROOT / "kino_refunds/db/migrations/versions/0003_one_clock.py"
+    files = [file for file in [*sources(), *ROOT.glob("kino_refunds/**/*.sql")] if file != defined]
+
+    found = [str(file.relative_to(ROOT)) for file in files if TRANSACTION.search(file.read_text(encoding="utf-8"))]
+
+    assert TRANSACTION.search(defined.read_text(encoding="utf-8"))
+    assert found == []
+
+
 def test_sql_files_ask_no_other_clock() -> None:
     """What stands in a file of SQL goes by the same clock."""
     files = [*ROOT.glob("kino_refunds/**/*.sql")]
