@@ -214,6 +214,10 @@ def paused_past_every_deadline(world: World) -> None:
     with world.engine.begin() as connection:
         pause_intake(connection, reason="maintenance", actor="somebody")
     world.faults["intake paused"] += 1
+    require(
+        world.sweep_overdue(None).withheld == {"intake_paused": len(messages)},
+        "nothing is presumed while intake is paused, also where nothing waits",
+    )
     world.publish(messages)
     intake = world.intake()
     for ask in range(1, 5):

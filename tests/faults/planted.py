@@ -148,7 +148,7 @@ PLANTED = [
     ),
     Planted(
         "pending not written",
-        Edit(SETTLE, "if identity not in record.pending],", "if identity in record.pending],"),
+        Edit(SETTLE, "if identity not in record.pending])", "if identity in record.pending])"),
         ("events_before_their_charge",),
     ),
     Planted(
