@@ -22,7 +22,8 @@ _PARTS = {
         FROM kino.charge_line l JOIN kino.credit_lot t USING (lot_id) WHERE l.charge_id = :charge_id ORDER BY l.seq
     """),
     "settlement": sa.text("""
-        SELECT kind, reason, clause, policy_version, event_source, event_id, event_time, settled_at
+        SELECT kind, reason, clause, policy_version, ending, account_status, event_source, event_id, event_time,
+               settled_at
         FROM kino.settlement WHERE charge_id = :charge_id
     """),
     "correction": sa.text("""

@@ -237,12 +237,22 @@ class JobCompleted(_JobEvent):
     data: CompletedData
     type: Literal["kino.generation.job-completed.v1"]
 
+    @property
+    def ending(self) -> str:
+        """How the job ended, in short."""
+        return "completed"
+
 
 class JobFailed(_JobEvent):
     """There is no video, because something failed."""
 
     data: FailedData
     type: Literal["kino.generation.job-failed.v1"]
+
+    @property
+    def ending(self) -> str:
+        """How the job ended, in short: `failed.` and the origin."""
+        return f"failed.{self.data.error.origin}"
 
 
 class JobTimedOut(_JobEvent):
@@ -251,12 +261,22 @@ class JobTimedOut(_JobEvent):
     data: TimedOutData
     type: Literal["kino.generation.timeout.v1"]
 
+    @property
+    def ending(self) -> str:
+        """How the job ended, in short: `timeout.` and whether its video exists."""
+        return "timeout.result" if self.data.result_produced else "timeout.no_result"
+
 
 class JobSafetyRejected(_JobEvent):
     """The content policy stopped the job."""
 
     data: SafetyRejectedData
     type: Literal["kino.generation.safety-rejection.v1"]
+
+    @property
+    def ending(self) -> str:
+        """How the job ended, in short: `rejected.` and the stage."""
+        return f"rejected.{self.data.stage}"
 
 
 Event: TypeAlias = Annotated[JobCompleted | JobFailed | JobTimedOut | JobSafetyRejected, Field(discriminator="type")]

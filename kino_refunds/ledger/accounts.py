@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 import sqlalchemy as sa
@@ -18,6 +21,53 @@ class AccountStatus(StrEnum):
     ACTIVE = "active"
     SUSPENDED = "suspended"
     TERMINATED = "terminated"
+
+
+class JudgedStatus(StrEnum):
+    """What an account was at an instant, as far as a refund is concerned (clause 6)."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    TERMINATED = "terminated"
+    TERMINATED_FOR_VIOLATION = "terminated_for_violation"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusHistory:
+    """Every change of an account's status, oldest first, as (when, to what, why); an account begins active."""
+
+    changes: tuple[tuple[datetime, str, str], ...] = ()
+
+    def at(self, instant: datetime) -> JudgedStatus:
+        """Say what the account was at `instant`.
+
+        A violation stands until the account is reinstated: one that is closed at its own request afterwards, or
+        suspended, has been terminated for violation all the same.
+        """
+        status, violation = JudgedStatus.ACTIVE, False
+        for changed_at, to_status, reason in self.changes:
+            if changed_at > instant:
+                break
+            status = JudgedStatus(to_status)
+            if status is JudgedStatus.ACTIVE:
+                violation = False
+            elif status is JudgedStatus.TERMINATED and reason == VIOLATION:
+                violation = True
+        return JudgedStatus.TERMINATED_FOR_VIOLATION if violation else status
+
+
+_HISTORIES = sa.text("""
+    SELECT account_id, changed_at, to_status, reason FROM kino.account_status_change
+    WHERE account_id = ANY(CAST(:account_ids AS text[])) ORDER BY account_id, change_id
+""")
+
+
+def read_status_histories(connection: sa.Connection, account_ids: Collection[str]) -> dict[str, StatusHistory]:
+    """Read the histories of these accounts; one without a change is not in the answer."""
+    changes: dict[str, list[tuple[datetime, str, str]]] = {}
+    for account_id, *change in connection.execute(_HISTORIES, {"account_ids": sorted(account_ids)}):
+        changes.setdefault(account_id, []).append((change[0], change[1], change[2]))
+    return {account_id: StatusHistory(tuple(each)) for account_id, each in changes.items()}
 
 
 def set_account_status(

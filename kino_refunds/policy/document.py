@@ -59,12 +59,13 @@ class Policy:
                 chosen = version
         return chosen
 
-    def for_event(self, event_at: datetime, *, opened_at: datetime, now: datetime) -> PolicyDocument:
-        """Return the version for an event: its time, clamped to [opened_at, now].
 
-        A publisher's clock cannot choose a policy from before the customer paid or from the future.
-        """
-        return self.at(max(opened_at, min(event_at, now)))
+def clamped(event_at: datetime, *, opened_at: datetime, now: datetime) -> datetime:
+    """Return the instant by which an event is judged: its own time, within [opened_at, now].
+
+    A publisher's clock cannot choose a policy from before the customer paid or from the future.
+    """
+    return max(opened_at, min(event_at, now))
 
 
 def parse_policy(text: str, *, name: str) -> PolicyDocument:

@@ -20,10 +20,11 @@ import sqlalchemy as sa
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import SettledElsewhere
 from kino_refunds.events.schema import JobCompleted
-from kino_refunds.ledger.accounts import VIOLATION, AccountStatus
+from kino_refunds.ledger.accounts import JudgedStatus, StatusHistory, read_status_histories
 from kino_refunds.ledger.charges import Ending, end_charges
 from kino_refunds.ledger.lots import lots_held_elsewhere
 from kino_refunds.policy.automatic import Verdict, judge
+from kino_refunds.policy.document import clamped
 from kino_refunds.settlement.breaks import Break, raise_breaks
 from kino_refunds.settlement.dead_letters import event_letter, record_dead_letters
 from kino_refunds.settlement.inbox import Record, insert_inbox, read_record
@@ -51,6 +52,7 @@ ROUNDS_MAX = 5
 """Each round lost means that somebody else decided one of our events; five in a row is a broken clock or a loop."""
 
 ACTOR = "settlement"
+ALWAYS_ACTIVE = StatusHistory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ class ChargeFacts:
     credits: int
     opened_at: datetime
     state: ChargeState
-    forfeits: bool
-    """The account was terminated for violation of the terms (clause 6)."""
+    history: StatusHistory
+    """The account's: whether it forfeits refunds (clause 6) is asked of the event's time."""
     lines: Sequence[tuple[int, int]]
 
 
@@ -76,6 +78,7 @@ class Decision(NamedTuple):
     charge: ChargeFacts | None = None
     verdict: Verdict | None = None
     policy_version: str | None = None
+    account_status: JudgedStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,8 @@ def _settle_once(
 
 
 _READ_CHARGES = sa.text("""
-    SELECT c.job_id, c.charge_id, c.account_id, c.credits, c.opened_at, s.kind, k.charge_id, a.status, a.status_reason
+    SELECT c.job_id, c.charge_id, c.account_id, c.credits, c.opened_at, s.kind, k.charge_id,
+           a.status_reason IS NOT NULL AS has_history
     FROM unnest(CAST(:job_ids AS text[])) AS j (job_id)
     JOIN kino.charge c ON c.job_id = j.job_id
     JOIN kino.account a ON a.account_id = c.account_id
@@ -160,17 +164,20 @@ def read_charges(connection: sa.Connection, job_ids: Collection[str]) -> dict[st
     lines: dict[int, list[tuple[int, int]]] = {row[1]: [] for row in rows if row[5] is None}
     for charge_id, lot_id, credits in connection.execute(_READ_LINES, {"charge_ids": list(lines)}) if lines else ():
         lines[charge_id].append((lot_id, credits))
+    # Hardly any account ever changes its status, and each change says why.
+    changed = {row[2] for row in rows if row[7]}
+    histories = read_status_histories(connection, changed) if changed else {}
     charges = {}
-    for job_id, charge_id, account_id, credits, opened_at, kind, corrected, status, status_reason in rows:
+    for job_id, charge_id, account_id, credits, opened_at, kind, corrected, _ in rows:
         if kind is None:
             state = ChargeState.OPEN
         elif kind == "refunded" or corrected is not None:
             state = ChargeState.REFUNDED
         else:
             state = ChargeState.CAPTURED
-        forfeits = status == AccountStatus.TERMINATED and status_reason == VIOLATION
+        history = histories.get(account_id, ALWAYS_ACTIVE)
         charges[job_id] = ChargeFacts(
-            charge_id, account_id, credits, opened_at, state, forfeits, lines.get(charge_id, ())
+            charge_id, account_id, credits, opened_at, state, history, lines.get(charge_id, ())
         )
     return charges
 
@@ -241,12 +248,16 @@ def _decide_one(
         return Decision(delivery, Outcome.CHARGE_NOT_FOUND)
     if event.account_id is not None and event.account_id != charge.account_id:
         return Decision(delivery, Outcome.ACCOUNT_MISMATCH, charge=charge)
-    document = policy.for_event(event.time, opened_at=charge.opened_at, now=now)
-    verdict = judge(event, document, terminated_for_violation=charge.forfeits)
+    judged_at = clamped(event.time, opened_at=charge.opened_at, now=now)
+    document = policy.at(judged_at)
+    # By the event's time, never by when we came to it: nobody forfeits because we were late.
+    account_status = charge.history.at(judged_at)
+    violation = account_status is JudgedStatus.TERMINATED_FOR_VIOLATION
+    verdict = judge(event, document, terminated_for_violation=violation)
     outcome = outcome_of(verdict, states[event.job_id])
     if outcome is Outcome.REFUNDED and any(lot_id in held_lots for lot_id, _ in charge.lines):
         return Decision(delivery, Outcome.BUSY, charge=charge)
-    return Decision(delivery, outcome, None, charge, verdict, document.version)
+    return Decision(delivery, outcome, None, charge, verdict, document.version, account_status)
 
 
 def _write(connection: sa.Connection, decisions: Sequence[Decision], record: Record, terms: Terms) -> None:
@@ -293,9 +304,10 @@ def _fate(decision: Decision, now: datetime) -> Disposition:
 
 _INSERT_SETTLEMENTS = sa.text("""
     INSERT INTO kino.settlement
-        (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)
+        (charge_id, kind, reason, clause, policy_version, ending, account_status, event_source, event_id, event_time)
     SELECT * FROM unnest(CAST(:charge_ids AS bigint[]), CAST(:kinds AS text[]), CAST(:reasons AS text[]),
-                         CAST(:clauses AS text[]), CAST(:policy_versions AS text[]), CAST(:sources AS text[]),
+                         CAST(:clauses AS text[]), CAST(:policy_versions AS text[]), CAST(:endings AS text[]),
+                         CAST(:account_statuses AS text[]), CAST(:sources AS text[]),
                          CAST(:event_ids AS text[]), CAST(:event_times AS timestamptz[]))
     ON CONFLICT (charge_id) DO NOTHING
     RETURNING 1
@@ -321,6 +333,8 @@ def _insert_settlements(connection: sa.Connection, settling: Sequence[Decision])
             "reasons": [verdict.reason.value for verdict in verdicts],
             "clauses": [verdict.clause.value for verdict in verdicts],
             "policy_versions": [d.policy_version for d in rows],
+            "endings": [event.ending for event in events],
+            "account_statuses": [d.account_status and d.account_status.value for d in rows],
             "sources": [event.source for event in events],
             "event_ids": [event.id for event in events],
             "event_times": [event.time for event in events],

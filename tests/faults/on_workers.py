@@ -201,7 +201,7 @@ def slow_worker_keeps_its_batch(world: World) -> None:
 class _NoPolicy:
     """What a bad build has in the place of its policy."""
 
-    def for_event(self, *_: object, **__: object) -> None:
+    def at(self, *_: object, **__: object) -> None:
         raise RuntimeError("a bad build")
 
 

@@ -680,6 +680,8 @@ def test_why_shows_a_settlement_whole(run: Run, scene: Scene) -> None:
         "reason": "generation_failure",
         "clause": "2.failure",
         "policy_version": "2025-12-14",
+        "ending": "failed.provider",
+        "account_status": "active",
         "event_source": "/pipeline/eu-1",
         "event_id": "job-1 failed provider",
         "event_time": (NOW - timedelta(minutes=1)).isoformat(),

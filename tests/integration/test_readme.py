@@ -43,7 +43,7 @@ ENDINGS = {
 
 def endings_table() -> str:
     """What the policy in force makes of every ending, as the README's rows."""
-    document = published_policy().for_event(EVENT_AT, opened_at=EVENT_AT, now=EVENT_AT)
+    document = published_policy().at(EVENT_AT)
     verdicts = [
         (text, judge(make_event(kind), document, terminated_for_violation=False))
         for text, kinds in ENDINGS.items()

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
-from kino_refunds.ledger import AccountStatus, Balance, Charge
+from kino_refunds.ledger import VIOLATION, AccountStatus, Balance, Charge
+from tests.clock import clock_at
 from tests.scenario import (
+    EVENT_AT,
     KINDS,
     NOT_COVERED,
     NOW,
@@ -187,9 +189,10 @@ def test_an_event_of_a_job_that_has_no_charge(scene: Scene) -> None:
 
 def test_an_event_of_an_account_terminated_for_violation(scene: Scene) -> None:
     """Clause 6: what would be refunded is captured under 6.terminated; every other ending is as ever."""
-    charges = charge_one_of_each(scene)
-    for charge in charges.values():
-        scene.set_status(charge.account_id, AccountStatus.TERMINATED)
+    with clock_at(scene.worker, EVENT_AT - timedelta(minutes=1)):
+        charges = charge_one_of_each(scene)
+        for charge in charges.values():
+            scene.set_status(charge.account_id, AccountStatus.TERMINATED)
 
     cells = settle_one_of_each(scene)
 
@@ -217,8 +220,9 @@ def test_a_termination_after_the_settlement_changes_nothing(
     """A failure that is reported once the account is terminated contradicts neither capture nor refund."""
     charges = charge_one_of_each(scene)
     first = settle_before(scene, before)
-    for charge in charges.values():
-        scene.set_status(charge.account_id, AccountStatus.TERMINATED)
+    with clock_at(scene.worker, EVENT_AT):
+        for charge in charges.values():
+            scene.set_status(charge.account_id, AccountStatus.TERMINATED)
 
     cells = settle_one_of_each(scene)
 
@@ -245,9 +249,10 @@ def test_a_termination_after_the_settlement_changes_nothing(
 )
 def test_any_other_account_that_is_not_active_is_refunded(scene: Scene, status: AccountStatus, reason: str) -> None:
     """A suspended wallet is frozen and a closed one is not forfeited: their jobs settle like everybody's."""
-    charges = charge_one_of_each(scene)
-    for charge in charges.values():
-        scene.set_status(charge.account_id, status, reason)
+    with clock_at(scene.worker, EVENT_AT - timedelta(minutes=1)):
+        charges = charge_one_of_each(scene)
+        for charge in charges.values():
+            scene.set_status(charge.account_id, status, reason)
 
     cells = settle_one_of_each(scene)
 
@@ -259,6 +264,80 @@ def test_any_other_account_that_is_not_active_is_refunded(scene: Scene, status: 
         )
         for kind in KINDS
     }
+
+
+BEFORE_IT, AFTER_IT = EVENT_AT - timedelta(seconds=30), EVENT_AT + timedelta(seconds=30)
+VIOLATED = (AccountStatus.TERMINATED, VIOLATION)
+CLOSED = (AccountStatus.TERMINATED, "closed_by_customer")
+HISTORIES = {
+    "never changed": ([], "refunded", "active"),
+    "terminated for violation before it": ([(BEFORE_IT, *VIOLATED)], "captured", "terminated_for_violation"),
+    "terminated for violation after it": ([(AFTER_IT, *VIOLATED)], "refunded", "active"),
+    "closed at its own request after a violation": (
+        [(BEFORE_IT, *VIOLATED), (BEFORE_IT, *CLOSED)],
+        "captured",
+        "terminated_for_violation",
+    ),
+    "reinstated before it": (
+        [(BEFORE_IT, *VIOLATED), (BEFORE_IT, AccountStatus.ACTIVE, "appeal")],
+        "refunded",
+        "active",
+    ),
+    "reinstated after it": (
+        [(BEFORE_IT, *VIOLATED), (AFTER_IT, AccountStatus.ACTIVE, "appeal")],
+        "captured",
+        "terminated_for_violation",
+    ),
+    "suspended before it": ([(BEFORE_IT, AccountStatus.SUSPENDED, "chargeback")], "refunded", "suspended"),
+    "closed before it": ([(BEFORE_IT, *CLOSED)], "refunded", "terminated"),
+}
+"""What happened to the account around the job's failure; what must come of it, and what is kept as judged by."""
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_an_account_is_judged_as_it_was_when_its_job_failed(scene: Scene, history: str) -> None:
+    """Clause 6 asks the event's time: nobody forfeits because we came late, and a violation stands until an appeal."""
+    changes, kind, judged = HISTORIES[history]
+    with clock_at(scene.worker, EVENT_AT - timedelta(minutes=1)):
+        charge = scene.charged()
+    for at, status, reason in changes:
+        with clock_at(scene.worker, at):
+            scene.set_status(charge.account_id, status, reason)
+
+    scene.settle(make_event("failed platform"))
+
+    assert scene.rows("SELECT kind, account_status, ending FROM kino.settlement") == [(kind, judged, "failed.platform")]
+
+
+def test_a_publishers_clock_cannot_choose_the_account_s_status(scene: Scene) -> None:
+    """An event that says it was before the charge is judged at the opening, when the account was terminated."""
+    with clock_at(scene.worker, BEFORE_IT):
+        charge = scene.charged()
+        scene.set_status(charge.account_id, *VIOLATED)
+
+    said = scene.settle(make_event("failed platform", at=EVENT_AT - timedelta(days=30)))
+
+    assert said == ["captured_terminated"]
+
+
+ENDINGS = {
+    "completed": "completed",
+    **{f"failed {origin}": f"failed.{origin}" for origin in ("platform", "provider", "user", "unknown")},
+    "timeout": "timeout.no_result",
+    "timeout with result": "timeout.result",
+    **{f"safety {stage}": f"rejected.{stage}_generation" for stage in ("before", "during", "after")},
+}
+
+
+def test_a_settlement_keeps_how_the_job_ended(scene: Scene) -> None:
+    """Every kind of event leaves its ending, so that the settlement can be judged again from its own row."""
+    for kind in KINDS:
+        scene.charged(kind)
+    scene.settle(*(make_event(kind, kind) for kind in KINDS))
+
+    rows = scene.rows("SELECT c.job_id, s.ending FROM kino.settlement s JOIN kino.charge c USING (charge_id)")
+    assert dict(map(tuple, rows)) == ENDINGS
+    assert ENDINGS.keys() == KINDS.keys()
 
 
 def test_a_charge_over_several_lots_comes_back_to_each(scene: Scene) -> None:
@@ -362,6 +441,8 @@ def test_a_settlement_can_be_explained(scene: Scene) -> None:
         "reason": "content_policy_rejection",
         "clause": "2.safety",
         "policy_version": "2025-12-14",
+        "ending": "rejected.during_generation",
+        "account_status": "active",
         "event_source": event.source,
         "event_id": EVENT,
     }

@@ -9,7 +9,7 @@ import pytest
 from kino_refunds.errors import InvalidPolicy
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.policy.automatic import Clause, Reason, Verdict, judge
-from kino_refunds.policy.document import Policy, PolicyDocument, make_policy, parse_policy, published_policy
+from kino_refunds.policy.document import Policy, PolicyDocument, clamped, make_policy, parse_policy, published_policy
 from tests.scenario import KINDS, NOT_COVERED, REFUNDABLE, make_event
 
 PUBLISHED = published_policy().versions[0]
@@ -141,7 +141,7 @@ def test_a_publisher_s_clock_cannot_choose_the_policy(
     event_at: datetime, opened_at: datetime, now: datetime, version: str
 ) -> None:
     """The event's time is taken within [opened_at, now], so no clock reaches back before the customer paid."""
-    chosen = TWO.for_event(event_at, opened_at=opened_at, now=now)
+    chosen = TWO.at(clamped(event_at, opened_at=opened_at, now=now))
 
     assert chosen.version == version
 
