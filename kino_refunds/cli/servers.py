@@ -19,6 +19,7 @@ from alembic.util import CommandError
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_json, shown
+from kino_refunds.db.faults import Fault, classify
 from kino_refunds.db.migrate import migrate as migrate_database
 from kino_refunds.embedded import servers
 from kino_refunds.errors import BadSettings, DependencyAway
@@ -109,6 +110,11 @@ def _migrated(url: str) -> tuple[str | None, str]:
     except CommandError as error:
         raise BadSettings(f"{redacted(url)}: {error}; is this build older than that database's schema?") from error
     except sa.exc.OperationalError as error:
+        if classify(error) is Fault.LOCK:
+            raise DependencyAway(
+                f"{redacted(url)}: a transaction holds a table of the ledger for longer than the migration waits;"
+                " nothing was changed: end it (`kino-refunds doctor` names who holds the horizon), and migrate again"
+            ) from error
         text = str(error.orig).partition("\n")[0]
         raise DependencyAway(
             f"Postgres (KINO_MIGRATION_DATABASE_URL): {text}; check that it runs and can be reached"

@@ -18,6 +18,7 @@ from kino_refunds.errors import LedgerInconsistent
 MIGRATION_LOCK = 0x6B696E6F
 
 DAY_MS = 86_400_000
+TABLE_LOCK_TIMEOUT_MS = 30_000
 LIMITS = SessionLimits(
     lock_timeout_ms=DAY_MS,
     statement_timeout_ms=DAY_MS,
@@ -67,6 +68,9 @@ def migrate(url: str) -> tuple[str | None, str]:
     engine = create_engine(url, limits=LIMITS, application_name="kino-migrate", pooled=False)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        # From here on a table that somebody holds is not waited for any longer: every session that comes after us waits
+        # behind our wait, and the whole ledger would stand still for one forgotten transaction.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {TABLE_LOCK_TIMEOUT_MS}")
         connection.execute(sa.text("CREATE SCHEMA IF NOT EXISTS kino"))
         before = current_revision(connection)
         config = _config()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
 from alembic import command
 
+from kino_refunds.db import migrate as migrations
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import _config, migrate
 from kino_refunds.demo.promises import violations
 from kino_refunds.embedded import Servers
 from kino_refunds.ledger import ChargeRequest, open_charges
+from tests.command_line import Run
 from tests.conftest import Database
-from tests.scenario import NOW, Scene, make_event
+from tests.scenario import NOW, Scene, make_event, until
 
 HOUR = timedelta(hours=1)
 REFUSED = "42501"
@@ -213,3 +217,58 @@ def test_migrating_a_ledger_that_has_rows_finds_what_is_open(old_database: Datab
         assert open_jobs(scene) == [("behind the mark", "acct-1", 0), ("open", "acct-1", 0)]
         scene.settle(make_event("timeout", "behind the mark"), make_event("completed", "open"))
         assert open_jobs(scene) == []
+
+
+CHARGED_BY_THE_BUILD_OF_BEFORE = (
+    "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at) VALUES ('{job}', 'acct-1', 1, now())",
+    "SELECT status FROM kino.account WHERE account_id = 'acct-1'",
+    "SELECT lot_id FROM kino.credit_lot WHERE account_id = 'acct-1' FOR NO KEY UPDATE",
+    "UPDATE kino.credit_lot SET remaining = remaining - 1 WHERE account_id = 'acct-1'",
+    "INSERT INTO kino.charge_line SELECT charge_id, 1, 1, 1 FROM kino.charge WHERE job_id = '{job}'",
+)
+
+
+def test_a_product_that_charges_meanwhile_loses_nothing(old_database: Database) -> None:
+    """While the migration comes, products wait and go on: none ends in a deadlock, and no charge falls between."""
+    with Scene.of(old_database) as scene:
+        scene.as_superuser(
+            "INSERT INTO kino.account (account_id) VALUES ('acct-1')",
+            "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining)"
+            " VALUES ('r', 'acct-1', 'purchased', 1000, 1000)",
+        )
+        migrated = threading.Event()
+
+        def charge(party: int) -> list[str]:
+            jobs: list[str] = []
+            while not migrated.is_set() or len(jobs) < 20:
+                jobs.append(f"{party}-{len(jobs)}")
+                with scene.product.begin() as connection:
+                    for statement in CHARGED_BY_THE_BUILD_OF_BEFORE:
+                        connection.exec_driver_sql(statement.format(job=jobs[-1]))
+            return jobs
+
+        with ThreadPoolExecutor(3) as pool:
+            parties = [pool.submit(charge, party) for party in range(3)]
+            until(lambda: scene.rows("SELECT count(*) FROM kino.charge")[0][0] >= 10)
+            try:
+                migrate(old_database.url("kino_owner"))
+            finally:
+                migrated.set()
+            jobs = [job for party in parties for job in party.result()]
+
+        assert sorted(job for job, *_ in open_jobs(scene)) == sorted(jobs)
+
+
+def test_a_forgotten_transaction_does_not_stop_the_ledger_for_a_migration(
+    old_database: Database, bare: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that somebody holds is waited for 30 s and no longer; the error says what to do, nothing has changed."""
+    monkeypatch.setattr(migrations, "TABLE_LOCK_TIMEOUT_MS", 200)
+    with Scene.of(old_database) as scene, scene.product.begin() as forgotten:
+        forgotten.exec_driver_sql("INSERT INTO kino.account (account_id) VALUES ('acct-1')")
+
+        result = bare("migrate", KINO_MIGRATION_DATABASE_URL=old_database.url("kino_owner"))
+
+        assert (result.code, result.out, result.err.count("\n")) == (3, "", 1)
+        assert "holds a table of the ledger" in result.err
+        assert scene.rows("SELECT version_num FROM kino.alembic_version") == [("0002",)]

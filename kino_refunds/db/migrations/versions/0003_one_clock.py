@@ -14,6 +14,14 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
+# All at once and in the order in which settling and charging reach them. Table by table, as the changes below come, a
+# product that has its charge and wants its lot would wait for us while we wait for its charge.
+LOCKS = """
+LOCK TABLE kino.inbox_event, kino.pending_event, kino.charge, kino.account, kino.settlement, kino.correction,
+           kino.charge_line, kino.credit_lot, kino.transfer, kino.break, kino.dead_letter
+    IN ACCESS EXCLUSIVE MODE;
+"""
+
 # No SET clause and no SECURITY DEFINER: the planner puts such a function's body where it is called.
 FUNCTIONS = """
 CREATE FUNCTION kino.clock() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE
@@ -144,6 +152,7 @@ GRANT INSERT ON kino.xid_clock TO kino_worker;
 
 
 def upgrade() -> None:
+    op.execute(LOCKS)
     op.execute(FUNCTIONS)
     for table, columns in CLOCK_DEFAULTS.items():
         for column in columns:
