@@ -281,7 +281,7 @@ class Scene:
         decisions = settle_batch_at(self.worker, deliveries_of(events), terms or make_terms(), now, watch=watch)
         return {decision.delivery.event.id: decision.outcome.value for decision in decisions}
 
-    def sweep(self, *, now: datetime = NOW, terms: Terms | None = None, limit: int = 500) -> dict[str, int]:
+    def sweep(self, *, now: datetime | None = NOW, terms: Terms | None = None, limit: int = 500) -> dict[str, int]:
         """Try due events again as the worker's sweep does; returns how many came to each outcome."""
 
         def settle_due(due: Sequence[Delivery]) -> list[Outcome]:

@@ -16,7 +16,6 @@ import redis
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import (
     BadSettings,
     ForeignAnswer,
@@ -148,7 +147,9 @@ def sweep_overdue(
     """
     report = OverdueReport(dry_run)
     with engine.connect() as connection:
-        now = read_clock(connection)
+        clocks = read_clocks(connection, redis_client)
+    now = clocks.decides
+    skewed = clocks.redis is not None and clocks.disagreement() is not None
     if not dry_run:
         note_waiting(engine, redis_client, now=now)
     # Without a source there is nobody whom three asks in a row could wake at a bad minute.
@@ -157,7 +158,8 @@ def sweep_overdue(
         report.overdue += len(page)
         answers = _ask(source, page, report)
         report.answers.update(answer.state.value for answer in answers.values())
-        asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run)
+        # What is asked while the clocks disagree is no ask: it may be hours from the one before.
+        asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run or skewed)
         _raise_running(engine, page, answers, rules, now=now, dry_run=dry_run)
         known = [c for c in page if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
         deliveries = [each for charge in known for each in _deliver(charge, answers[charge.job_id], report)]
@@ -192,6 +194,7 @@ def _pages(
                 {
                     "due_before": now - rules.grace,
                     "asked_before": asked_before,
+                    "now": now,
                     "after_deadline": after and after[0],
                     "after_id": after and after[1],
                     "limit": PAGE,
@@ -217,9 +220,11 @@ def _pages(
             yield page
 
 
+# An ask that is later than it is now was noted by a clock that has been set back since: it is none.
 _OVERDUE = sa.text("""
-    SELECT o.charge_id, c.job_id, o.account_id, o.credits, c.opened_at, o.deadline_at, coalesce(a.asks, 0) AS asks,
-           coalesce(a.last_asked_at <= :asked_before, true) AS askable
+    SELECT o.charge_id, c.job_id, o.account_id, o.credits, c.opened_at, o.deadline_at,
+           CASE WHEN a.last_asked_at <= :now THEN a.asks ELSE 0 END AS asks,
+           coalesce(a.last_asked_at <= :asked_before OR a.last_asked_at > :now, true) AS askable
     FROM kino.open_charge o JOIN kino.charge c USING (charge_id) LEFT JOIN kino.overdue_ask a USING (charge_id)
     WHERE o.deadline_at < :due_before
       AND (CAST(:after_deadline AS timestamptz) IS NULL
@@ -315,7 +320,7 @@ _NOTE = sa.text("""
     ORDER BY charge_id
     ON CONFLICT (charge_id) DO UPDATE SET
         asks = excluded.asks, last_answer = excluded.last_answer, last_asked_at = excluded.last_asked_at
-    WHERE o.last_asked_at < excluded.last_asked_at
+    WHERE o.last_asked_at < excluded.last_asked_at OR o.last_asked_at > kino.clock()
 """)
 
 
@@ -414,14 +419,16 @@ def _own_verdicts(
         return []
     guard = read_guard(engine, redis_client, charges, now=now, source_configured=source_configured)
     with engine.connect() as connection:
-        disagreement = read_clocks(connection, redis_client).disagreement()
+        clocks = read_clocks(connection, redis_client)
+    disagreement = clocks.disagreement()
     if guard.refused is None and disagreement is not None:
         report.withheld["clock"] += len(charges)
         log.error("presumed timeouts are withheld: the clocks disagree", why=disagreement, charges=len(charges))
         return []
     verdicts = []
     for charge in charges:
-        reason = guard.reason(charge)
+        # The clock was read when the sweep began, and may have been set back since.
+        reason = guard.reason(charge) or ("clock" if charge.due_at >= clocks.decides else None)
         if reason is None:
             verdicts += _deliver(charge, Answer(JobState.TIMED_OUT), report)
         else:

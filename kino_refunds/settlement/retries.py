@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FIRST_DELAY = timedelta(seconds=5)
 """An event usually overtakes its charge by the length of one product transaction."""
 LONGEST_DELAY = timedelta(minutes=15)
+LONGEST_LEASE = timedelta(hours=1)
+"""What waits or is leased for longer than this was written by a clock that has been set back since: it is due."""
 GIVE_UP_AFTER = timedelta(hours=24)
 """A charge that has not come a day after its job ended is not late, it is missing: a person looks."""
 HISTORY_LENGTH_MAX = 50
@@ -148,16 +150,21 @@ def lease_due(
     rows = connection.execute(
         sa.text("""
             WITH clock AS MATERIALIZED (
-                SELECT kino.clock() AS now
+                SELECT now, now + make_interval(secs => :longest_wait_s) AS longest_wait,
+                       now + make_interval(secs => :longest_lease_s) AS longest_lease
+                FROM (SELECT kino.clock() AS now) AS read
             ), due AS (
                 SELECT p.source, p.event_id FROM kino.pending_event p
-                WHERE coalesce(p.leased_until, '-infinity') <= (SELECT now FROM clock)
+                WHERE (p.leased_until IS NULL OR p.leased_until <= (SELECT now FROM clock)
+                       OR p.leased_until > (SELECT longest_lease FROM clock))
                   AND (CAST(:event_id AS text) IS NULL OR p.event_id = :event_id)
                   AND p.job_id IN (
                       SELECT d.job_id FROM kino.pending_event d
-                      WHERE coalesce(d.leased_until, '-infinity') <= (SELECT now FROM clock)
+                      WHERE (d.leased_until IS NULL OR d.leased_until <= (SELECT now FROM clock)
+                       OR d.leased_until > (SELECT longest_lease FROM clock))
                         AND (CAST(:event_id AS text) IS NULL OR d.event_id = :event_id)
                         AND (d.next_attempt_at <= (SELECT now FROM clock)
+                             OR d.next_attempt_at > (SELECT longest_wait FROM clock)
                              OR (d.outcome = 'charge_not_found'
                                  AND EXISTS (SELECT FROM kino.charge c WHERE c.job_id = d.job_id)))
                       ORDER BY d.next_attempt_at LIMIT :limit)
@@ -169,7 +176,13 @@ def lease_due(
             RETURNING CAST(p.event AS text) AS event, p.first_seen_at, p.attempts,
                       p.source, p.event_id, p.fingerprint, p.queue
         """),
-        {"lease_s": lease.total_seconds(), "limit": limit, "event_id": event_id},
+        {
+            "longest_wait_s": LONGEST_DELAY.total_seconds(),
+            "longest_lease_s": max(lease, LONGEST_LEASE).total_seconds(),
+            "lease_s": lease.total_seconds(),
+            "limit": limit,
+            "event_id": event_id,
+        },
     )
     due, unread, letters = [], {}, []
     for row in rows:

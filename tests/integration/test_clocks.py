@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from kino_refunds.embedded import DATABASE, EmbeddedPostgres
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, balance, grant_lots, open_charges
 from kino_refunds.processes import die_with_parent, environment_of
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
+from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.reconciliation.verified import read_verified, sample_clock
 from kino_refunds.server_guard import Orders
 from kino_refunds.settlement.batch import settle_batch
@@ -150,6 +151,64 @@ def test_a_clock_that_was_set_back_presumes_nothing(scene: Scene, redis: Redis) 
 
     assert withheld == {"clock": 1}
     assert [status_of(scene, job_id) for job_id in ("lost", "failed")] == ["open", "refunded"]
+
+
+def test_an_ask_of_a_clock_that_was_ahead_is_none(scene: Scene, redis: Redis) -> None:
+    """What a sweep noted a year ahead does not keep its charge from being asked about once the clock is right."""
+    charged(scene, "lost", deadline=-10 * MINUTE)
+    run_ahead(scene.worker, timedelta(days=365))
+    sweep_overdue(scene.worker, redis, Running(), make_terms(), RULES)
+    run_ahead(scene.worker, timedelta(0))
+
+    swept = sweep_overdue(scene.worker, redis, Ended(), make_terms(), RULES)
+
+    assert (swept.overdue, status_of(scene, "lost")) == (1, "captured")
+
+
+class Running:
+    """A job source by which every job runs."""
+
+    state = JobState.RUNNING
+
+    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
+        return dict.fromkeys(job_ids, Answer(self.state))
+
+
+class Ended(Running):
+    """A job source by which every job has completed."""
+
+    state = JobState.COMPLETED
+
+
+@pytest.mark.parametrize("column", ["next_attempt_at", "leased_until"])
+def test_what_waits_since_a_clock_was_ahead_is_due(scene: Scene, column: str) -> None:
+    """A time of another try, or a lease, longer than any of ours comes of a wrong clock: the event is tried now."""
+    scene.settle(make_event("timeout", "job-1"), now=None)
+    scene.charged("job-1")
+    scene.as_superuser(
+        "UPDATE kino.pending_event SET next_attempt_at = kino.clock()",
+        f"UPDATE kino.pending_event SET {column} = kino.clock() + interval '1 year'",
+    )
+
+    outcomes = scene.sweep(now=None)
+
+    assert outcomes == {"refunded": 1}
+
+
+def test_a_clock_that_is_set_back_during_a_sweep_refunds_no_running_job(scene: Scene, redis: Redis) -> None:
+    """A job that was due by the clock of the sweep's beginning is not presumed by the one of its end."""
+    charged(scene, "running", deadline=30 * MINUTE)
+    run_ahead(scene.worker, HOUR)
+
+    class SetsBack:
+        def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
+            run_ahead(scene.worker, timedelta(0))
+            return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
+
+    swept = sweep_overdue(scene.worker, redis, SetsBack(), make_terms(), replace(RULES, asks=1))
+
+    assert (swept.overdue, dict(swept.withheld)) == (1, {"clock": 1})
+    assert status_of(scene, "running") == "open"
 
 
 # --- slots
