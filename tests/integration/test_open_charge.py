@@ -23,7 +23,6 @@ from tests.scenario import NOW, Scene, make_event, until
 
 HOUR = timedelta(hours=1)
 REFUSED = "42501"
-CHECK_VIOLATION = "23514"
 SETTLED_RAW = """
     INSERT INTO kino.settlement (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)
     SELECT charge_id, 'captured', 'completed', '1', 'v', 's', job_id, now() FROM kino.charge WHERE job_id = '{}'
@@ -149,26 +148,6 @@ def test_a_temporary_table_of_that_name_is_not_written(scene: Scene) -> None:
         open_charges(connection, [ChargeRequest("job-1", "acct-1", 4, NOW + HOUR)])
 
     assert open_jobs(scene) == [("job-1", "acct-1", 4)]
-
-
-@pytest.mark.parametrize("deadline", ["infinity", "-infinity", "4000-01-01 BC", "12000-01-01"])
-def test_a_deadline_that_no_program_can_read_is_refused(scene: Scene, deadline: str) -> None:
-    """One such row would end every overdue sweep, for everybody."""
-    statement = "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at) VALUES ('j', 'a', 0, '{}')"
-
-    assert refusal(scene.product, statement.format(deadline)) == CHECK_VIOLATION
-
-
-def test_a_default_that_switches_triggers_off_does_not_switch_ours(database: Database, scene: Scene) -> None:
-    """Under session_replication_role = replica, which some tools leave behind, a charge still opens and ends."""
-    scene.grant("acct-1")
-    scene.as_superuser(f"ALTER DATABASE {database.name} SET session_replication_role = replica")
-    with Scene.of(database) as under_it:
-        under_it.open("job-1", "acct-1", 4)
-        opened = open_jobs(under_it)
-        under_it.settle(make_event("timeout", "job-1"), now=None)
-
-        assert (opened, open_jobs(under_it)) == ([("job-1", "acct-1", 4)], [])
 
 
 # --- integrity
