@@ -35,6 +35,7 @@ _SHOWN_LENGTH_MAX: Final = 64  # of an offending value: enough to recognise it, 
 _SHOWN_ERRORS_MAX: Final = 3
 # Of one dead letter. A letter that names more may hold others anyway, and says so.
 _NAMED_MAX: Final = 1_000
+_DEPTH_MAX: Final = 4  # of JSON inside JSON
 
 
 class MalformedReason(StrEnum):
@@ -167,9 +168,10 @@ def opened(raw: bytes) -> bytes | None:
 def describe(raw: bytes) -> Description:
     """Find whom a message that cannot be understood is about, for the people and the guards who must act on it.
 
-    A best effort: what does not load as JSON is searched as text, and only the first 256 KiB are looked at.
+    A best effort: what does not load as JSON is searched as text, JSON that stands in strings is looked at too, and
+    only the first 256 KiB are read.
     """
-    content, headers = raw[:MESSAGE_BYTES_MAX], dict[str, Any]()
+    content, headers = _in_utf_8(raw[:MESSAGE_BYTES_MAX]), dict[str, Any]()
     document = _load_or_none(content)
     if _is_envelope(document):
         headers = _binary_mode(document)
@@ -178,19 +180,21 @@ def describe(raw: bytes) -> Description:
     elif cut_off := _KOMBU_BODY.match(content) if document is None else None:
         content = base64.b64decode(cut_off[1])
     if isinstance(document, list):
-        jobs, _ = _jobs(_values(document, _JOB_NAMES))
+        jobs, _ = _jobs([*_values(document, _JOB_NAMES), *_named_within(document)])
         return Description(None, None, None, jobs, may_hold_others=True)
     if not isinstance(document, dict):
-        text = content.decode("utf-8", "replace")
+        text, within = content.decode("utf-8", "replace"), list(_named_within(document))
         found = [*_search(text, "job_id"), headers.get("subject"), *_search(text, "subject")]
         source, event_id = ([headers.get(name), *_search(text, name)] for name in ("source", "id"))
         readable = False
     else:
-        data, readable = _data(document)
+        (data, readable), within = _data(document), list(_named_within(document))
         first = data.get("job_id") if isinstance(data, dict) else None
         found = [first, headers.get("subject"), document.get("subject"), *_values([document, data], _JOB_NAMES)]
         source, event_id = ([headers.get(name), document.get(name)] for name in ("source", "id"))
-    jobs, sure = _jobs(found)
+    # What names a job only inside a string is no event that we know: it may be anything.
+    readable = readable and any(value is not None for value in found)
+    jobs, sure = _jobs([*found, *within])
     return Description(
         _first_id(source),
         _first_id(event_id),
@@ -404,8 +408,60 @@ def _show(value: object) -> str:
 
 
 def _search(text: str, name: str) -> list[str]:
-    """Find the strings under this name in JSON that is cut off or broken, or in a Python repr."""
-    return re.findall(rf"""["']{name}["']\s*:\s*["']([^"'\\\ufffd]+)["']""", text)
+    """Find the strings under this name in JSON that is cut off or broken, in JSON inside it, or in a Python repr."""
+    quoted = re.compile(rf"""(["']){name}\1\s*:\s*(?:"((?:[^"\\\ufffd]|\\.)+)"|'((?:[^'\\\ufffd]|\\.)+)')""")
+    found = quoted.findall(text)
+    if f'\\"{name}\\"' in text:  # JSON in a string of JSON
+        found += quoted.findall(text.replace('\\"', '"'))
+    return [_unescaped(double or single) for _, double, single in found]
+
+
+def _unescaped(text: str) -> str:
+    """Read the escapes of a string's inside, or return it as it stands."""
+    try:
+        return str(json.loads(f'"{text}"'))
+    except ValueError:
+        return text
+
+
+def _in_utf_8(content: bytes) -> bytes:
+    """Return text of another Unicode encoding, as json tells it by its first bytes, in UTF-8; all else as it is."""
+    encoding = json.detect_encoding(content)
+    return content if encoding == "utf-8" else content.decode(encoding, "replace").encode(errors="replace")
+
+
+def _named_within(document: object, depth: int = _DEPTH_MAX) -> Iterator[object]:
+    """Find what names a job in JSON that stands in strings, as it is or in base64: envelopes in envelopes, too."""
+    for text in _strings(document):
+        content = text.encode(errors="replace") if text.lstrip()[:1] in {"{", "[", '"'} else _base64(text)
+        inner = _load_or_none(content)
+        if isinstance(inner, dict | list | str):
+            yield from _values(inner, _JOB_NAMES)
+            if depth > 1:
+                yield from _named_within(inner, depth - 1)
+        elif content.lstrip()[:1] in {b"{", b"["}:
+            yield from (each for name in _JOB_NAMES for each in _search(content.decode(errors="replace"), name))
+
+
+def _strings(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for inner in value.values():
+                yield from _strings(inner)
+        case list():
+            for inner in value:
+                yield from _strings(inner)
+        case _:
+            pass
+
+
+def _base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return b""
 
 
 def _values(value: object, names: tuple[str, ...]) -> Iterator[object]:

@@ -478,7 +478,10 @@ NAMES_ONE_JOB = {
         "data_base64": base64.b64encode(bare({"job_id": "job-1"})).decode(),
     },
 }
-MAY_HOLD_OTHERS: dict[str, tuple[bytes, tuple[str, ...]]] = {
+TWO_JOBS = ("job-1", "job-2")
+ODD_JOBS = ("o'brien/1", 'said "no"', "caf\u00e9", "a\\b")
+
+MAY_HOLD_OTHERS: dict[str, tuple[bytes, tuple[str | None, ...]]] = {
     "two events on lines": (bare(completed("job-1")) + b"\n" + bare(completed("job-2")), ("job-1", "job-2")),
     "two jobs": (bare(completed("job-1", subject="job-2")), ("job-1", "job-2")),
     "a job deep inside": (
@@ -494,7 +497,7 @@ MAY_HOLD_OTHERS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "a job too long": (bare(completed("job-1", subject="x" * 129)), ("job-1",)),
     "white space": (bare(completed("job-1 ")), ("job-1 ", "job-1")),
     "a no-break space": (bare(completed("job-1\xa0")), ("job-1",)),
-    "data as a string": (bare(completed("job-1", data=json.dumps({"job_id": "job-2"}))), ("job-1",)),
+    "data as a string": (bare(completed("job-1", data=json.dumps({"job_id": "job-2"}))), ("job-1", "job-2")),
     "data_base64 of something": (
         bare({**without(completed("job-1"), "data"), "data_base64": "am9iLTE="}),
         ("job-1",),
@@ -505,7 +508,18 @@ MAY_HOLD_OTHERS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "gzip": (MALFORMED["gzip, bare"][0], ()),
     "body not base64": (MALFORMED["body not base64"][0], ()),
     "compressed": (MALFORMED["compressed by zlib"][0], ()),
-    "envelope in an envelope": (envelope(envelope(completed("job-1"))), ()),
+    "envelope in an envelope": (envelope(envelope(completed("job-1"))), ("job-1",)),
+    "envelopes in an array": (bare([json.loads(envelope(completed(job))) for job in TWO_JOBS]), (None, *TWO_JOBS)),
+    "json in json in json": (bare(json.dumps(json.dumps(completed("job-1")))), ("job-1",)),
+    "json in json, cut off": (bare({"text": json.dumps(completed("job-1"))})[:-20], ("job-1",)),
+    "json in a field": (bare(event(extra=json.dumps(completed("job-2")))), ("job-1", "job-2")),
+    "json in a field, cut off": (bare(event(extra=json.dumps(completed("job-2"))[:-10])), ("job-1", "job-2")),
+    "escaped ids on lines": (b"\n".join(map(bare, map(completed, ODD_JOBS))).replace(b"/", b"\\/"), ODD_JOBS),
+    "utf-16 on lines": ("\n".join(json.dumps(completed(job)) for job in TWO_JOBS).encode("utf-16"), TWO_JOBS),
+    "utf-16 without its mark, on lines": (
+        "\n".join(json.dumps(completed(job)) for job in TWO_JOBS).encode("utf-16-be"),
+        TWO_JOBS,
+    ),
     "binary mode of two jobs": (binary_mode(**{"ce-subject": "job-2"}), ("job-2", "job-1")),
 }
 
@@ -520,7 +534,7 @@ def test_a_message_that_is_read_whole_and_names_one_job_is_that_job_s(document: 
 
 
 @pytest.mark.parametrize(("raw", "jobs"), MAY_HOLD_OTHERS.values(), ids=MAY_HOLD_OTHERS)
-def test_a_message_that_could_be_anybody_s_says_so(raw: bytes, jobs: tuple[str, ...]) -> None:
+def test_a_message_that_could_be_anybody_s_says_so(raw: bytes, jobs: tuple[str | None, ...]) -> None:
     """What cannot be read to its end, or names no job or several, may hold any job's end; it names what it can."""
     about = describe(raw)
 
