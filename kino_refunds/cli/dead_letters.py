@@ -170,7 +170,8 @@ def replay(
     that names another account than its charge is closed too once another event has settled the job. A letter of a
     whole message with several events settles each of them.
 
-    A correction must be of the letter's own event, and there is one: who comes second is told.
+    A correction must be of the letter's own event, and there is one: who comes second is told. A letter that names
+    further jobs with open charges stays open after it: publish what it says of these, then discard it.
 
     Exit code 1 means that a letter is still open.
 
@@ -213,10 +214,18 @@ def _show_replays(replays: list[Replay], *, as_json: bool) -> None:
             "job_id": each.job_id,
             "outcome": each.outcome,
             "closed": each.closed,
+            "protects": list(each.protects),
         }
         for each in replays
     ]
     print_items(rows, next_cursor=None, as_json=as_json, empty="")
+    for each in replays:
+        if each.protects:
+            jobs = ", ".join(each.protects)
+            print_error(
+                f"dead letter {each.dead_letter_id} stays open: it also names {jobs}, whose charges are open. "
+                f"Publish what it says of them, then discard it"
+            )
 
 
 def discard(

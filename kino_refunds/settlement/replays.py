@@ -43,6 +43,8 @@ class Replay:
     job_id: str | None
     outcome: str
     closed: bool
+    protects: tuple[str, ...] = ()
+    """Jobs with open charges that the letter names beside the corrected one: for their sake it stays open (P9)."""
 
 
 def replay_letter(
@@ -155,12 +157,22 @@ def _replay(
     outcome, closed = _would_settle(engine, delivery, terms) if dry_run else _settle(engine, delivery, terms)
     # A letter under another key has taken this one's place: the same message, read by another build.
     replaced = not closed and event_letter(delivery, "", "").key != bytes(letter.message_key)
+    protects = () if edited is None else _open_jobs(engine, letter, delivery.event.job_id)
     if not dry_run:
         if closed or replaced:
-            close("replayed", outcome=outcome, **({} if edited is None else {"as": delivery.event.id}))
+            became = {} if edited is None else {"as": delivery.event.id}
+            close("open" if protects else "replayed", outcome=outcome, **became)
         elif letter.status == "discarded":
             close("open", outcome=outcome)
-    return Replay(dead_letter_id, delivery.event.id, delivery.event.job_id, outcome, closed)
+    return Replay(dead_letter_id, delivery.event.id, delivery.event.job_id, outcome, closed and not protects, protects)
+
+
+def _open_jobs(engine: sa.Engine, letter: Any, settled_job: str) -> tuple[str, ...]:
+    """Return the further jobs with open charges that a letter names, beside the one that its correction settles."""
+    named = {letter.job_id, *letter.other_job_ids} - {None, settled_job}
+    with engine.connect() as connection:
+        charges = read_charges(connection, named)
+    return tuple(sorted(job_id for job_id, charge in charges.items() if charge.state is ChargeState.OPEN))
 
 
 def _keep_again(engine: sa.Engine, letter: Any, error: MalformedMessage, terms: Terms) -> bool:
@@ -173,7 +185,8 @@ def _keep_again(engine: sa.Engine, letter: Any, error: MalformedMessage, terms: 
 
 
 _LETTER = sa.text("""
-    SELECT raw, queue, element_index, reason, message_key, source, event_id, job_id, status, status_actor, status_at,
+    SELECT raw, queue, element_index, reason, message_key, source, event_id, job_id, other_job_ids,
+           status, status_actor, status_at,
            (SELECT count(*) FROM jsonb_array_elements(history) h WHERE h ? 'as') AS edits
     FROM kino.dead_letter WHERE dead_letter_id = :dead_letter_id
 """)

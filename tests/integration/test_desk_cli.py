@@ -571,7 +571,14 @@ def test_a_letter_is_replayed_noted_and_discarded(cli: Cli, scene: Scene) -> Non
     discarded = cli("dead-letters", "discard", "2", "--note", "a test", "--yes")
     shown = cli("dead-letters", "show", "2", "--json").document
 
-    item = {"number": 1, "event_id": "job-1 failed platform", "job_id": "job-1", "outcome": "refunded", "closed": True}
+    item = {
+        "number": 1,
+        "event_id": "job-1 failed platform",
+        "job_id": "job-1",
+        "outcome": "refunded",
+        "closed": True,
+        "protects": [],
+    }
     assert (dry.code, dry.document) == (0, {"items": [item], "next": None})
     assert untouched == [("open", None), ("open", None)]
     assert (replayed.code, replayed.document) == (0, {"items": [item], "next": None})
@@ -722,6 +729,34 @@ def test_a_letter_of_an_open_job_is_discarded_by_the_job_s_name_only(
     assert (named.code, named.err) == (0, "")
     assert "no longer protected: open charges 1, credits 10" in named.out
     assert statuses(scene) == [("discarded", "bob")]
+
+
+def test_a_correction_of_one_job_leaves_the_letter_s_other_jobs_protected(
+    cli: Cli, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two completions on two lines are one letter: who corrects the first must not end what protects the second."""
+    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
+    for job_id in ("job-1", "job-2"):
+        scene.charged(job_id)
+    make_overdue(scene)
+    keep(scene, replace(unreadable_completion(job_id="job-1"), other_job_ids=("job-2", "job-3")))
+    corrected = tmp_path / "corrected.json"
+    corrected.write_bytes(to_json(make_event("completed", "job-1")))
+    replay = ("dead-letters", "replay", "1", "--edited", str(corrected), "--json")
+
+    tried = cli(*replay, "--dry-run")
+    replayed = cli(*replay, "--by", "bob")
+    swept = cli("overdue", "run", "--json").document
+    refused = cli("dead-letters", "discard", "1", "--note", "n", "--yes")
+    scene.settle(make_event("completed", "job-2"))
+    done = cli("dead-letters", "discard", "1", "--note", "both are captured", "--yes")
+
+    for each in (tried, replayed):
+        assert (each.code, each.document["items"][0]["outcome"]) == (1, "captured")
+        assert (each.document["items"][0]["closed"], each.document["items"][0]["protects"]) == (False, ["job-2"])
+        assert "dead letter 1 stays open: it also names job-2, whose charges are open" in each.err
+    assert (swept["refunded"], swept["withheld"]) == (0, {"named_by_waiting_event": 1})
+    assert (refused.code, done.code, statuses(scene)[0][0]) == (2, 0, "discarded")
 
 
 def test_a_letter_that_names_no_job_says_that_it_protects_them_all(
