@@ -14,7 +14,6 @@ from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import contents, describe, parse
 from kino_refunds.events.queues import waiting
 from kino_refunds.log import get_logger
-from kino_refunds.reconciliation.clocks import SKEW_MAX
 from kino_refunds.settlement.gate import read_gate
 
 if TYPE_CHECKING:
@@ -73,8 +72,7 @@ class Guard:
             return "named_by_waiting_message"
         if charge.job_id in self.named_jobs:
             return "named_by_waiting_event"
-        # Both times are Postgres', and its clock may have been set in between by less than anybody notices.
-        if any(seen_at > charge.opened_at - SKEW_MAX for seen_at in self.nameless):
+        if any(seen_at > charge.opened_at for seen_at in self.nameless):
             return "unreadable_completion"
         return None
 

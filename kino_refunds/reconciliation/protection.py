@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.errors import LetterProtects
-from kino_refunds.reconciliation.clocks import SKEW_MAX
 from kino_refunds.reconciliation.guard import NAMELESS_COUNTS_FOR
 from kino_refunds.settlement.replays import discard_letter, require_letter
 
@@ -67,12 +66,7 @@ def read_protection(connection: sa.Connection, dead_letter_id: int, *, source_co
     job source is configured, every charge that was opened before it came as well. Raises DeadLetterNotFound.
     """
     require_letter(connection, dead_letter_id)
-    wanted = {
-        "dead_letter_id": dead_letter_id,
-        "counts_for": NAMELESS_COUNTS_FOR,
-        "skew_max": SKEW_MAX,
-        "sample_max": SAMPLE_MAX,
-    }
+    wanted = {"dead_letter_id": dead_letter_id, "counts_for": NAMELESS_COUNTS_FOR, "sample_max": SAMPLE_MAX}
     named = [ProtectedCharge(*row) for row in connection.execute(_NAMED, wanted)]
     rows = [] if source_configured else connection.execute(_OTHERS, wanted).all()
     others = rows[0].all_charges if rows else 0
@@ -96,7 +90,7 @@ _OTHERS = sa.text("""
     SELECT c.job_id, c.account_id, c.credits, c.opened_at, c.deadline_at,
            count(*) OVER () AS all_charges, sum(c.credits) OVER () AS all_credits
     FROM kino.dead_letter d
-    JOIN kino.charge c ON c.opened_at < d.last_seen_at + CAST(:skew_max AS interval)
+    JOIN kino.charge c ON c.opened_at < d.last_seen_at
     JOIN kino.open_charge o USING (charge_id)
     WHERE d.dead_letter_id = :dead_letter_id AND d.may_hold_others
       AND d.last_seen_at > kino.clock() - CAST(:counts_for AS interval)
