@@ -229,7 +229,7 @@ PLANTED = [
     ),
     Planted(
         "a host's clock in the sweep",
-        Edit(OVERDUE, "        now = read_clock(connection)\n", "        now = datetime.now().astimezone()\n"),
+        Edit(OVERDUE, "    now = clocks.decides\n", "    now = clocks.host\n"),
         ("host_that_is_fast",),
     ),
     Planted(

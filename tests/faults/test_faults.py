@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.harness import SCENARIOS, Arena, arena
-from tests.faults.planted import PLANTED
+from tests.faults.harness import ROOT, SCENARIOS, Arena, arena
+from tests.faults.planted import PLANTED, Planted
 from tests.faults.run import DEFAULT_SEED
 
 if TYPE_CHECKING:
@@ -35,3 +35,9 @@ def test_planted_bugs_name_scenarios_that_exist() -> None:
     named = {scenario for planted in PLANTED for scenario in planted.scenarios}
 
     assert named - SCENARIOS.keys() == set()
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+def test_planted_bugs_fit_the_code(planted: Planted) -> None:
+    """A planted bug whose place the code has left is found with the change, and not by the next long run."""
+    assert (ROOT / planted.edit.file).read_text(encoding="utf-8").count(planted.edit.old) == 1
