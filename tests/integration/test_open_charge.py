@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic import command
@@ -121,6 +122,29 @@ FORGED = {
 def test_the_product_does_not_choose_when_or_under_which_number(scene: Scene, what: str) -> None:
     """Times, numbers and states are the ledger's; what is open is nobody's to write."""
     assert refusal(scene.product, FORGED[what]) == REFUSED
+
+
+CHOSEN_INSTANTS = {
+    "deadline_at_in_the_calendar": """
+        INSERT INTO kino.charge (job_id, account_id, credits, deadline_at) VALUES ('j', 'a', 0, '{}')""",
+    "expires_at_in_the_calendar": """
+        INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining, priority, expires_at)
+        VALUES ('r', 'a', 'purchased', 1, 1, 1, '{}')""",
+    "event_at_in_the_calendar": """
+        INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, reason, actor, event_at)
+        VALUES ('grant', 'issued', 'wallet', 'a', 1, 1, 'r', 'p', '{}')""",
+}
+
+
+@pytest.mark.parametrize("instant", ["infinity", "-infinity", "4000-01-01 BC", "12000-01-01"])
+@pytest.mark.parametrize("constraint", CHOSEN_INSTANTS)
+def test_an_instant_that_no_program_can_read_is_refused(scene: Scene, constraint: str, instant: str) -> None:
+    """One such deadline would end every overdue sweep, for everybody."""
+    with scene.product.connect() as connection, pytest.raises(sa.exc.IntegrityError) as refused:
+        connection.exec_driver_sql(CHOSEN_INSTANTS[constraint].format(instant))
+
+    assert isinstance(refused.value.orig, psycopg.errors.CheckViolation)
+    assert refused.value.orig.diag.constraint_name == constraint
 
 
 @pytest.mark.parametrize("function", ["charge_opens", "charge_ends"])
