@@ -85,6 +85,7 @@ _SERVER = sa.text("""
            current_setting('transaction_read_only') = 'on' AS read_only,
            current_setting('fsync') AS fsync, current_setting('synchronous_commit') AS synchronous_commit,
            current_setting('full_page_writes') AS full_page_writes,
+           current_setting('session_replication_role') AS replication_role,
            r.rolname AS role,
            CASE WHEN r.rolsuper THEN 'is a superuser'
                 WHEN pg_has_role(r.oid, n.nspowner, 'MEMBER') THEN 'owns the ledger'
@@ -120,6 +121,12 @@ def _server(server: Any, url: str) -> Iterator[Finding]:
         f"fsync {server.fsync}, synchronous_commit {server.synchronous_commit},"
         f" full_page_writes {server.full_page_writes}",
         "set fsync and full_page_writes on, synchronous_commit not off: a COMMIT that is lost is a lost refund",
+    )
+    yield judge(
+        "triggers",
+        server.replication_role != "replica",
+        f"session_replication_role is {server.replication_role}",
+        "set it back to origin for this role and database: without triggers no sweep sees that a charge is open",
     )
     skew = abs(server.now - datetime.now(UTC))
     yield judge(

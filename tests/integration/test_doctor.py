@@ -163,7 +163,7 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
     checks = [re.split(r"  +", line)[1] for line in result.out.splitlines() if not line.startswith(" ")]
     assert checks == [
         *("settings", "job source"),
-        *("postgres version", "postgres writable", "durability", "postgres clock", "roles"),
+        *("postgres version", "postgres writable", "durability", "triggers", "postgres clock", "roles"),
         *("rights", "migrations", "append-only", "ledger clock", "intake", "workers", "beat", "beat", "beat", "beat"),
         "waiting messages",
         *("overdue charges", "dead letters", "breaks", "verified through", "horizon"),
@@ -467,6 +467,16 @@ def test_commit_that_does_not_wait_is_found(doctor: Doctor, well: Scene, databas
 
     assert (found.code, [(each.check, each.level) for each in found.bad]) == (1, [("durability", "fail")])
     assert found.bad[0].found == "fsync on, synchronous_commit off, full_page_writes on"
+
+
+def test_session_in_which_triggers_do_not_fire_is_found(doctor: Doctor, well: Scene, database: Database) -> None:
+    """Some tools leave a database so: a charge would open, and no sweep would ever see it."""
+    well.as_superuser(f"ALTER DATABASE {database.name} SET session_replication_role = replica")
+
+    found = doctor()
+
+    assert (found.code, [(each.check, each.level) for each in found.bad]) == (1, [("triggers", "fail")])
+    assert found.bad[0].found == "session_replication_role is replica"
 
 
 def test_standby_is_found(doctor: Doctor, own_postgres: OwnPostgres) -> None:
