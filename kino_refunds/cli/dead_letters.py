@@ -214,7 +214,8 @@ def _show_replays(replays: list[Replay], *, as_json: bool) -> None:
             "job_id": each.job_id,
             "outcome": each.outcome,
             "closed": each.closed,
-            "protects": list(each.protects),
+            # People read it in a line of its own.
+            **({"protects": list(each.protects)} if as_json else {}),
         }
         for each in replays
     ]
