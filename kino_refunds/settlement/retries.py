@@ -161,7 +161,7 @@ def lease_due(
                   AND p.job_id IN (
                       SELECT d.job_id FROM kino.pending_event d
                       WHERE (d.leased_until IS NULL OR d.leased_until <= (SELECT now FROM clock)
-                       OR d.leased_until > (SELECT longest_lease FROM clock))
+                             OR d.leased_until > (SELECT longest_lease FROM clock))
                         AND (CAST(:event_id AS text) IS NULL OR d.event_id = :event_id)
                         AND (d.next_attempt_at <= (SELECT now FROM clock)
                              OR d.next_attempt_at > (SELECT longest_wait FROM clock)
