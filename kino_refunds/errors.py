@@ -41,6 +41,26 @@ class AccountNotActive(KinoError):
     """The account is suspended, terminated or unknown, so it cannot be charged."""
 
 
+class TooManyLots(KinoError):
+    """A charge would take from more lots than one can; its account's credits lie in too many small lots."""
+
+
+class LedgerBusy(KinoError):
+    """Another session holds what this call needs; nothing was done, try again."""
+
+
+class RefusedInput(KinoError, ValueError):
+    """A ledger function does not take what it was sent; the text names the item."""
+
+
+class ChargeNotCaptured(KinoError):
+    """Only a captured charge can be refunded by a reversal."""
+
+
+class InstantNotFinal(KinoError):
+    """What was at this instant may still change; the text names the latest instant that can be asked for."""
+
+
 class UnfitSession(KinoError):
     """The caller's database session is in autocommit, or in an encoding that cannot carry every id."""
 

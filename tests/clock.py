@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from kino_refunds import ledger, schedule
 from kino_refunds.db.engine import create_engine
+from kino_refunds.reconciliation import verified
 from kino_refunds.settlement import batch, dead_letters, replays, retries, settle
 from kino_refunds.settlement.deliveries import Delivery
 
@@ -64,6 +65,14 @@ def _write(url: sa.URL, at: datetime | None, ahead: timedelta | None = None) -> 
             superuser.exec_driver_sql(_INSTALL)
         superuser.exec_driver_sql("DELETE FROM kino_test.clock")
         superuser.execute(sa.text("INSERT INTO kino_test.clock VALUES (:at, :ahead)"), {"at": at, "ahead": ahead})
+
+
+def sample_at(bind: sa.Engine | sa.Connection, at: datetime) -> None:
+    """Take a sample of the clock, as the sweep does, while it stands at `at`."""
+    url = bind.engine.url.set(username="kino_worker").render_as_string(hide_password=False)
+    engine = create_engine(url, pooled=False)
+    with clock_at(bind, at), engine.begin() as worker:
+        verified.sample_clock(worker)
 
 
 def settle_at(
@@ -121,21 +130,23 @@ def expire_lots(connection: sa.Connection, *, now: datetime, limit: int = 1000) 
         return ledger.expire_lots(connection, limit=limit)
 
 
-def unfreeze_purchase(connection: sa.Connection, purchase_id: str, *, now: datetime, lot_grace: timedelta) -> list[int]:
+def release_purchase(connection: sa.Connection, purchase_id: str, *, now: datetime, **cause: Any) -> list[int]:
     with clock_at(connection, now):
-        return ledger.unfreeze_purchase(connection, purchase_id, lot_grace=lot_grace)
+        return ledger.release_purchase(connection, purchase_id, **cause)
 
 
-def end_charges(
-    connection: sa.Connection,
-    endings: Sequence[ledger.Ending],
-    *,
-    now: datetime | None,
-    lot_grace: timedelta,
-    actor: str,
+def settle_charges(
+    connection: sa.Connection, settlements: Sequence[ledger.Settlement], *, now: datetime | None
 ) -> None:
     with clock_at(connection, now):
-        ledger.end_charges(connection, endings, lot_grace=lot_grace, actor=actor)
+        ledger.settle_charges(connection, settlements)
+
+
+def set_lot_grace(bind: sa.Engine | sa.Connection, days: int) -> None:
+    """Write this database's lot grace, as `migrate --lot-grace-days` does."""
+    engine = create_engine(bind.engine.url.set(username="postgres").render_as_string(hide_password=False), pooled=False)
+    with engine.begin() as superuser:
+        superuser.execute(sa.text("UPDATE kino.ledger_setting SET lot_grace_days = :days"), {"days": days})
 
 
 def claim_slot(connection: sa.Connection, entry: schedule.Entry, *, now: datetime, claimed_by: str) -> datetime | None:

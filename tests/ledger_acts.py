@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
-from kino_refunds.ledger import Charge, Ending, Grant, LotClass, grant_lots, open_charge
-from tests.clock import end_charges
+from kino_refunds.errors import InstantNotFinal
+from kino_refunds.ledger import (
+    Balance,
+    CauseKind,
+    Charge,
+    Grant,
+    LotClass,
+    Settlement,
+    balance,
+    grant_lots,
+    hold_purchase,
+    open_charge,
+    void_purchase,
+)
+from tests.clock import clock_at, release_purchase, settle_charges
+from tests.scenario import until
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -31,48 +46,48 @@ def charge(product: sa.Connection, job_id: str = "job", credits: int = 10, accou
     return opened
 
 
-def end(
-    connection: sa.Connection,
-    *charges: Charge,
-    kind: str = "refunded",
-    now: datetime | None = NOW,
-    lot_grace: timedelta = GRACE,
-) -> None:
+def settlement(opened: Charge, kind: str = "refunded", *, at: datetime = NOW, reason: str | None = None) -> Settlement:
+    """How a charge ends, by an event of its own."""
+    usual, clause, ending = {
+        "refunded": ("timeout", "2.timeout", "timeout.no_result"),
+        "captured": ("completed", "1", "completed"),
+    }[kind]
+    return Settlement(opened.charge_id, kind, reason or usual, clause, "v", ending, "active", "s", opened.job_id, at)
+
+
+def end(connection: sa.Connection, *charges: Charge, kind: str = "refunded", now: datetime | None = NOW) -> None:
     """Settle charges in one batch, in the connection's transaction, at `now` (None: as it is)."""
-    event_at = (now or NOW) - DAY
-    reason, clause = {"refunded": ("timeout", "2.timeout"), "captured": ("completed", "1")}[kind]
-    for opened in charges:
-        connection.execute(
-            sa.text(
-                "INSERT INTO kino.settlement"
-                " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
-                " VALUES (:charge_id, :kind, :reason, :clause, 'v', 's', :job_id, :now)"
-            ),
-            {
-                "charge_id": opened.charge_id,
-                "kind": kind,
-                "reason": reason,
-                "clause": clause,
-                "job_id": opened.job_id,
-                "now": now or NOW,
-            },
-        )
-    endings = [
-        Ending(c.charge_id, c.account_id, c.credits, c.lines, kind == "refunded", reason, event_at) for c in charges
-    ]
-    end_charges(connection, endings, now=now, lot_grace=lot_grace, actor="test")
+    settle_charges(connection, [settlement(c, kind, at=(now or NOW) - DAY) for c in charges], now=now)
 
 
 def end_and_commit(
-    connection: sa.Connection,
-    *charges: Charge,
-    kind: str = "refunded",
-    now: datetime | None = NOW,
-    lot_grace: timedelta = GRACE,
+    connection: sa.Connection, *charges: Charge, kind: str = "refunded", now: datetime | None = NOW
 ) -> None:
     """Settle charges in one batch, and commit."""
-    end(connection, *charges, kind=kind, now=now, lot_grace=lot_grace)
+    end(connection, *charges, kind=kind, now=now)
     connection.commit()
+
+
+DISPUTE: dict[str, Any] = {"cause_kind": CauseKind.DISPUTE, "cause_id": "dp-1", "actor": "ops"}
+PAYOUT: dict[str, Any] = {"cause_kind": CauseKind.PAYOUT, "cause_id": "po-1", "actor": "ops"}
+
+
+def freeze(
+    connection: sa.Connection, purchase_id: str = "p-1", *, now: datetime | None = None, **cause: Any
+) -> list[int]:
+    """Hold a purchase, for a dispute unless another cause is given, at `now` (None: as it is); as kino_owner."""
+    with clock_at(connection, now):
+        return hold_purchase(connection, purchase_id, **(cause or DISPUTE))
+
+
+def thaw(connection: sa.Connection, purchase_id: str = "p-1", *, now: datetime, **cause: Any) -> list[int]:
+    """End that hold, at `now`."""
+    return release_purchase(connection, purchase_id, now=now, **(cause or DISPUTE))
+
+
+def void(connection: sa.Connection, purchase_id: str = "p-1", **cause: Any) -> int:
+    """Void a purchase, for a payout unless another cause is given."""
+    return void_purchase(connection, purchase_id, **(cause or PAYOUT))
 
 
 def lot_states(connection: sa.Connection) -> list[tuple[int, str, int]]:
@@ -94,3 +109,20 @@ def waits(observer: sa.Connection, pid: int) -> bool:
     ).scalar_one()
     observer.rollback()
     return blocked
+
+
+def balance_at(connection: sa.Connection, account_id: str, at: datetime) -> Balance:
+    """Ask for a past balance; where a transaction of the server's own (an ANALYZE) is open, ask again."""
+    found: list[Balance] = []
+
+    def ask() -> bool:
+        try:
+            found.append(balance(connection, account_id, at=at))
+        except InstantNotFinal:
+            return False
+        finally:
+            connection.rollback()
+        return True
+
+    until(ask)
+    return found[0]

@@ -120,6 +120,58 @@ SELECT promise, violation FROM (
         SELECT 'P4', 'lot ' || lot_id || ' is of account ' || account_id || ', which does not exist'
         FROM kino.credit_lot l WHERE NOT EXISTS (SELECT FROM kino.account a WHERE a.account_id = l.account_id)
     )
+    -- what causes have done to lots, and their history
+    UNION ALL
+    (
+        SELECT 'P4', 'lot ' || lot_id || ' is ' || state || ', its causes say ' || due
+        FROM (SELECT l.lot_id, l.state,
+                     CASE WHEN EXISTS (SELECT FROM kino.lot_void v WHERE v.lot_id = l.lot_id AND v.until IS NULL)
+                          THEN 'voided'
+                          WHEN EXISTS (SELECT FROM kino.lot_hold h WHERE h.lot_id = l.lot_id AND h.until IS NULL)
+                          THEN 'frozen'
+                          ELSE 'neither frozen nor voided' END AS due
+              FROM kino.credit_lot l) c
+        WHERE CASE due WHEN 'neither frozen nor voided' THEN state IN ('frozen', 'voided') ELSE state <> due END
+    )
+    UNION ALL
+    (
+        SELECT 'P4', 'lot ' || t.lot_id || ' was voided for ' || t.cause_kind || ' ' || t.cause_id || ' by '
+               || t.voided || ' credits, of which ' || t.unvoided || ' came back'
+               || CASE WHEN open THEN '' ELSE ', and that has ended' END
+        FROM (SELECT lot_id, cause_kind, cause_id,
+                     coalesce(sum(credits) FILTER (WHERE kind = 'void'), 0) AS voided,
+                     coalesce(sum(credits) FILTER (WHERE kind = 'unvoid'), 0) AS unvoided,
+                     EXISTS (SELECT FROM kino.lot_void v WHERE v.lot_id = x.lot_id AND v.cause_kind = x.cause_kind
+                             AND v.cause_id = x.cause_id AND v.until IS NULL) AS open
+              FROM kino.transfer x WHERE kind IN ('void', 'unvoid') AND cause_kind IS NOT NULL
+              GROUP BY lot_id, cause_kind, cause_id) t
+        WHERE unvoided > voided OR NOT open AND unvoided <> voided
+    )
+    UNION ALL
+    (
+        SELECT 'P4', 'a change of lot ' || lot_id || ' begins at ' || coalesce(from_state || ' ' || from_expires_at, from_state)
+               || ', the one before it ended at ' || coalesce(before_state || ' ' || before_expires_at, before_state)
+        FROM (SELECT lot_id, change_id, from_state, from_expires_at,
+                     lag(to_state) OVER along AS before_state, lag(to_expires_at) OVER along AS before_expires_at
+              FROM kino.lot_change WINDOW along AS (PARTITION BY lot_id ORDER BY change_id)) c
+        WHERE before_state IS NOT NULL
+          AND (from_state, from_expires_at) IS DISTINCT FROM (before_state, before_expires_at)
+    )
+    UNION ALL
+    (
+        SELECT 'P4', 'lot ' || l.lot_id || ' is ' || l.state || ', its last change made it ' || c.to_state
+        FROM kino.credit_lot l
+        JOIN (SELECT DISTINCT ON (lot_id) lot_id, to_state, to_expires_at FROM kino.lot_change
+              ORDER BY lot_id, change_id DESC) c USING (lot_id)
+        WHERE (l.state, l.expires_at) IS DISTINCT FROM (c.to_state, c.to_expires_at)
+    )
+    UNION ALL
+    (
+        SELECT 'P4', 'successor ' || s.lot_id || ' has another root than lot ' || l.lot_id || ', a successor that it succeeds'
+        FROM kino.credit_lot s JOIN kino.credit_lot l ON l.lot_id = s.successor_of
+        WHERE l.successor_of IS NOT NULL AND s.root_expires_at IS DISTINCT FROM l.root_expires_at
+          AND l.root_expires_at IS NOT NULL
+    )
     -- charges and their lines
     UNION ALL
     (
@@ -178,9 +230,10 @@ SELECT promise, violation FROM (
     )
     UNION ALL
     (
-        SELECT 'P1', 'charge ' || charge_id || ' voided ' || gone || ' credits of lot ' || lot_id || ' and got back ' || got
+        SELECT 'P1', 'charge ' || charge_id || ' voided or expired ' || gone || ' credits of lot ' || lot_id
+               || ' and got back ' || got
         FROM (SELECT charge_id, lot_id,
-                     coalesce(sum(credits) FILTER (WHERE kind = 'void'), 0) AS gone,
+                     coalesce(sum(credits) FILTER (WHERE kind IN ('void', 'expire')), 0) AS gone,
                      coalesce(sum(credits) FILTER (WHERE kind IN ('refund', 'reversal') AND to_lot_id IS NULL), 0) AS got
               FROM kino.transfer WHERE charge_id IS NOT NULL GROUP BY charge_id, lot_id) v
         WHERE gone NOT IN (0, got)
@@ -212,7 +265,7 @@ SELECT promise, violation FROM (
         SELECT 'P4', 'transfer ' || transfer_id || ' (' || kind || ') names a charge where none belongs, or lacks its own'
         FROM kino.transfer
         WHERE kind IN ('hold', 'capture', 'refund', 'reversal') AND charge_id IS NULL
-           OR kind IN ('grant', 'expire') AND charge_id IS NOT NULL
+           OR kind IN ('grant', 'unvoid') AND charge_id IS NOT NULL
     )
     UNION ALL
     (

@@ -12,6 +12,7 @@ from alembic.script import ScriptDirectory
 
 from kino_refunds.db.clock import restore_clock
 from kino_refunds.db.engine import SessionLimits, create_engine
+from kino_refunds.db.functions import install_functions
 from kino_refunds.errors import LedgerInconsistent
 
 # Any number will do as long as nobody else in this database takes it: the bytes of "kino".
@@ -41,6 +42,14 @@ def head_revision() -> str:
     return head
 
 
+def functions_of_head() -> str:
+    """Return the digest of the ledger's functions that belong to this build's newest revision."""
+    script = ScriptDirectory.from_config(_config()).get_revision(head_revision())
+    assert script is not None, "the package ships its newest migration"
+    digest: str = script.module.LEDGER_FUNCTIONS
+    return digest
+
+
 def is_known_revision(revision: str) -> bool:
     """Tell whether this build has that migration; what a newer build has made, it has not."""
     return any(script.revision == revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
@@ -57,13 +66,19 @@ def current_revision(connection: sa.Connection) -> str | None:
     return heads[0] if heads else None
 
 
-def migrate(url: str) -> tuple[str | None, str]:
+def migrate(
+    url: str, *, lot_grace_days: int | None = None, beside_older_builds: bool = False
+) -> tuple[str | None, str]:
     """Upgrade the database at `url` (connect as kino_owner) to this build's schema, in one transaction.
 
-    Two at once are safe: the second waits and finds nothing to do. A `kino.clock()` that a test has replaced is put
-    back. Returns the revisions before and after. Raises sqlalchemy's OperationalError if the server is away,
-    ProgrammingError if the roles of `db/roles.sql` are missing, and WrongEncoding if the database is not encoded in
-    UTF8; either way nothing has changed.
+    Installs the ledger's functions and closes its tables to everybody else (`beside_older_builds`: leaves them open to
+    builds of before 0006), and writes the lot grace where one is given (0 to 365 days). Two at once are safe: the
+    second waits and finds nothing to do. A `kino.clock()` that a test has replaced is put back. A schema of a newer
+    build is left alone, functions included: what runs there keeps running. Returns the revisions before and after.
+
+    Raises sqlalchemy's OperationalError if the server is away, ProgrammingError if the roles of `db/roles.sql` are
+    missing, IntegrityError if the grace is out of bounds, and WrongEncoding if the database is not encoded in UTF8;
+    nothing has changed then.
     """
     engine = create_engine(url, limits=LIMITS, application_name="kino-migrate", pooled=False)
     with engine.begin() as connection:
@@ -73,8 +88,16 @@ def migrate(url: str) -> tuple[str | None, str]:
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {TABLE_LOCK_TIMEOUT_MS}")
         connection.execute(sa.text("CREATE SCHEMA IF NOT EXISTS kino"))
         before = current_revision(connection)
+        if before is not None and not is_known_revision(before):
+            return before, before
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
         restore_clock(connection)
+        install_functions(connection, functions_of_head(), beside_older_builds=beside_older_builds)
+        if lot_grace_days is not None:
+            connection.execute(
+                sa.text("UPDATE kino.ledger_setting SET lot_grace_days = :days WHERE lot_grace_days <> :days"),
+                {"days": lot_grace_days},
+            )
         return before, head_revision()

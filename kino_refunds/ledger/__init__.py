@@ -1,42 +1,50 @@
 """The credit ledger; every function here runs in the caller's transaction (design, section 4)."""
 
 from kino_refunds.ledger.accounts import VIOLATION, AccountStatus, set_account_status
-from kino_refunds.ledger.charges import Charge, ChargeRequest, Ending, end_charges, open_charge, open_charges
-from kino_refunds.ledger.lots import (
+from kino_refunds.ledger.charges import open_charge, open_charges
+from kino_refunds.ledger.endings import settle_charges
+from kino_refunds.ledger.grants import expire_lots, grant_lots
+from kino_refunds.ledger.purchase_lots import hold_purchase, release_purchase, unvoid_purchase, void_purchase
+from kino_refunds.ledger.reversals import reverse_charges
+from kino_refunds.ledger.statement import Balance, StatementLine, balance, later_lines_exist, statement
+from kino_refunds.ledger.values import (
+    CauseKind,
+    Charge,
+    ChargeRequest,
     Grant,
     Lot,
     LotClass,
     LotState,
-    expire_lots,
-    freeze_purchase,
-    grant_lots,
-    unfreeze_purchase,
-    void_purchase,
+    Reversal,
+    Settlement,
 )
-from kino_refunds.ledger.statement import Balance, StatementLine, balance, later_lines_exist, statement
 
 __all__ = [
     "VIOLATION",
     "AccountStatus",
     "Balance",
+    "CauseKind",
     "Charge",
     "ChargeRequest",
-    "Ending",
     "Grant",
     "Lot",
     "LotClass",
     "LotState",
+    "Reversal",
+    "Settlement",
     "StatementLine",
     "balance",
-    "end_charges",
     "expire_lots",
-    "freeze_purchase",
     "grant_lots",
+    "hold_purchase",
     "later_lines_exist",
     "open_charge",
     "open_charges",
+    "release_purchase",
+    "reverse_charges",
     "set_account_status",
+    "settle_charges",
     "statement",
-    "unfreeze_purchase",
+    "unvoid_purchase",
     "void_purchase",
 ]

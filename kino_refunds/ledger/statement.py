@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from kino_refunds.errors import TransferNotFound
-from kino_refunds.ledger.callers import fit, instant, microseconds
-from kino_refunds.ledger.lots import require_instant
+from kino_refunds.errors import InstantNotFinal, TransferNotFound
+from kino_refunds.ledger.callers import fit, instant, instant_or_none, microseconds
+from kino_refunds.ledger.values import require_instant
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -40,9 +40,10 @@ def balance(connection: sa.Connection, account_id: str, *, at: datetime | None =
     """Say what an account has now, or had at an instant; zero for an account that nobody knows.
 
     Now: the remaining credits of active, unexpired lots, and of open charges. `at`: the transfers posted
-    by then, without lots that had expired by then; a freeze leaves no transfer, so it is not seen. The
-    answer for an instant is final once every transaction that was open at it has ended. More than Postgres' bigint
-    holds (2^63 - 1, over 1,024 of the largest lots) is given as that. Raises UnfitSession.
+    by then, without lots that had expired by then as their expiry was then; a freeze leaves no transfer, so it is not
+    seen. The answer for an instant never changes: one that a transaction which is still open could change is refused.
+    More than Postgres' bigint holds (2^63 - 1, over 1,024 of the largest lots) is given as that. Raises UnfitSession,
+    and InstantNotFinal, which names the latest instant that can be asked for.
     """
     with fit(connection):
         if at is None:
@@ -51,9 +52,52 @@ def balance(connection: sa.Connection, account_id: str, *, at: datetime | None =
                 {"account_id": account_id},
             ).one_or_none()
         else:
-            wanted = {"account_id": account_id, "at": require_instant("at", at)}
-            row = connection.execute(_BALANCE_AT, wanted).one()
+            instant_asked, latest = require_instant("at", at), final_through(connection)
+            if latest is None or instant_asked > latest:
+                raise InstantNotFinal(_not_final(latest))
+            row = connection.execute(_BALANCE_AT, {"account_id": account_id, "at": instant_asked}).one()
     return Balance(0, 0) if row is None else Balance(row.available, row.held)
+
+
+def final_through(connection: sa.Connection) -> datetime | None:
+    """Return the latest instant of which the ledger can say for good what was by then; None: none yet.
+
+    Rows are stamped with an instant after their transaction has its number. So once every transaction below a sample's
+    number has ended, no row can appear that is as old as the sample. A sweep takes a sample every minute. A moment in
+    which no other session of this database has a number is as good: what it writes later is younger.
+    """
+    clock_us = connection.execute(_CLOCK).scalar_one()
+    return instant_or_none(connection.execute(_FINAL, {"clock_us": clock_us}).scalar_one())
+
+
+# Not where the next statement's snapshot is older than this; nor on a standby, which does not see who writes.
+_CLOCK = sa.text(f"""
+    SELECT CASE WHEN current_setting('transaction_isolation') = 'read committed' AND NOT pg_is_in_recovery()
+                THEN {microseconds("kino.clock()")} END
+""")
+# Every transaction that has a number holds a lock of that number until it has ended for everybody. Postgres' own
+# workers (an ANALYZE) belong to no user, and write no row of ours; a prepared transaction has no session.
+_FINAL = sa.text(f"""
+    SELECT greatest(
+        (SELECT {microseconds("c.sampled_at")} FROM kino.xid_clock c
+         WHERE c.xid < kino.horizon() ORDER BY c.xid DESC LIMIT 1),
+        CASE WHEN NOT EXISTS (
+                 SELECT FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+                 WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
+                   AND l.pid IS DISTINCT FROM pg_backend_pid()
+                   AND (l.pid IS NULL OR a.usesysid IS NOT NULL
+                        AND a.datid = (SELECT oid FROM pg_database WHERE datname = current_database())))
+             THEN CAST(:clock_us AS bigint) END)
+""")  # noqa: S608 - a constant
+
+
+def _not_final(latest: datetime | None) -> str:
+    if latest is None:
+        return "a transaction is open that may still change it, and no sample of the clock is below it; ask again soon"
+    return (
+        f"what was after {latest:%Y-%m-%d %H:%M:%S.%fZ} may still change, by a transaction that is open; ask for that"
+        " instant or an earlier one, or again in a minute"
+    )
 
 
 _BALANCE_AT = sa.text("""
@@ -63,11 +107,18 @@ _BALANCE_AT = sa.text("""
         SELECT coalesce(to_lot_id, lot_id) AS lot_id, credits FROM posted WHERE to_book = 'wallet'
         UNION ALL
         SELECT lot_id, -credits FROM posted WHERE from_book = 'wallet'
+    ), lot AS (
+        -- The first change after that instant says what the expiry was before it.
+        SELECT l.lot_id, CASE WHEN later.lot_id IS NULL THEN l.expires_at ELSE later.from_expires_at END AS expires_at
+        FROM kino.credit_lot l
+        LEFT JOIN LATERAL (SELECT c.lot_id, c.from_expires_at FROM kino.lot_change c
+                           WHERE c.lot_id = l.lot_id AND c.changed_at > :at
+                           ORDER BY c.change_id LIMIT 1) AS later ON true
+        WHERE l.account_id = :account_id
     )
-    SELECT CAST(least(coalesce((SELECT sum(w.credits) FROM wallet w JOIN kino.credit_lot l USING (lot_id)
+    SELECT CAST(least(coalesce((SELECT sum(w.credits) FROM wallet w JOIN lot l USING (lot_id)
                      WHERE l.expires_at IS NULL
-                        OR CASE WHEN l.extended_at > :at THEN l.extended_from ELSE l.expires_at END > :at),
-                    0), 9223372036854775807) AS bigint) AS available,
+                        OR l.expires_at > :at), 0), 9223372036854775807) AS bigint) AS available,
            CAST(least(coalesce((SELECT sum(CASE WHEN to_book = 'held' THEN credits ELSE -credits END) FROM posted
                      WHERE 'held' IN (from_book, to_book)), 0), 9223372036854775807) AS bigint) AS held
 """)

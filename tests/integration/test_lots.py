@@ -22,19 +22,29 @@ from kino_refunds.ledger import (
     LotClass,
     LotState,
     balance,
-    freeze_purchase,
     grant_lots,
     open_charges,
-    void_purchase,
 )
-from kino_refunds.ledger.lots import CREDITS_MAX
-from tests.clock import expire_lots, unfreeze_purchase
+from kino_refunds.ledger.values import CREDITS_MAX
+from tests.clock import expire_lots
 from tests.conftest import Database
-from tests.ledger_acts import DAY, GRACE, NOW, SOLD, backend, charge, end, lot_states, waits
+from tests.ledger_acts import DAY, NOW, SOLD, backend, charge, end, freeze, lot_states, thaw, void, waits
 from tests.scenario import PATIENT, until
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 
+
+@pytest.fixture
+def connection(database: Database) -> Iterator[sa.Connection]:
+    """A connection as kino_owner, which may call every function of the ledger: also those that only functions call."""
+    engine = create_engine(database.url("kino_owner"))
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+FAR = datetime(9998, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+"""The last instant that every language can read in every time zone."""
 
 PADDED = ["order-1 ", " order-1", "order-1\xa0", "order-1\u2003", "\u3000order-1", "order-1\u200b", "order-1\t", " "]
 """Ids that nobody can tell from another one by looking."""
@@ -42,8 +52,8 @@ PADDED = ["order-1 ", " order-1", "order-1\xa0", "order-1\u2003", "\u3000order-1
 
 @pytest.fixture
 def patient(database: Database) -> Iterator[sa.Engine]:
-    """An engine for kino_worker that waits long for locks: a test says when they are given up."""
-    engine = create_engine(database.url(), limits=PATIENT)
+    """An engine for kino_owner that waits long for locks: a test says when they are given up."""
+    engine = create_engine(database.url("kino_owner"), limits=PATIENT)
     yield engine
     engine.dispose()
 
@@ -196,13 +206,13 @@ class TestGrants:
         """Unfreezing moves an expiry, and the grant that is sent again is compared with the one it had."""
         grant_lots(product, [SOLD])
         product.commit()
-        freeze_purchase(connection, "p-1")
-        unfreeze_purchase(connection, "p-1", now=NOW + 29 * DAY, lot_grace=GRACE)
+        freeze(connection, "p-1", now=NOW)
+        thaw(connection, "p-1", now=NOW + 29 * DAY)
         connection.commit()
 
         [again] = grant_lots(product, [SOLD])
 
-        assert again.expires_at == NOW + 36 * DAY
+        assert again.expires_at == NOW + 59 * DAY
 
     @pytest.mark.parametrize(
         "wrong",
@@ -241,18 +251,19 @@ class TestGrants:
 
     def test_a_lot_at_the_bounds_can_be_granted_and_spent(self, product: sa.Connection) -> None:
         """The longest ids, the lowest priority and a far expiry are held exactly."""
-        grant = Grant("r" * 128, "a" * 128, 1, LotClass.LIFETIME, datetime.max.replace(tzinfo=UTC), -(2**31), "p" * 128)
+        grant = Grant("r" * 128, "a" * 128, 1, LotClass.LIFETIME, FAR, -(2**31), "p" * 128)
         grant_lots(product, [grant])
 
         opened = charge(product, "j" * 128, 1, "a" * 128)
 
         assert opened.lines == [(1, 1)]
-        assert expiries(product) == [datetime.max.replace(tzinfo=UTC)]
+        assert expiries(product) == [FAR]
 
     def test_an_instant_beyond_the_calendar_is_refused(self) -> None:
         """An expiry that cannot be read back, because in UTC it lies in the year 10000, is never stored."""
-        with pytest.raises(ValueError):
-            replace(SOLD, expires_at=datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))))
+        for beyond in (datetime(9999, 1, 1, tzinfo=UTC), datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))):
+            with pytest.raises(ValueError):
+                replace(SOLD, expires_at=beyond)
 
     def test_the_largest_grants_together_still_have_a_balance(self, product: sa.Connection) -> None:
         """However much an account was given, its balance can be asked for."""
@@ -300,7 +311,7 @@ class TestExpiry:
         later = replace(SOLD, reference="later", expires_at=NOW + 99 * DAY, purchase_id=None)
         grant_lots(product, [SOLD, lasting, later])
         product.commit()
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1")
         before = lot_states(connection)
 
         count = expire_lots(connection, now=NOW + 31 * DAY)
@@ -333,14 +344,15 @@ class TestExpiry:
         assert counts == [2, 2, 1, 0]
         assert lot_states(connection) == [(lot_id, "expired", 0) for lot_id in range(1, 6)]
 
-    def test_a_held_lot_is_passed_over(self, product: sa.Connection, connection: sa.Connection) -> None:
+    def test_a_held_lot_is_passed_over(
+        self, product: sa.Connection, connection: sa.Connection, patient: sa.Engine
+    ) -> None:
         """A lot that a session holds waits for the next sweep and keeps no other lot from expiring."""
         grant_lots(product, [SOLD, replace(SOLD, reference="order-2")])
         product.commit()
-        product.exec_driver_sql("SELECT FROM kino.credit_lot WHERE lot_id = 1 FOR NO KEY UPDATE")
-
-        first = expire_lots(connection, now=NOW + 31 * DAY)
-        product.rollback()
+        with patient.connect() as holding:
+            holding.exec_driver_sql("SELECT FROM kino.credit_lot WHERE lot_id = 1 FOR NO KEY UPDATE")
+            first = expire_lots(connection, now=NOW + 31 * DAY)
         second = expire_lots(connection, now=NOW + 31 * DAY)
         connection.commit()
 
@@ -375,7 +387,7 @@ class TestFreezing:
         """Active, expired and successor lots of the purchase are frozen, and no lot of another."""
         purchase_of_every_kind(product, connection)
 
-        frozen = freeze_purchase(connection, "p-1")
+        frozen = freeze(connection, "p-1")
         connection.commit()
 
         assert sorted(frozen) == [2, 3, 4]
@@ -385,10 +397,10 @@ class TestFreezing:
     def test_freezing_again_finds_nothing(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A purchase that is frozen stays as it is when it is frozen again, and one that nobody knows is no error."""
         purchase_of_every_kind(product, connection)
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1")
         before = lot_states(connection)
 
-        again = [freeze_purchase(connection, purchase_id) for purchase_id in ("p-1", "p-9")]
+        again = [freeze(connection, purchase_id) for purchase_id in ("p-1", "p-9")]
         connection.commit()
 
         assert again == [[], []]
@@ -399,7 +411,7 @@ class TestFreezing:
         grant_lots(product, [SOLD])
         product.commit()
 
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1")
         connection.commit()
 
         with pytest.raises(InsufficientCredits):
@@ -411,7 +423,7 @@ class TestFreezing:
         purchase_of_every_kind(product, connection)
         late = open_charges(product, [ChargeRequest("late", "ada", 4, NOW)])
         product.commit()
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1")
 
         end(connection, *late, now=NOW + 40 * DAY)
         connection.commit()
@@ -420,7 +432,7 @@ class TestFreezing:
         assert balance(connection, "ada") == Balance(100, 0)
 
     def test_unfreezing_grants_the_lot_grace(self, product: sa.Connection, connection: sa.Connection) -> None:
-        """After a thaw no lot expires within the grace, and none loses time or gains an expiry that it had not."""
+        """After a hold a lot has the time that was left, at least the grace; what was expired and empty stays so."""
         grant_lots(
             product,
             [
@@ -432,22 +444,22 @@ class TestFreezing:
         )
         product.commit()
         expire_lots(connection, now=NOW + DAY)
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1", now=NOW + 15 * DAY)
 
-        thawed = unfreeze_purchase(connection, "p-1", now=NOW + 30 * DAY, lot_grace=GRACE)
+        thawed = thaw(connection, "p-1", now=NOW + 30 * DAY)
         connection.commit()
 
         assert sorted(thawed) == [1, 2, 3, 4]
-        assert lot_states(connection) == [(1, "active", 0), (2, "active", 100), (3, "active", 100), (4, "active", 100)]
-        assert expiries(connection) == [NOW + 37 * DAY, NOW + 37 * DAY, NOW + 60 * DAY, None]
+        assert lot_states(connection) == [(1, "expired", 0), (2, "active", 100), (3, "active", 100), (4, "active", 100)]
+        assert expiries(connection) == [NOW + DAY, NOW + 37 * DAY, NOW + 75 * DAY, None]
 
     def test_unfreezing_twice_extends_once(self, product: sa.Connection, connection: sa.Connection) -> None:
         """A thaw that comes again finds nothing frozen and moves no expiry."""
         grant_lots(product, [SOLD])
         product.commit()
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1", now=NOW + 25 * DAY)
 
-        thaws = [unfreeze_purchase(connection, "p-1", now=NOW + days * DAY, lot_grace=GRACE) for days in (30, 40)]
+        thaws = [thaw(connection, "p-1", now=NOW + days * DAY) for days in (30, 40)]
         connection.commit()
 
         assert thaws == [[1], []]
@@ -458,9 +470,9 @@ class TestVoiding:
     def test_voiding_takes_what_every_lot_has_left(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Active, expired, successor and frozen lots are emptied, the purchase's own and no other."""
         purchase_of_every_kind(product, connection)
-        freeze_purchase(connection, "p-1")
+        freeze(connection, "p-1")
 
-        taken = void_purchase(connection, "p-1", reason="payout", actor="ops")
+        taken = void(connection, "p-1")
         connection.commit()
 
         assert taken == 106
@@ -471,12 +483,12 @@ class TestVoiding:
         """Neither a second void, nor a freeze, nor a thaw, nor expiry finds a voided lot."""
         grant_lots(product, [SOLD])
         product.commit()
-        void_purchase(connection, "p-1", reason="payout", actor="ops")
+        void(connection, "p-1")
 
         found = [
-            void_purchase(connection, "p-1", reason="payout", actor="ops"),
-            freeze_purchase(connection, "p-1"),
-            unfreeze_purchase(connection, "p-1", now=NOW, lot_grace=GRACE),
+            void(connection, "p-1"),
+            freeze(connection, "p-1"),
+            thaw(connection, "p-1", now=NOW),
             expire_lots(connection, now=NOW + 31 * DAY),
         ]
         connection.commit()
@@ -489,13 +501,13 @@ class TestVoiding:
         purchase_of_every_kind(product, connection)
         late = open_charges(product, [ChargeRequest("late", "ada", 4, NOW)])
         product.commit()
-        void_purchase(connection, "p-1", reason="payout", actor="ops")
+        void(connection, "p-1")
 
         end(connection, *late, now=NOW + 40 * DAY)
         connection.commit()
 
         assert lot_states(connection)[1:] == [(2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
-        assert transfers(connection, "void")[-1] == ("void", 4, 4, "test")
+        assert transfers(connection, "void")[-1] == ("void", 4, 4, "settlement")
 
 
 Act = Callable[[sa.Connection], object]
@@ -506,11 +518,11 @@ class TestRaces:
         ("act", "states_after"),
         [
             (
-                lambda connection: freeze_purchase(connection, "p-1"),
+                lambda connection: freeze(connection, "p-1"),
                 [(1, "frozen", 0), (2, "frozen", 40)],
             ),
             (
-                lambda connection: void_purchase(connection, "p-1", reason="payout", actor="ops"),
+                lambda connection: void(connection, "p-1"),
                 [(1, "voided", 0), (2, "voided", 0)],
             ),
         ],
@@ -545,9 +557,9 @@ class TestRaces:
     @pytest.mark.parametrize(
         ("act", "states_after"),
         [
-            (lambda connection: freeze_purchase(connection, "p-1"), [(1, "frozen", 40)]),
+            (lambda connection: freeze(connection, "p-1"), [(1, "frozen", 40)]),
             (
-                lambda connection: void_purchase(connection, "p-1", reason="payout", actor="ops"),
+                lambda connection: void(connection, "p-1"),
                 [(1, "voided", 0)],
             ),
         ],
