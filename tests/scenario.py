@@ -30,13 +30,13 @@ from kino_refunds.ledger import (
     Grant,
     Lot,
     LotClass,
+    Reversal,
     balance,
     grant_lots,
     open_charges,
+    reverse_charges,
     set_account_status,
 )
-from kino_refunds.ledger.lots import add_to_lots, lock_lots
-from kino_refunds.ledger.transfers import Transfer, TransferKind, post_transfers
 from kino_refunds.policy.document import Policy, published_policy
 from kino_refunds.settlement.batch import Part, outcomes_of, settle_batch
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
@@ -103,8 +103,8 @@ def make_event(
     return built
 
 
-def make_terms(*, policy: Policy | None = None, lot_grace: timedelta = timedelta(days=7)) -> Terms:
-    return Terms(policy=policy or published_policy(), lot_grace=lot_grace, build="test")
+def make_terms(*, policy: Policy | None = None) -> Terms:
+    return Terms(policy=policy or published_policy(), build="test")
 
 
 def deliveries_of(events: Iterable[Event | Delivery]) -> list[Delivery]:
@@ -171,10 +171,11 @@ class Broken(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """A database with its three parties: the worker, the product that charges, and a superuser."""
+    """A database with its parties: the worker, the product that charges, a person on call, and a superuser."""
 
     worker: sa.Engine
     product: sa.Engine
+    oncall: sa.Engine
     superuser: sa.Engine
 
     @classmethod
@@ -184,6 +185,7 @@ class Scene:
         engines = [
             create_engine(database.url("kino_worker"), limits=limits),
             create_engine(database.url("kino_product")),
+            create_engine(database.url("kino_oncall")),
             create_engine(database.url("postgres"), limits=PATIENT),
         ]
         try:
@@ -220,36 +222,14 @@ class Scene:
         return self.open(job_id, f"acct of {job_id}", credits)
 
     def set_status(self, account_id: str, status: AccountStatus, reason: str = VIOLATION) -> None:
-        with self.worker.begin() as connection:
+        with self.oncall.begin() as connection:
             set_account_status(connection, account_id, status, reason=reason, actor="test")
 
     def correct(self, charge: Charge) -> None:
         """Refund a captured charge later, by reversal, as repairing a break will do."""
-        with self.worker.begin() as connection:
-            connection.execute(
-                sa.text(
-                    "INSERT INTO kino.correction (charge_id, reason, clause, policy_version, actor, reference)"
-                    " VALUES (:charge_id, 'generation_failure', '2.failure', '2025-12-14', 'test', 'ticket-1')"
-                ),
-                {"charge_id": charge.charge_id},
-            )
-            lock_lots(connection, {lot_id for lot_id, _ in charge.lines}, lot_grace=timedelta(0))
-            add_to_lots(connection, dict(charge.lines))
-            post_transfers(
-                connection,
-                [
-                    Transfer(
-                        TransferKind.REVERSAL,
-                        charge.account_id,
-                        lot_id,
-                        credits,
-                        charge.charge_id,
-                        reason="corrected",
-                    )
-                    for lot_id, credits in charge.lines
-                ],
-                actor="test",
-            )
+        reversal = Reversal(charge.charge_id, "generation_failure", "2.failure", "2025-12-14", "ticket-1", "test")
+        with self.oncall.begin() as connection:
+            reverse_charges(connection, [reversal])
 
     def as_superuser(self, *statements: str) -> None:
         """Change what no role that runs may change: to plant a fault."""

@@ -134,8 +134,8 @@ def _configure_logging(**_: Any) -> None:
     configure_logging(settings)
     if ignored_variables:
         log.warning("Celery's own settings are ignored; use KINO_* variables", names=ignored_variables)
-    for name, nearest in unknown_names():
-        log.warning("unknown setting is ignored", name=name, did_you_mean=nearest)
+    for name, advice in unknown_names():
+        log.warning("unknown setting is ignored", name=name, advice=advice)
     _say_job_source()
 
 

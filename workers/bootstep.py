@@ -61,7 +61,7 @@ def one_line_for_bad_settings() -> Iterator[None]:
 
 def terms_of(settings: Settings) -> Terms:
     """What this worker settles by."""
-    return Terms(policy=published_policy(), lot_grace=settings.lot_grace, build=settings.build)
+    return Terms(policy=published_policy(), build=settings.build)
 
 
 class IntakeStep(bootsteps.StartStopStep):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, assert_never
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.settlement.dead_letters import DeadLetter, bare_letter, failed_letter, record_dead_letters
 from kino_refunds.settlement.outcomes import Outcome
-from kino_refunds.settlement.retries import unpark
-from kino_refunds.settlement.settle import Decision, Terms, settle
+from kino_refunds.settlement.retries import read_waiting, unpark
+from kino_refunds.settlement.settle import Decision, OthersWait, Terms, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,26 +44,34 @@ def settle_batch(
     alone. `busy_jobs` are put off without being looked at. `watch` is told of each part: it may keep a long search
     from being taken for a dead worker, and may raise to end it.
 
+    What waits for another try of the same jobs is decided together with them, by the order of the events' times: a
+    completion must not overtake a failure that only waits for a lot. Those events have no decision in the answer.
+
     Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. So is an
     event that could not even be recorded (somebody holds its row), after its neighbours are settled. Parts
     that were settled by then are told `duplicate` the next time (P2).
     """
+    given = {id(delivery) for delivery in deliveries}
     decisions: list[Decision] = []
     not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
-    parts = [list(deliveries)] if deliveries else []
+    parts = [(list(deliveries), False)] if deliveries else []  # and whether what waits for its jobs is in it
     put_off = set(busy_jobs)  # or a later event of such a job would overtake the one that was put off
     while parts:
-        part, settled, failed = parts.pop(), [], 0
+        (part, joined), settled, failed = parts.pop(), [], 0
         try:
             with engine.connect() as connection:
-                settled = settle(connection, part, terms, busy_jobs=put_off)
+                settled = settle(connection, part, terms, busy_jobs=put_off, alone=joined)
+        except OthersWait as others:
+            with engine.connect() as connection:
+                parts.append((part + read_waiting(connection, others.identities), True))
+            continue
         except Exception as error:
             fault = classify(error)
             if fault is Fault.KEEP:
                 raise
             smaller = _halves(part)
             if smaller:
-                parts += reversed(smaller)
+                parts += [(half, joined) for half in reversed(smaller)]
             else:
                 try:
                     settled = _settle_alone(engine, part[0], terms, fault, error)
@@ -74,7 +82,7 @@ def settle_batch(
                     not_even_kept = also
                 if fault is not Fault.BISECT:
                     put_off.add(part[0].event.job_id)
-        decisions += settled
+        decisions += (decision for decision in settled if id(decision.delivery) in given)
         watch(Part(len(settled), failed, len(parts)))
     if not_even_kept is not None:
         raise not_even_kept

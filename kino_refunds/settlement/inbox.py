@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from datetime import datetime
 
+    from kino_refunds.events.schema import Event
     from kino_refunds.settlement.deliveries import Delivery
 
 Identity = tuple[str, str]
+
+TOGETHER_MAX = 100
+"""So many waiting events of a job, the oldest, are decided together with a new one: a flood delays its own job only."""
 
 
 class Said(NamedTuple):
@@ -35,6 +39,8 @@ class Record:
 
     decided: dict[Identity, Said]
     pending: dict[Identity, Said]
+    beside: frozenset[Identity]
+    """Other events that wait for the same jobs, where the job's charge is open: they are decided together."""
     read_at: datetime
 
     def first(self, identity: Identity) -> Said | None:
@@ -57,6 +63,14 @@ _READ = sa.text("""
     SELECT NULL, p.source, p.event_id, p.fingerprint, NULL
     FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[])) AS e (source, event_id)
     JOIN kino.pending_event p ON p.source = e.source AND p.event_id = e.event_id
+    UNION ALL
+    SELECT NULL, p.source, p.event_id, NULL, NULL
+    FROM (SELECT w.source, w.event_id, w.job_id,
+                 row_number() OVER (PARTITION BY w.job_id ORDER BY w.first_seen_at, w.source, w.event_id) AS nth
+          FROM kino.pending_event w WHERE w.job_id = ANY(CAST(:job_ids AS text[]))) AS p
+    JOIN kino.charge c ON c.job_id = p.job_id
+    JOIN kino.open_charge o ON o.charge_id = c.charge_id
+    WHERE p.nth <= :together_max
 """)
 
 _INSERT = sa.text("""
@@ -68,20 +82,28 @@ _INSERT = sa.text("""
 """)
 
 
-def read_record(connection: sa.Connection, identities: Collection[Identity]) -> Record:
+def read_record(connection: sa.Connection, events: Collection[Event]) -> Record:
     """Read what was said before of these events."""
-    parameters = {"sources": [i[0] for i in identities], "event_ids": [i[1] for i in identities]}
-    decided, pending = dict[Identity, Said](), dict[Identity, Said]()
+    identities = {event.identity for event in events}
+    parameters = {
+        "sources": [source for source, _ in identities],
+        "event_ids": [event_id for _, event_id in identities],
+        "job_ids": list({event.job_id for event in events}),
+        "together_max": TOGETHER_MAX,
+    }
+    decided, pending, beside = dict[Identity, Said](), dict[Identity, Said](), set[Identity]()
     read_at: datetime | None = None
     for clock, source, event_id, fingerprint, outcome in connection.execute(_READ, parameters):
         if clock is not None:
             read_at = clock
+        elif fingerprint is None:
+            beside.add((source, event_id))
         elif outcome is None:
             pending[source, event_id] = Said(fingerprint, None)
         else:
             decided[source, event_id] = Said(fingerprint, Outcome(outcome))
     assert read_at is not None, "the clock is one of the rows"
-    return Record(decided, pending, read_at)
+    return Record(decided, pending, frozenset(beside - identities), read_at)
 
 
 def insert_inbox(connection: sa.Connection, decided: Sequence[tuple[Delivery, Outcome]]) -> None:

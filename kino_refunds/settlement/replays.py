@@ -20,6 +20,7 @@ from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, malf
 from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_kept, read_message
 from kino_refunds.settlement.inbox import read_record
 from kino_refunds.settlement.outcomes import ChargeState, Disposition, Outcome, disposition
+from kino_refunds.settlement.retries import read_waiting
 from kino_refunds.settlement.settle import decide, read_charges
 
 if TYPE_CHECKING:
@@ -240,9 +241,13 @@ def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[
 
 def _decide(engine: sa.Engine, deliveries: Sequence[Delivery], terms: Terms) -> list[Decision]:
     with engine.connect() as connection:
-        record = read_record(connection, {delivery.identity for delivery in deliveries})
-        charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
-    return decide(deliveries, record, charges, terms.policy)
+        together = list(deliveries)
+        record = read_record(connection, [delivery.event for delivery in together])
+        if record.beside:  # as `settle_batch` does
+            together += read_waiting(connection, record.beside)
+            record = read_record(connection, [delivery.event for delivery in together])
+        charges = read_charges(connection, {delivery.event.job_id for delivery in together})
+    return decide(together, record, charges, terms.policy)[: len(deliveries)]
 
 
 def _came_to(decision: Decision) -> tuple[str, bool]:

@@ -3,11 +3,12 @@
 Nothing else settles a charge. Live events, retries, replays and what reconciliation finds all come
 through `settle`, so reading this file is reading the system:
 
-    read what was said before, and the charges  ->  decide (pure)  ->  write
+    read what was said before, and the charges  ->  decide (pure)  ->  kino.settle_charges(), and what was said
 
-Writes go in one order everywhere, each sorted by its key: settlements, lots, transfers, inbox, pending,
-breaks, dead letters. Two sessions therefore meet at the first key that they share, one waits, and the
-lock time-out (below Postgres' deadlock time-out) ends the wait.
+Credits move in that one function (kino_refunds/ledger/endings.sql). Writes go in one order everywhere, each sorted by
+its key: settlements, lots, transfers, inbox, pending, breaks, dead letters. Two sessions therefore meet at the first
+key that they share, one waits, and the lock time-out (below Postgres' deadlock time-out) ends the wait. What has waited
+is locked before all of these.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import sqlalchemy as sa
 
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import SettledElsewhere
+from kino_refunds.errors import ChargeAlreadySettled, SettledElsewhere
 from kino_refunds.events.schema import JobCompleted
 from kino_refunds.ledger.accounts import JudgedStatus, StatusHistory, read_status_histories
-from kino_refunds.ledger.charges import Ending, end_charges
-from kino_refunds.ledger.lots import lots_held_elsewhere
+from kino_refunds.ledger.endings import charges_with_held_lots, settle_charges
+from kino_refunds.ledger.values import Settlement
 from kino_refunds.policy.automatic import Verdict, judge
 from kino_refunds.policy.document import clamped
 from kino_refunds.settlement.breaks import Break, raise_breaks
@@ -38,11 +39,11 @@ from kino_refunds.settlement.outcomes import (
     outcome_of,
     state_after,
 )
-from kino_refunds.settlement.retries import exhausted, park, postpone, unpark
+from kino_refunds.settlement.retries import exhausted, lock_waiting, park, postpone, unpark
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
 
     from kino_refunds.policy.document import Policy
     from kino_refunds.settlement.deliveries import Delivery
@@ -51,12 +52,10 @@ if TYPE_CHECKING:
 ROUNDS_MAX = 5
 """Each round lost means that somebody else decided one of our events; five in a row is a broken clock or a loop."""
 
-ACTOR = "settlement"
 ALWAYS_ACTIVE = StatusHistory()
 
 
-@dataclass(frozen=True, slots=True)
-class ChargeFacts:
+class ChargeFacts(NamedTuple):
     """What is known of a job's charge before we decide."""
 
     charge_id: int
@@ -66,7 +65,14 @@ class ChargeFacts:
     state: ChargeState
     history: StatusHistory
     """The account's: whether it forfeits refunds (clause 6) is asked of the event's time."""
-    lines: Sequence[tuple[int, int]]
+
+
+class OthersWait(Exception):
+    """Other events of these jobs wait for another try, and must be decided together with the new ones."""
+
+    def __init__(self, identities: Collection[Identity]) -> None:
+        super().__init__(f"{len(identities)} other events of these jobs wait")
+        self.identities = identities
 
 
 class Decision(NamedTuple):
@@ -86,7 +92,6 @@ class Terms:
     """What a settlement goes by beside the events: the policy, and settings of the house."""
 
     policy: Policy
-    lot_grace: timedelta
     build: str
 
 
@@ -96,35 +101,39 @@ def settle(
     terms: Terms,
     *,
     busy_jobs: Collection[str] = (),
+    alone: bool = True,
 ) -> list[Decision]:
     """Settle a batch in a transaction of its own; returns one decision a delivery, in their order.
 
-    All or nothing. `busy_jobs` are put off without being looked at. If a lot is held by
+    All or nothing. `busy_jobs` are put off without being looked at. Unless `alone`, raises OthersWait where other
+    events of these jobs wait for another try; nothing was written then. If a lot is held by
     another session for longer than the lock time-out, we ask once which, put those jobs off and settle
     the rest. Raises SettledElsewhere if other sessions keep deciding our events, and whatever Postgres
     raises; `kino_refunds.db.faults.classify` says what that means for the batch.
     """
-    held_lots: set[int] | None = None
+    held: set[int] | None = None
     for _ in range(ROUNDS_MAX):
         try:
             with connection.begin():
-                return _settle_once(connection, deliveries, terms, busy_jobs, held_lots or set())
+                return _settle_once(connection, deliveries, terms, busy_jobs, held or set(), alone=alone)
         except SettledElsewhere:
             continue
         except sa.exc.OperationalError as error:
-            if held_lots is not None or classify(error) is not Fault.LOCK:
+            if held is not None or classify(error) is not Fault.LOCK:
                 raise
-            held_lots = _held_lots(connection, deliveries)
-            if not held_lots:
+            held = _held_charges(connection, deliveries)
+            if not held:
                 raise  # it is another row that is held: only parting the batch tells whose
     message = f"other sessions decided events of this batch {ROUNDS_MAX} times in a row"
     raise SettledElsewhere(message)
 
 
-def _held_lots(connection: sa.Connection, deliveries: Sequence[Delivery]) -> set[int]:
+def _held_charges(connection: sa.Connection, deliveries: Sequence[Delivery]) -> set[int]:
     with connection.begin():
         charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
-        return lots_held_elsewhere(connection, {lot_id for c in charges.values() for lot_id, _ in c.lines})
+        return charges_with_held_lots(
+            connection, {charge.charge_id for charge in charges.values() if charge.state is ChargeState.OPEN}
+        )
 
 
 def _settle_once(
@@ -132,11 +141,16 @@ def _settle_once(
     deliveries: Sequence[Delivery],
     terms: Terms,
     busy_jobs: Collection[str],
-    held_lots: Collection[int],
+    held_charges: Collection[int],
+    *,
+    alone: bool,
 ) -> list[Decision]:
-    record = read_record(connection, {delivery.identity for delivery in deliveries})
+    lock_waiting(connection, deliveries)
+    record = read_record(connection, [delivery.event for delivery in deliveries])
+    if record.beside and not alone:
+        raise OthersWait(record.beside)
     charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
-    decisions = decide(deliveries, record, charges, terms.policy, busy_jobs=busy_jobs, held_lots=held_lots)
+    decisions = decide(deliveries, record, charges, terms.policy, busy_jobs=busy_jobs, held_charges=held_charges)
     _write(connection, decisions, record, terms)
     return decisions
 
@@ -151,19 +165,10 @@ _READ_CHARGES = sa.text("""
     LEFT JOIN kino.correction k ON k.charge_id = c.charge_id
 """)
 
-_READ_LINES = sa.text("""
-    SELECT charge_id, lot_id, credits FROM kino.charge_line
-    WHERE charge_id = ANY(CAST(:charge_ids AS bigint[]))
-    ORDER BY charge_id, seq
-""")
-
 
 def read_charges(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, ChargeFacts]:
-    """Read the charges of these jobs, by job; lines only where the charge is open."""
+    """Read the charges of these jobs, by job."""
     rows = connection.execute(_READ_CHARGES, {"job_ids": sorted(job_ids)}).all()
-    lines: dict[int, list[tuple[int, int]]] = {row[1]: [] for row in rows if row[5] is None}
-    for charge_id, lot_id, credits in connection.execute(_READ_LINES, {"charge_ids": list(lines)}) if lines else ():
-        lines[charge_id].append((lot_id, credits))
     # Hardly any account ever changes its status, and each change says why.
     changed = {row[2] for row in rows if row[7]}
     histories = read_status_histories(connection, changed) if changed else {}
@@ -176,9 +181,7 @@ def read_charges(connection: sa.Connection, job_ids: Collection[str]) -> dict[st
         else:
             state = ChargeState.CAPTURED
         history = histories.get(account_id, ALWAYS_ACTIVE)
-        charges[job_id] = ChargeFacts(
-            charge_id, account_id, credits, opened_at, state, history, lines.get(charge_id, ())
-        )
+        charges[job_id] = ChargeFacts(charge_id, account_id, credits, opened_at, state, history)
     return charges
 
 
@@ -189,7 +192,7 @@ def decide(
     policy: Policy,
     *,
     busy_jobs: Collection[str] = (),
-    held_lots: Collection[int] = (),
+    held_charges: Collection[int] = (),
 ) -> list[Decision]:
     """Decide every delivery of a batch, from values alone; returns one decision each, in their order.
 
@@ -215,7 +218,7 @@ def decide(
     states = {job_id: charge.state for job_id, charge in charges.items()}
     busy = set(busy_jobs)
     for index in sorted(firsts.values(), key=lambda index: (deliveries[index].event.time, index)):
-        decision = _decide_one(deliveries[index], charges, states, policy, record.read_at, busy, held_lots)
+        decision = _decide_one(deliveries[index], charges, states, policy, record.read_at, busy, held_charges)
         decisions[index] = decision
         if decision.outcome is Outcome.BUSY:
             busy.add(decision.delivery.event.job_id)  # or a later event of this job would overtake it
@@ -238,7 +241,7 @@ def _decide_one(
     policy: Policy,
     now: datetime,
     busy_jobs: Collection[str],
-    held_lots: Collection[int],
+    held_charges: Collection[int],
 ) -> Decision:
     event = delivery.event
     if event.job_id in busy_jobs:
@@ -255,7 +258,7 @@ def _decide_one(
     violation = account_status is JudgedStatus.TERMINATED_FOR_VIOLATION
     verdict = judge(event, document, terminated_for_violation=violation)
     outcome = outcome_of(verdict, states[event.job_id])
-    if outcome is Outcome.REFUNDED and any(lot_id in held_lots for lot_id, _ in charge.lines):
+    if outcome is Outcome.REFUNDED and charge.charge_id in held_charges:
         return Decision(delivery, Outcome.BUSY, charge=charge)
     return Decision(delivery, outcome, None, charge, verdict, document.version, account_status)
 
@@ -266,8 +269,10 @@ def _write(connection: sa.Connection, decisions: Sequence[Decision], record: Rec
         [d for d in decisions if _fate(d, record.read_at) is fate]
         for fate in (Disposition.FINAL, Disposition.RETRY, Disposition.DEAD_LETTER)
     )
-    _insert_settlements(connection, settling)
-    end_charges(connection, [_ending(decision) for decision in settling], lot_grace=terms.lot_grace, actor=ACTOR)
+    try:
+        settle_charges(connection, [_settlement(decision) for decision in settling])
+    except ChargeAlreadySettled as error:  # another session was first since we read (P1)
+        raise SettledElsewhere(str(error)) from error
     insert_inbox(
         connection,
         [(d.delivery, d.outcome) for d in final if d.outcome is not Outcome.DUPLICATE],
@@ -302,59 +307,21 @@ def _fate(decision: Decision, now: datetime) -> Disposition:
     return fate
 
 
-_INSERT_SETTLEMENTS = sa.text("""
-    INSERT INTO kino.settlement
-        (charge_id, kind, reason, clause, policy_version, ending, account_status, event_source, event_id, event_time)
-    SELECT * FROM unnest(CAST(:charge_ids AS bigint[]), CAST(:kinds AS text[]), CAST(:reasons AS text[]),
-                         CAST(:clauses AS text[]), CAST(:policy_versions AS text[]), CAST(:endings AS text[]),
-                         CAST(:account_statuses AS text[]), CAST(:sources AS text[]),
-                         CAST(:event_ids AS text[]), CAST(:event_times AS timestamptz[]))
-    ON CONFLICT (charge_id) DO NOTHING
-    RETURNING 1
-""")
-
-
-def _insert_settlements(connection: sa.Connection, settling: Sequence[Decision]) -> None:
-    """Claim the charges (P1). The primary key is the promise; a row that is missing means we came second.
-
-    (1) both sessions read the charge open, (2) A inserts, (3) B's insert waits for A, (4) A commits,
-    (5) B's insert does nothing and returns fewer rows: B rolls back and reads again.
-    """
-    if not settling:
-        return
-    rows = sorted(settling, key=lambda d: _charge(d).charge_id)
-    verdicts = [_verdict(d) for d in rows]
-    events = [d.delivery.event for d in rows]
-    inserted = connection.execute(
-        _INSERT_SETTLEMENTS,
-        {
-            "charge_ids": [_charge(d).charge_id for d in rows],
-            "kinds": ["refunded" if verdict.refund else "captured" for verdict in verdicts],
-            "reasons": [verdict.reason.value for verdict in verdicts],
-            "clauses": [verdict.clause.value for verdict in verdicts],
-            "policy_versions": [d.policy_version for d in rows],
-            "endings": [event.ending for event in events],
-            "account_statuses": [d.account_status and d.account_status.value for d in rows],
-            "sources": [event.source for event in events],
-            "event_ids": [event.id for event in events],
-            "event_times": [event.time for event in events],
-        },
-    ).all()
-    if len(inserted) < len(rows):
-        message = "one of these charges was settled by another session"
-        raise SettledElsewhere(message)
-
-
-def _ending(decision: Decision) -> Ending:
-    charge, verdict = _charge(decision), _verdict(decision)
-    return Ending(
+def _settlement(decision: Decision) -> Settlement:
+    charge, verdict, event = _charge(decision), _verdict(decision), decision.delivery.event
+    assert decision.policy_version is not None, "an outcome that settles was decided by a policy"
+    assert decision.account_status is not None, "an outcome that settles was decided by the account's status"
+    return Settlement(
         charge.charge_id,
-        charge.account_id,
-        charge.credits,
-        charge.lines,
-        verdict.refund,
+        "refunded" if verdict.refund else "captured",
         verdict.reason.value,
-        decision.delivery.event.time,
+        verdict.clause.value,
+        decision.policy_version,
+        event.ending,
+        decision.account_status.value,
+        event.source,
+        event.id,
+        event.time,
     )
 
 

@@ -384,6 +384,10 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
                 job=job,
                 account=account,
             )
+    scene.as_superuser(
+        "INSERT INTO kino.open_charge (charge_id, account_id, deadline_at, credits)"
+        " SELECT charge_id, account_id, deadline_at, credits FROM kino.charge"
+    )
     charge(scene, "neighbour", deadline=-timedelta(hours=1))
 
     report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_terms(), RULES)

@@ -107,12 +107,19 @@ def test_a_charge_opened_after_a_sweep_of_a_fast_host_is_found(scene: Scene, red
     assert status_of(scene, "lost") == "refunded"
 
 
+OPENED_BY_HAND = """
+    INSERT INTO kino.open_charge (charge_id, account_id, deadline_at, credits)
+    SELECT charge_id, account_id, deadline_at, credits FROM kino.charge ON CONFLICT DO NOTHING
+"""
+
+
 def test_a_backfilled_charge_is_seen_by_everybody(scene: Scene, redis: Redis, run: Run) -> None:
     """A charge that was opened three hours ago by its row is open all the same: held, counted, and swept."""
     scene.grant("acct of import", 100)
     scene.as_superuser(
         "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at, opened_at) VALUES"
-        " ('import', 'acct of import', 0, kino.clock() - interval '2 hours', kino.clock() - interval '3 hours')"
+        " ('import', 'acct of import', 0, kino.clock() - interval '2 hours', kino.clock() - interval '3 hours')",
+        OPENED_BY_HAND,
     )
 
     found = run("status", "--json").json

@@ -27,7 +27,6 @@ from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
 from kino_refunds.events.schema import Event, Queue, to_json
-from kino_refunds.ledger.lots import lock_lots
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
@@ -453,10 +452,10 @@ def test_our_own_mistake_with_one_event_is_a_dead_letter_too(
     open_jobs(scene, *jobs)
     push(redis, *failures(jobs))
 
-    def trip(connection: sa.Connection, part: list[Delivery], terms: Terms, *, busy_jobs: set[str]) -> list[Decision]:
+    def trip(connection: sa.Connection, part: list[Delivery], terms: Terms, **options: Any) -> list[Decision]:
         if any(delivery.event.job_id == "job-3" for delivery in part):
             raise KeyError("a field that nobody thought of")
-        return settle(connection, part, terms, busy_jobs=busy_jobs)
+        return settle(connection, part, terms, **options)
 
     monkeypatch.setattr("kino_refunds.settlement.batch.settle", trip)
 
@@ -470,11 +469,12 @@ def test_a_job_whose_credits_somebody_holds_waits_alone(brisk_scene: Scene, redi
     """A lot that another session keeps locked puts off its own job, and no other."""
     scene = brisk_scene
     held, *_ = [scene.charged(job) for job in ("held", "free-1", "free-2")]
+    lots = ", ".join(str(lot_id) for lot_id, _ in held.lines)
     push(redis, *failures(["free-1", "held", "free-2"]))
     intake = make_intake(scene, redis)
 
     with scene.superuser.begin() as other:
-        lock_lots(other, {lot_id for lot_id, _ in held.lines}, lot_grace=timedelta(0))
+        other.exec_driver_sql(f"SELECT FROM kino.credit_lot WHERE lot_id IN ({lots}) FOR NO KEY UPDATE")
         sizes = drain(intake)
         while_held = ledger(scene)
     after = scene.sweep(now=datetime.now(UTC) + timedelta(minutes=1))
@@ -588,12 +588,12 @@ def test_a_malformed_message_in_a_batch_that_is_kept_counts_once(scene: Scene, r
     open_jobs(scene, "job-1")
     redis.lpush(FAILED, b"{")
     push(redis, *failures(["job-1"]))
-    scene.as_superuser("REVOKE INSERT ON kino.settlement FROM kino_worker")
+    scene.as_superuser("REVOKE EXECUTE ON FUNCTION kino.settle_charges(jsonb) FROM kino_worker")
     intake = make_intake(scene, redis)
     for _ in range(3):
         with pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
             intake.run_once()
-    scene.as_superuser("GRANT INSERT ON kino.settlement TO kino_worker")
+    scene.as_superuser("GRANT EXECUTE ON FUNCTION kino.settle_charges(jsonb) TO kino_worker")
 
     drain(intake)
 
@@ -785,8 +785,8 @@ def test_statements_are_planned_once_and_not_for_every_batch(scene: Scene, redis
     assert sizes == [1] * 10
     with scene.worker.connect() as connection:
         prepared = connection.execute(sa.text("SELECT statement FROM pg_prepared_statements")).scalars().all()
-    tables = ("settlement", "credit_lot", "transfer", "inbox_event", "charge", "charge_line")
-    assert [table for table in tables if not any(f"kino.{table}" in statement for statement in prepared)] == []
+    reached = ("settle_charges", "inbox_event", "pending_event", "charge")
+    assert [name for name in reached if not any(f"kino.{name}" in statement for statement in prepared)] == []
 
 
 # --- what is away, full or foreign

@@ -1078,6 +1078,8 @@ def test_a_charge_whose_ids_have_white_space_still_ends(scene: Scene, redis: Red
         "INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)"
         f" VALUES ('job-1 ', ' acct-2', 0, '{(DUE - GRACE).isoformat()}')",
         "INSERT INTO kino.account (account_id) VALUES (' acct-2')",
+        "INSERT INTO kino.open_charge (charge_id, account_id, deadline_at, credits)"
+        " SELECT charge_id, account_id, deadline_at, credits FROM kino.charge WHERE job_id = 'job-1 '",
     )
 
     came_to = sweep(scene, redis, source)

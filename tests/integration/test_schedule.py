@@ -13,10 +13,12 @@ import sqlalchemy as sa
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from kino_refunds.ledger import settle_charges
 from kino_refunds.schedule import KEPT_FOR, Entry, Run, entries, finish_slot
 from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.relay import relay_refunds
 from tests.clock import claim_slot, read_schedule
+from tests.ledger_acts import settlement
 from tests.scenario import EVENT_AT, Scene, make_event
 from workers import tasks
 from workers.schedule import beat_schedule
@@ -368,13 +370,7 @@ def test_nothing_above_the_horizon_is_told(scene: Scene, redis: Redis) -> None:
     start_relay(scene, redis)
     held = scene.charged("held")
     with scene.worker.connect() as open_one:
-        open_one.execute(
-            sa.text(
-                "INSERT INTO kino.settlement (charge_id, kind, reason, clause, policy_version, event_source, event_id,"
-                " event_time) VALUES (:charge_id, 'refunded', 'timeout', '2.timeout', '2025-12-14', 's', 'e', :at)"
-            ),
-            {"charge_id": held.charge_id, "at": EVENT_AT},
-        )
+        settle_charges(open_one, [settlement(held, at=EVENT_AT)])
         behind = refund(scene, "behind")
 
         while_open = relay_refunds(scene.worker, redis, QUEUE)

@@ -266,9 +266,13 @@ KEPT: dict[str, Callable[[Scene], None]] = {
         scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'a standby' USING ERRCODE = '25006'"
     ),
     "no right to the inbox": lambda scene: scene.as_superuser("REVOKE INSERT ON kino.inbox_event FROM kino_worker"),
-    "no right to lots": lambda scene: scene.as_superuser(
-        "REVOKE UPDATE (remaining) ON kino.credit_lot FROM kino_worker"
+    "no right to settle": lambda scene: scene.as_superuser(
+        "REVOKE EXECUTE ON FUNCTION kino.settle_charges(jsonb) FROM kino_worker"
     ),
+    "the function's own right to lots": lambda scene: scene.as_superuser(
+        "REVOKE UPDATE (remaining) ON kino.credit_lot FROM kino_ledger"
+    ),
+    "no function": lambda scene: scene.as_superuser("ALTER FUNCTION kino.settle_charges(jsonb) RENAME TO of_then"),
     "no schema": lambda scene: scene.as_superuser("ALTER SCHEMA kino RENAME TO elsewhere"),
     "table missing": lambda scene: scene.as_superuser("ALTER TABLE kino.break RENAME TO broken"),
     "column missing": lambda scene: scene.as_superuser("ALTER TABLE kino.inbox_event RENAME COLUMN outcome TO word"),
@@ -286,6 +290,7 @@ MENDED: dict[str, Callable[[Scene], None]] = {
     "no schema": lambda scene: scene.as_superuser("ALTER SCHEMA elsewhere RENAME TO kino"),
     "table missing": lambda scene: scene.as_superuser("ALTER TABLE kino.broken RENAME TO break"),
     "column missing": lambda scene: scene.as_superuser("ALTER TABLE kino.inbox_event RENAME COLUMN word TO outcome"),
+    "no function": lambda scene: scene.as_superuser("ALTER FUNCTION kino.of_then(jsonb) RENAME TO settle_charges"),
 }
 
 
@@ -331,7 +336,7 @@ def deallocate(scene: Scene) -> None:
 
 FORGOTTEN: dict[str, Callable[[Scene], None]] = {
     "a migration changes a column's type": lambda scene: scene.as_superuser(
-        "ALTER TABLE kino.charge_line ALTER COLUMN credits TYPE integer"
+        "ALTER TABLE kino.charge ALTER COLUMN opened_at TYPE timestamptz(3)"
     ),
     "a pooler gives another session": deallocate,
 }

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.ledger import Balance, void_purchase
+from kino_refunds.ledger import Balance
 from kino_refunds.settlement import batch as batch_module
 from kino_refunds.settlement import settle as settle_module
-from tests.clock import expire_lots
+from tests.clock import expire_lots, set_lot_grace
+from tests.ledger_acts import void
 from tests.scenario import (
     EVENT_AT,
     NOW,
@@ -28,7 +29,6 @@ from tests.scenario import (
     Scene,
     Waits,
     make_event,
-    make_terms,
     until,
 )
 
@@ -118,7 +118,7 @@ def race(scene: Scene, threads: ThreadPoolExecutor, gate: Gate, *sides: Callable
 # Settling against settling.
 
 
-@pytest.mark.parametrize("step", ["_insert_settlements", "end_charges", "insert_inbox"])
+@pytest.mark.parametrize("step", ["settle_charges", "insert_inbox"])
 @pytest.mark.parametrize(("kind", "available"), [("timeout", 100), ("completed", 90)])
 def test_the_same_event_in_two_workers_is_settled_once(
     patient: Scene,
@@ -140,6 +140,24 @@ def test_the_same_event_in_two_workers_is_settled_once(
     assert [moved.credits for moved in story.moved] == [10]
     assert story.inbox == {event.id: first}
     assert patient.balance("acct of job-1") == Balance(available, 0)
+
+
+@pytest.mark.parametrize("kind", ["timeout", "completed"])
+def test_the_same_event_in_two_workers_is_settled_once_also_inside_the_function(
+    patient: Scene, threads: ThreadPoolExecutor, kind: str
+) -> None:
+    """One has its settlement and waits for what somebody holds; the other waits for that settlement, and finds it."""
+    patient.charged()
+    event = make_event(kind)
+
+    with held(patient, "SELECT FROM kino.open_charge FOR UPDATE"):
+        futures = [threads.submit(patient.settle, event) for _ in range(2)]
+        until(lambda: patient.waiting_for_locks() == 2)
+    said = sorted(future.result(60) for future in futures)
+
+    first = "refunded" if kind == "timeout" else "captured"
+    assert said == sorted([[first], ["duplicate"]])
+    assert [moved.credits for moved in patient.story().moved] == [10]
 
 
 def test_one_event_id_under_two_jobs_in_two_workers_refunds_one(
@@ -188,7 +206,7 @@ def test_two_events_of_one_job_in_two_workers_settle_it_once(
     said = race(
         patient,
         threads,
-        gate_after("_insert_settlements"),
+        gate_after("settle_charges"),
         lambda: patient.settle(make_event(first)),
         lambda: patient.settle(make_event(second)),
     )
@@ -211,7 +229,7 @@ def test_a_worker_that_came_second_still_settles_the_rest_of_its_batch(
     said = race(
         patient,
         threads,
-        gate_after("_insert_settlements"),
+        gate_after("settle_charges"),
         lambda: patient.settle(events[1]),
         lambda: patient.settle(*events),
     )
@@ -257,7 +275,7 @@ def test_a_retry_and_a_live_copy_settle_once(
     patient.settle(event)
     patient.charged()
 
-    said = race(patient, threads, gate_after("_insert_settlements"), patient.sweep, lambda: patient.settle(event))
+    said = race(patient, threads, gate_after("settle_charges"), patient.sweep, lambda: patient.settle(event))
 
     assert said == [{"refunded": 1}, ["duplicate"]]
     assert patient.pending() == {}
@@ -473,19 +491,19 @@ def test_a_dead_letter_that_cannot_be_written_now_stops_no_neighbour(scene: Scen
 
 # A refund against what happens to its lot. The grace is nought here, so that the lot's state alone decides.
 
-NO_GRACE = make_terms(lot_grace=timedelta(0))
 EXPIRES_AT = NOW + timedelta(hours=2)
 JUST_BEFORE = EXPIRES_AT - SECOND
 
 
 def test_a_refund_that_waits_for_the_expiry_of_its_lot(patient: Scene, threads: ThreadPoolExecutor) -> None:
     """Expiry first: the refund sees the expired lot and opens a successor, so no credit falls into a dead lot."""
+    set_lot_grace(patient.superuser, 0)
     charge = patient.charged(expires_at=EXPIRES_AT)
     lot_id = charge.lines[0][0]
 
     with patient.worker.connect() as expiry:
         expired = expire_lots(expiry, now=EXPIRES_AT)
-        settling = threads.submit(patient.settle, make_event("timeout"), now=JUST_BEFORE, terms=NO_GRACE)
+        settling = threads.submit(patient.settle, make_event("timeout"), now=JUST_BEFORE)
         until(lambda: patient.waiting_for_locks() == 1 or settling.done())
         expiry.commit()
     said = settling.result(60)
@@ -501,10 +519,11 @@ def test_an_expiry_passes_over_the_lot_of_a_refund(
     patient: Scene, threads: ThreadPoolExecutor, gate_after: Callable[[str], Gate]
 ) -> None:
     """Refund first: expiry does not wait for the lot, and its next run takes the returned credits too."""
+    set_lot_grace(patient.superuser, 0)
     charge = patient.charged(expires_at=EXPIRES_AT)
-    gate = gate_after("end_charges")
+    gate = gate_after("settle_charges")
 
-    settling = threads.submit(patient.settle, make_event("timeout"), now=JUST_BEFORE, terms=NO_GRACE)
+    settling = threads.submit(patient.settle, make_event("timeout"), now=JUST_BEFORE)
     assert gate.reached.wait(30)
     with patient.worker.begin() as connection:
         passed_over = expire_lots(connection, now=EXPIRES_AT)
@@ -523,8 +542,8 @@ def test_a_refund_that_waits_for_the_voiding_of_its_lot(patient: Scene, threads:
     charge = patient.charged(purchase_id="order-1")
     lot_id = charge.lines[0][0]
 
-    with patient.worker.connect() as voiding:
-        voided = void_purchase(voiding, "order-1", reason="refunded", actor="test")
+    with patient.superuser.connect() as voiding:
+        voided = void(voiding, "order-1")
         settling = threads.submit(patient.settle, make_event("timeout"))
         until(lambda: patient.waiting_for_locks() == 1 or settling.done())
         voiding.commit()
@@ -533,7 +552,7 @@ def test_a_refund_that_waits_for_the_voiding_of_its_lot(patient: Scene, threads:
     assert (voided, said) == (90, ["refunded"])
     assert patient.story().moved == [
         Moved("refund", lot_id, None, 10, "timeout"),
-        Moved("void", lot_id, None, 10, "voided"),
+        Moved("void", lot_id, None, 10, "payout"),
     ]
     assert patient.rows("SELECT state, remaining FROM kino.credit_lot") == [("voided", 0)]
 
@@ -544,11 +563,11 @@ def test_a_voiding_that_waits_for_a_refund(
     """Refund first: the voiding waits and takes back what was returned as well."""
     patient.charged(purchase_id="order-1")
 
-    def void() -> int:
-        with patient.worker.begin() as connection:
-            return void_purchase(connection, "order-1", reason="refunded", actor="test")
+    def act() -> int:
+        with patient.superuser.begin() as connection:
+            return void(connection, "order-1")
 
-    said = race(patient, threads, gate_after("end_charges"), lambda: patient.settle(make_event("timeout")), void)
+    said = race(patient, threads, gate_after("settle_charges"), lambda: patient.settle(make_event("timeout")), act)
 
     assert said == [["refunded"], 100]
     assert patient.rows("SELECT state, remaining FROM kino.credit_lot") == [("voided", 0)]
@@ -560,11 +579,11 @@ def test_a_voiding_finds_the_successor_that_a_refund_opens(
     """A successor that is born while the voiding waits for its parent is voided too."""
     patient.charged(purchase_id="order-1", expires_at=NOW + timedelta(days=1))
 
-    def void() -> int:
-        with patient.worker.begin() as connection:
-            return void_purchase(connection, "order-1", reason="refunded", actor="test")
+    def act() -> int:
+        with patient.superuser.begin() as connection:
+            return void(connection, "order-1")
 
-    said = race(patient, threads, gate_after("end_charges"), lambda: patient.settle(make_event("timeout")), void)
+    said = race(patient, threads, gate_after("settle_charges"), lambda: patient.settle(make_event("timeout")), act)
 
     assert said == [["refunded"], 100]
     assert patient.rows("SELECT state, remaining FROM kino.credit_lot") == [("voided", 0), ("voided", 0)]

@@ -22,7 +22,6 @@ from tests.scenario import (
     Settled,
     Story,
     make_event,
-    make_terms,
 )
 
 ACCOUNT = "acct of job-1"
@@ -166,7 +165,7 @@ def test_an_event_on_a_capture_that_was_corrected(scene: Scene) -> None:
                 settlement=Settled("captured", "completed", "1", BEFORE + kind),
                 moved=[
                     Moved("capture", lot_of[kind], None, 10, "completed"),
-                    Moved("reversal", lot_of[kind], None, 10, "corrected"),
+                    Moved("reversal", lot_of[kind], None, 10, "generation_failure"),
                 ],
                 inbox={BEFORE + kind: "captured", EVENT + kind: word},
                 breaks=["completed_after_refund"] if kind == "completed" else [],
@@ -454,7 +453,7 @@ def test_an_expired_lot_s_credits_come_back_as_a_successor(scene: Scene) -> None
     charge = scene.charged(expires_at=expires_at)
     lot_id = charge.lines[0][0]
 
-    said = scene.settle(make_event("timeout", event_id=EVENT), terms=make_terms(lot_grace=timedelta(days=7)))
+    said = scene.settle(make_event("timeout", event_id=EVENT))
 
     [successor] = scene.rows(
         "SELECT lot_id, class, granted, remaining, expires_at FROM kino.credit_lot WHERE successor_of = :lot_id",

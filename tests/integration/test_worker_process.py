@@ -593,10 +593,10 @@ def test_an_unknown_setting_is_named_with_the_nearest_known(redis: Redis, start:
     wait_for(lambda: said(worker, "intake started"), worker)
     (warning,) = [line for line in log_of(worker) if line["event"] == "unknown setting is ignored"]
 
-    assert (warning["level"], warning["name"], warning["did_you_mean"]) == (
+    assert (warning["level"], warning["name"], warning["advice"]) == (
         "warning",
         "KINO_INTAKE_BACTH",
-        "KINO_INTAKE_BATCH",
+        "did you mean KINO_INTAKE_BATCH?",
     )
     assert redis.keys("kino:inflight:*") == []
 
