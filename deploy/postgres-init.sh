@@ -11,7 +11,7 @@ psql() { command psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 --username "$use
 
 psql --file "$sql/roles.sql"
 psql --file "$sql/postgres-roles.sql"
-for role in owner worker product read; do
+for role in owner worker product oncall read; do
   name="$(printf '%s' "$role" | tr '[:lower:]' '[:upper:]')"
   eval "password=\${POSTGRES_${name}_PASSWORD:-}"
   if [ -n "$password" ]; then

@@ -24,6 +24,10 @@ DATABASE_URL, PRODUCT_DATABASE_URL = f"{PREFIX}DATABASE_URL", f"{PREFIX}PRODUCT_
 NOT_OURS = frozenset({"KINO_TRACE"})
 """Names that belong to the tests and the Makefile."""
 
+LOT_GRACE_DAYS = f"{PREFIX}LOT_GRACE_DAYS"
+GONE = {LOT_GRACE_DAYS: "it stands in the ledger now: `kino-refunds migrate --lot-grace-days N` writes it"}
+"""Names that were settings once, and where what they said is now."""
+
 DAY_S = 86_400
 """What is longer than this was meant in another unit."""
 ALIVE_MARGIN_S = 5.0
@@ -57,9 +61,6 @@ class Settings(BaseSettings):
     intake_poll_s: Annotated[float, Field(gt=0, le=10)] = Field(
         0.1,
         description="Pause between claims that found nothing: ten cheap looks a second, far below P9's 5 s.",
-    )
-    lot_grace_days: Annotated[int, Field(ge=0, le=365)] = Field(
-        7, description="What a refund returns can be spent for at least this long, whatever its lot's expiry."
     )
     retry_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         2.0, description="Pause between retry sweeps: an event whose charge has come settles well within 5 s."
@@ -158,11 +159,6 @@ class Settings(BaseSettings):
         return timedelta(seconds=self.alive_ttl_s)
 
     @property
-    def lot_grace(self) -> timedelta:
-        """`lot_grace_days` as a duration."""
-        return timedelta(days=self.lot_grace_days)
-
-    @property
     def overdue_grace(self) -> timedelta:
         """`overdue_grace_s` as a duration."""
         return timedelta(seconds=self.overdue_grace_s)
@@ -248,8 +244,8 @@ def load_settings() -> Settings:
         raise BadSettings(wrong) from error
 
 
-def unknown_names() -> list[tuple[str, str | None]]:
-    """List `KINO_*` variables that are no setting, each with the nearest name that is one."""
+def unknown_names() -> list[tuple[str, str]]:
+    """List `KINO_*` variables that are no setting, each with what to do about it."""
     known = {name.upper() for name in Settings.model_fields}
     found = []
     for name in sorted(os.environ):
@@ -257,7 +253,8 @@ def unknown_names() -> list[tuple[str, str | None]]:
         if rest != name and rest not in known and name not in NOT_OURS:
             # Without the prefix, by which everything would be near to everything.
             nearest = difflib.get_close_matches(rest, sorted(known), n=1)
-            found.append((name, PREFIX + nearest[0] if nearest else None))
+            advice = f"did you mean {PREFIX}{nearest[0]}?" if nearest else "remove it: nobody reads it"
+            found.append((name, GONE.get(name, advice)))
     return found
 
 

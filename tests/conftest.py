@@ -161,6 +161,7 @@ def run(bare: Run, database: Database, redis_url: str) -> Run:
     """Run a command against this test's own database and Redis; None leaves a variable out."""
     urls: dict[str, str | None] = {
         "KINO_DATABASE_URL": database.url("kino_worker"),
+        "KINO_PRODUCT_DATABASE_URL": database.url("kino_product"),
         "KINO_MIGRATION_DATABASE_URL": database.url("kino_owner"),
         "KINO_REDIS_URL": redis_url,
         "KINO_JOB_SOURCE": "none",

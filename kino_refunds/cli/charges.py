@@ -13,6 +13,7 @@ from kino_refunds import ledger
 from kino_refunds.cli.options import (
     AlthoughPast,
     AsJson,
+    By,
     Edge,
     ledger_connection,
     product_connection,
@@ -27,7 +28,7 @@ from kino_refunds.settings import load_settings
 DEADLINE_MIN = 15
 """Minutes: several times what a video takes, and short enough that a job tried here is found overdue the same hour."""
 DEADLINE_MIN_MAX = 365 * 24 * 60
-_LATER = datetime.max.replace(tzinfo=UTC)
+_LATER = datetime(9998, 1, 1, tzinfo=UTC)
 """Stands where the deadline will, until the ledger has been asked what time it is."""
 
 _LIST = sa.text("""
@@ -101,6 +102,7 @@ def open_charge(
     account: Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")],
     credits: Annotated[int, typer.Argument(help="Whole credits, zero allowed.", metavar="CREDITS")],
     *,
+    by: By,
     deadline: Annotated[
         str, typer.Option(help="When the job must have ended: minutes from now, or an instant (RFC 3339).")
     ] = str(DEADLINE_MIN),
@@ -125,7 +127,7 @@ def open_charge(
             require_future(connection, "--deadline", instant, although_past=although_past)
         elif wait is not None:
             wanted = replace(wanted, deadline_at=read_clock(connection) + wait)
-        charge = ledger.open_charges(connection, [wanted])[0]
+        charge = ledger.open_charges(connection, [wanted], actor=by)[0]
     if as_json:
         print_json(charge)
     else:

@@ -180,7 +180,7 @@ def replay(
     if edited is not None and len(numbers) != 1:
         raise typer.BadParameter("--edited corrects one letter: name one number")
     settings = load_settings()
-    terms = Terms(published_policy(), settings.lot_grace, settings.build)
+    terms = Terms(published_policy(), settings.build)
     corrected = edited.read_bytes() if edited is not None else None
     replays: list[Replay] = []
     with ledger_engine(settings) as engine:

@@ -12,6 +12,7 @@ from kino_refunds.errors import (
     BadSettings,
     BadTrace,
     DependencyAway,
+    InstantNotFinal,
     KinoError,
     LetterProtects,
     ServerFailed,
@@ -38,7 +39,7 @@ def explained(error: Exception, *, setting: str = DATABASE_URL) -> tuple[int, st
     """
     first_line = str(getattr(error, "orig", None) or error).partition("\n")[0]
     match error:
-        case BadSettings() | BadTrace() | TransferNotFound() | LetterProtects():
+        case BadSettings() | BadTrace() | TransferNotFound() | InstantNotFinal() | LetterProtects():
             return USAGE, first_line
         case DependencyAway() | ServerFailed() | SourceUnavailable():
             return AWAY, str(error)

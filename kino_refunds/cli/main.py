@@ -82,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # By default structlog writes to standard output, which is the answer's alone: `--json | jq` must work.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     # Between two presses of TAB whatever is said lands in the middle of the line that is being typed.
-    for name, nearest in unknown_names() if COMPLETING not in os.environ else ():
-        hint = f"; did you mean {nearest}?" if nearest else ""
-        errors.print(shown(f"warning: {name} is not a setting and is ignored{hint}"), soft_wrap=True)
+    for name, advice in unknown_names() if COMPLETING not in os.environ else ():
+        errors.print(shown(f"warning: {name} is not a setting and is ignored; {advice}"), soft_wrap=True)
     structlog.contextvars.clear_contextvars()
     started = time.monotonic()
     code = _run(arguments)

@@ -60,7 +60,7 @@ def run(
             engine,
             client,
             source,
-            Terms(published_policy(), settings.lot_grace, settings.build),
+            Terms(published_policy(), settings.build),
             rules_of(settings),
             dry_run=dry_run,
             progress=_show_progress,

@@ -130,7 +130,7 @@ def run_now(
     Example: kino-refunds retries run-now
     """
     settings = load_settings()
-    terms = Terms(published_policy(), settings.lot_grace, settings.build)
+    terms = Terms(published_policy(), settings.build)
     tried, outcomes = 0, dict[str, int]()
     with ledger_engine(settings) as engine:
         with engine.begin() as connection:

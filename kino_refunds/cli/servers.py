@@ -20,6 +20,7 @@ from alembic.util import CommandError
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_json, shown
 from kino_refunds.db.faults import Fault, classify
+from kino_refunds.db.migrate import is_known_revision
 from kino_refunds.db.migrate import migrate as migrate_database
 from kino_refunds.embedded import servers
 from kino_refunds.errors import BadSettings, DependencyAway
@@ -86,27 +87,67 @@ def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameTyp
             signal.signal(number, old)
 
 
-def migrate(as_json: AsJson = False) -> None:
+def migrate(
+    *,
+    lot_grace_days: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=365,
+            help="How long credits that a refund returns can be spent for at least (a new ledger: 7 days).",
+            show_default="as it is",
+        ),
+    ] = None,
+    beside_older_builds: Annotated[
+        bool,
+        typer.Option(
+            "--beside-older-builds",
+            help="Leave the ledger's tables open to builds of before 0006, for an upgrade or a rollback without"
+            " a pause; migrate again without this when they have gone.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Bring the database to the schema of this build.
 
     Connects to KINO_MIGRATION_DATABASE_URL, as kino_owner. The roles must exist: a superuser
-    runs kino_refunds/db/roles.sql in that database once.
+    runs kino_refunds/db/roles.sql in that database first. A schema of a newer build is left as it is.
 
-    Example: kino-refunds migrate
+    Example: kino-refunds migrate --lot-grace-days 14
     """
-    before, after = _migrated(load_settings().require_migration_database_url())
+    before, after = _migrated(
+        load_settings().require_migration_database_url(),
+        lot_grace_days=lot_grace_days,
+        beside_older_builds=beside_older_builds,
+    )
+    newer = not is_known_revision(after)
     if as_json:
-        print_json({"before": before, "after": after})
+        print_json({"before": before, "after": after, "newer": newer})
+    elif newer:
+        console.print(
+            f"the schema is at {after}, of a newer build than this one: nothing was changed, its functions included",
+            soft_wrap=True,
+        )
     elif before == after:
         console.print(f"the schema is at {after}, nothing to do")
     else:
         console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
+    if not newer and not as_json:
+        console.print(
+            "the ledger's tables stay open to older builds: migrate again without --beside-older-builds when they have"
+            " gone"
+            if beside_older_builds
+            else "the ledger's tables are written by its functions only",
+            soft_wrap=True,
+        )
 
 
-def _migrated(url: str) -> tuple[str | None, str]:
+def _migrated(
+    url: str, *, lot_grace_days: int | None = None, beside_older_builds: bool = False
+) -> tuple[str | None, str]:
     """Bring a database to this build's schema; raises what says in one line why that cannot be."""
     try:
-        return migrate_database(url)
+        return migrate_database(url, lot_grace_days=lot_grace_days, beside_older_builds=beside_older_builds)
     except CommandError as error:
         raise BadSettings(f"{redacted(url)}: {error}; is this build older than that database's schema?") from error
     except sa.exc.OperationalError as error:
@@ -153,7 +194,9 @@ def dev(
             pass
     others = passed_on()
     with stopping() as stop, servers(data_dir, log=console.print) as running:
-        _migrated(running.database_url(role="kino_owner"))
+        _, schema = _migrated(running.database_url(role="kino_owner"))
+        if not is_known_revision(schema):
+            raise BadSettings(f"{data_dir}: its schema is at {schema}, of a newer build; use that, or another folder")
         addresses = settings_for(running)
         settings = addresses | {"KINO_JOB_SOURCE": "none"} | others
         environment_file = running.data_dir / "env"

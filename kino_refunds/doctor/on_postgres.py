@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -10,11 +11,19 @@ import sqlalchemy as sa
 
 from kino_refunds.db.clock import is_real_clock
 from kino_refunds.db.engine import SessionLimits, create_engine
-from kino_refunds.db.migrate import current_revision, head_revision, is_known_revision
+from kino_refunds.db.functions import (
+    MAY_CALL,
+    NOT_OF_THE_LEDGER,
+    WRITTEN_BY_FUNCTIONS,
+    digest_of_functions,
+    is_open_to_older_builds,
+    writers_beside_functions,
+)
+from kino_refunds.db.migrate import current_revision, functions_of_head, head_revision, is_known_revision
 from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.doctor.on_work import check_work
 from kino_refunds.doctor.on_workers import check_workers
-from kino_refunds.settings import Settings, redacted
+from kino_refunds.settings import LOT_GRACE_DAYS, Settings, redacted
 
 POSTGRES_MIN: Final = 15_00_00
 SKEW_MAX: Final = timedelta(seconds=5)
@@ -24,26 +33,35 @@ LIMITS: Final = SessionLimits(
 )
 """Nothing here takes more than milliseconds; who asks wants an answer, also that there is none."""
 
-ROLES: Final = frozenset({"kino_owner", "kino_worker", "kino_product", "kino_read"})
+ROLES: Final = frozenset({"kino_owner", "kino_ledger", "kino_worker", "kino_product", "kino_oncall", "kino_read"})
 APPEND_ONLY: Final = frozenset(
-    {"account_status_change", "charge", "charge_line", "settlement", "correction", "transfer", "inbox_event"}
+    {
+        "account_status_change",
+        "charge",
+        "charge_line",
+        "settlement",
+        "correction",
+        "transfer",
+        "lot_change",
+        "inbox_event",
+    }
 )
 _KEPT = frozenset({"pending_event", "overdue_ask", "intake_worker", "schedule_slot"})
 _ADDED = frozenset({"xid_clock"})
 _UPSERTED = frozenset({"dead_letter", "break", "relay_cursor"})
 _NOTED = frozenset({"waiting_message"})
 _ONE_ROW = frozenset({"intake_state", "verified_through"})
-_LOTS = frozenset({"account", "credit_lot"})
-_ONLY_READ = frozenset({"charge_status", "account_balance", "alembic_version", "open_charge"})
+_ONLY_READ = frozenset(WRITTEN_BY_FUNCTIONS) | {"charge_status", "account_balance", "alembic_version"}
 WORKER_RIGHTS: Final = {
-    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _NOTED | _ONE_ROW | _LOTS | _ADDED | _ONLY_READ,
-    # A worker settles charges and opens none.
-    "INSERT": (APPEND_ONLY - {"charge", "charge_line"}) | _KEPT | _UPSERTED | _NOTED | _LOTS | _ADDED,
-    "UPDATE": _KEPT | _UPSERTED | _ONE_ROW | _LOTS,
+    "SELECT": APPEND_ONLY | _KEPT | _UPSERTED | _NOTED | _ONE_ROW | _ADDED | _ONLY_READ,
+    # The ledger's tables are written by its functions.
+    "INSERT": {"inbox_event"} | _KEPT | _UPSERTED | _NOTED | _ADDED,
+    "UPDATE": _KEPT | _UPSERTED | _ONE_ROW,
     "UPDATE every column": _KEPT | _UPSERTED | _ONE_ROW,
     "DELETE": _KEPT | _NOTED,
     "TRUNCATE": frozenset[str](),
     "TRIGGER": frozenset[str](),
+    "EXECUTE": frozenset(name for name, role in MAY_CALL.items() if role == "kino_worker"),
 }
 """What the migrations grant to kino_worker, by right; what this build does not know of is not judged."""
 
@@ -71,10 +89,22 @@ def check_postgres(url: str, settings: Settings) -> Iterator[Finding]:
                     "kino.clock() is Postgres' own" if is_real_clock(connection) else "kino.clock() is a test's",
                     "run `kino-refunds migrate` as kino_owner: it puts the real one back; then find out who changed it",
                 )
+                yield from _lot_grace(connection)
                 yield from check_workers(connection, settings)
                 yield from check_work(connection, settings)
     finally:
         engine.dispose()
+
+
+def _lot_grace(connection: sa.Connection) -> Iterator[Finding]:
+    days = connection.exec_driver_sql("SELECT lot_grace_days FROM kino.ledger_setting").scalar_one()
+    said = os.environ.get(LOT_GRACE_DAYS, "").strip()
+    yield judge(
+        "lot grace",
+        said in {"", str(days)},
+        f"{days} days" + (f" in the ledger; {LOT_GRACE_DAYS}, which nobody reads, says {said}" if said else ""),
+        f"`kino-refunds migrate --lot-grace-days N` as kino_owner writes the one that is meant; unset {LOT_GRACE_DAYS}",
+    )
 
 
 _SERVER = sa.text("""
@@ -142,7 +172,7 @@ def _roles(connection: sa.Connection, server: Any) -> Iterator[Finding]:
     yield judge(
         "roles",
         not missing,
-        f"missing: {', '.join(sorted(missing))}" if missing else "all four exist",
+        f"missing: {', '.join(sorted(missing))}" if missing else "all exist",
         "a superuser runs kino_refunds/db/roles.sql in this database",
     )
     if server.role_is_too_strong is not None:
@@ -177,12 +207,14 @@ def _rights(connection: sa.Connection, server: Any) -> Finding:
 
 
 def _held_rights(connection: sa.Connection) -> set[tuple[str, str]]:
-    return {
+    held = {
         (right, row["table"])
         for row in connection.execute(_RIGHTS).mappings()
-        for right in WORKER_RIGHTS
+        for right in WORKER_RIGHTS.keys() - {"EXECUTE"}
         if row[right] and row["table"] in WORKER_RIGHTS["SELECT"]
     }
+    may_call = connection.execute(_MAY_CALL, {"others": list(NOT_OF_THE_LEDGER)}).scalars()
+    return held | {("EXECUTE", name) for name in may_call}
 
 
 def _needed_rights() -> set[tuple[str, str]]:
@@ -206,7 +238,7 @@ def _listed(rights: set[tuple[str, str]]) -> str:
 _RIGHTS = sa.text("""
     SELECT CAST(relname AS text) AS table,
            has_table_privilege(oid, 'SELECT') AS "SELECT",
-           has_table_privilege(oid, 'INSERT') AS "INSERT",
+           has_any_column_privilege(oid, 'INSERT') AS "INSERT",
            has_any_column_privilege(oid, 'UPDATE') AS "UPDATE",
            has_table_privilege(oid, 'UPDATE') AS "UPDATE every column",
            has_table_privilege(oid, 'DELETE') AS "DELETE",
@@ -214,6 +246,13 @@ _RIGHTS = sa.text("""
            has_table_privilege(oid, 'TRIGGER') AS "TRIGGER"
     FROM pg_class
     WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'kino') AND relkind IN ('r', 'p', 'v')
+""")
+
+
+_MAY_CALL = sa.text("""
+    SELECT DISTINCT CAST(proname AS text) FROM pg_proc
+    WHERE pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'kino')
+      AND proname <> ALL (CAST(:others AS text[])) AND has_function_privilege(oid, 'EXECUTE')
 """)
 
 
@@ -237,6 +276,33 @@ def _schema(connection: sa.Connection) -> Iterator[Finding]:
         not open_to_change,
         f"the trigger is off or gone: {', '.join(sorted(open_to_change))}" if open_to_change else "triggers are on",
         "as kino_owner: ALTER TABLE … ENABLE TRIGGER append_only; then find out who switched it off, and why",
+    )
+    if found == head:
+        are_ours = digest_of_functions(connection) == functions_of_head()
+        yield judge(
+            "ledger functions",
+            are_ours,
+            "as this build installs them"
+            if are_ours
+            else "not as this build installs them: text, owner or rights differ",
+            "run `kino-refunds migrate` as kino_owner: it puts them back; then find out who changed them",
+        )
+        yield _open_to_older_builds(connection)
+
+
+def _open_to_older_builds(connection: sa.Connection) -> Finding:
+    writers = writers_beside_functions(connection)
+    if not is_open_to_older_builds(connection):
+        # What the connected role may is said under `rights`.
+        writers -= {connection.exec_driver_sql("SELECT current_user").scalar_one()}
+    return judge(
+        "ledger closed",
+        not writers,
+        f"{', '.join(sorted(writers))} may write the ledger's tables without its functions"
+        if writers
+        else "its tables are written by its functions only",
+        "when the last build of before 0006 has gone, run `kino-refunds migrate` as kino_owner: it closes them to our"
+        " roles; take the right from any other",
     )
 
 

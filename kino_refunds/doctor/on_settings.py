@@ -31,8 +31,7 @@ def unreadable(error: BadSettings) -> Finding:
 
 
 def _unknown() -> Iterator[Finding]:
-    for name, nearest in unknown_names():
-        advice = f"did you mean {nearest}?" if nearest else "remove it: nobody reads it"
+    for name, advice in unknown_names():
         yield Finding(SETTINGS, "warn", f"{name} is not a setting and is ignored", advice)
 
 

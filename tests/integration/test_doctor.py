@@ -164,7 +164,8 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
     assert checks == [
         *("settings", "job source"),
         *("postgres version", "postgres writable", "durability", "triggers", "postgres clock", "roles"),
-        *("rights", "migrations", "append-only", "ledger clock", "intake", "workers", "beat", "beat", "beat", "beat"),
+        *("rights", "migrations", "append-only", "ledger functions", "ledger closed", "ledger clock", "lot grace"),
+        *("intake", "workers", "beat", "beat", "beat", "beat"),
         "waiting messages",
         *("overdue charges", "dead letters", "breaks", "verified through", "horizon"),
         *("redis rights", "redis version", "redis role", "redis cluster", "redis eviction", "redis persistence"),
@@ -530,7 +531,7 @@ def test_missing_roles_and_ledger_are_found(doctor: Doctor, own_postgres: OwnPos
 
     assert found.code == 1
     assert [each[:3] for each in found.bad] == [
-        ("roles", "fail", "missing: kino_owner, kino_product, kino_read, kino_worker"),
+        ("roles", "fail", "missing: kino_ledger, kino_oncall, kino_owner, kino_product, kino_read, kino_worker"),
         ("rights", "fail", "connected as postgres, which is a superuser"),
         ("migrations", "fail", "the database has no ledger yet"),
     ]
@@ -591,13 +592,14 @@ GRANT = "connect as kino_worker (KINO_DATABASE_URL); its rights are granted by `
     ("change", "says", "advice"),
     [
         ("GRANT UPDATE ON kino.transfer TO kino_worker", "may also UPDATE on transfer", REVOKE),
+        ("GRANT INSERT (job_id) ON kino.charge TO kino_worker", "may also INSERT on charge", REVOKE),
         ("GRANT DELETE ON kino.settlement TO kino_worker", "may also DELETE on settlement", REVOKE),
         ("GRANT TRUNCATE ON kino.inbox_event TO kino_worker", "may also TRUNCATE on inbox_event", REVOKE),
         ("GRANT TRIGGER ON kino.charge TO PUBLIC", "may also TRIGGER on charge", REVOKE),
         ("GRANT INSERT ON kino.charge TO kino_worker", "may also INSERT on charge", REVOKE),
         ("GRANT UPDATE (credits) ON kino.charge TO kino_worker", "may also UPDATE on charge", REVOKE),
-        ("GRANT UPDATE ON kino.credit_lot TO kino_worker", "may also UPDATE every column on credit_lot", REVOKE),
-        ("REVOKE INSERT ON kino.transfer FROM kino_worker", "may not INSERT on transfer", GRANT),
+        ("GRANT UPDATE ON kino.credit_lot TO kino_worker", "may also UPDATE on credit_lot", REVOKE),
+        ("REVOKE INSERT ON kino.inbox_event FROM kino_worker", "may not INSERT on inbox_event", GRANT),
         ("REVOKE SELECT ON kino.charge FROM kino_worker", "may not SELECT on charge", GRANT),
         ("REVOKE DELETE ON kino.pending_event FROM kino_worker", "may not DELETE on pending_event", GRANT),
     ],

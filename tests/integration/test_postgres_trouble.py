@@ -178,7 +178,11 @@ def foreign(request: pytest.FixtureRequest, database: Database) -> Iterator[Data
 
 def test_a_database_that_is_not_utf8_is_refused_by_name(run: Run, foreign: Database) -> None:
     """Every command names the database, its encoding and what to do, before anything is written there."""
-    urls = {"KINO_DATABASE_URL": foreign.url(), "KINO_MIGRATION_DATABASE_URL": foreign.url("kino_owner")}
+    urls = {
+        "KINO_DATABASE_URL": foreign.url(),
+        "KINO_PRODUCT_DATABASE_URL": foreign.url("kino_product"),
+        "KINO_MIGRATION_DATABASE_URL": foreign.url("kino_owner"),
+    }
     encoding = foreign.name.partition("_")[2].partition("_")[2].upper()
 
     said = {command: run(*command, stdin=b"", **urls) for command in COMMANDS}

@@ -38,7 +38,6 @@ def test_defaults_are_those_of_the_design() -> None:
         "intake_batch": 500,
         "intake_batch_bytes": 8 * 2**20,
         "intake_poll_s": 0.1,
-        "lot_grace_days": 7,
         "retry_every_s": 2.0,
         "expiry_every_s": 60.0,
         "job_source": None,
@@ -72,9 +71,6 @@ def test_defaults_are_those_of_the_design() -> None:
         ("INTAKE_BATCH_BYTES", "0"),
         ("INTAKE_POLL_S", "0"),
         ("INTAKE_POLL_S", "11"),
-        ("LOT_GRACE_DAYS", "-1"),
-        ("LOT_GRACE_DAYS", "366"),
-        ("LOT_GRACE_DAYS", "1.5"),
         ("RETRY_EVERY_S", "0.9"),
         ("EXPIRY_EVERY_S", "0.9"),
         ("JOB_SOURCE", "somebody"),
@@ -272,4 +268,14 @@ def test_unknown_name_is_found_with_the_nearest_known(monkeypatch: pytest.Monkey
     monkeypatch.setenv("KINO_TRACE", "trace.csv")
     monkeypatch.setenv("KINO_LOG_LEVEL", "info")
 
-    assert unknown_names() == [(name, nearest)]
+    assert unknown_names() == [(name, f"did you mean {nearest}?")]
+
+
+def test_a_setting_that_is_gone_is_told_with_where_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had chosen a lot grace must not find another one in force without a word."""
+    monkeypatch.setenv("KINO_LOT_GRACE_DAYS", "14")
+
+    [(name, advice)] = unknown_names()
+
+    assert name == "KINO_LOT_GRACE_DAYS"
+    assert "kino-refunds migrate --lot-grace-days" in advice
