@@ -38,6 +38,14 @@ INTEGRITY = (Path(__file__).parents[1] / "db" / "integrity.sql").read_text(encod
 """One statement that names everything in a ledger that cannot be, whatever was asked of it."""
 FACTS = ("charge", "charge_line", "settlement", "transfer", "inbox_event")
 """What is only ever inserted."""
+WRITTEN_BY_FUNCTIONS = (
+    "UPDATE kino.credit_lot SET remaining = granted",
+    "UPDATE kino.account SET status = 'active'",
+    "DELETE FROM kino.open_charge",
+    "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining) SELECT 'x', 'x', 'courtesy', 1, 1",
+    "INSERT INTO kino.account (account_id) VALUES ('x')",
+)
+"""What no role that logs in may do to a ledger, whose functions alone write it."""
 SHOWN_MAX = 5
 P99_MAX_S = 5.0
 OVERDUE_MAX_S = 300.0
@@ -311,6 +319,9 @@ class Referee:
             ):
                 p5.looked_at["attempts to change facts"] += 1
                 p5.require(_refused(url, statement), f"{who} may {statement}")
+        for statement in WRITTEN_BY_FUNCTIONS:
+            p5.looked_at["attempts to go around the ledger's functions"] += 1
+            p5.require(_refused(self._record["worker_url"], statement), f"a worker may {statement}")
 
     def _nothing_lost(self) -> None:
         p6 = self._verdicts["P6"]

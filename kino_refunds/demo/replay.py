@@ -127,7 +127,7 @@ def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
         engine,
         client,
         NobodyKnows(),
-        Terms(published_policy(), settings.lot_grace, settings.build),
+        Terms(published_policy(), settings.build),
         OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
     )
 

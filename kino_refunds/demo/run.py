@@ -26,7 +26,6 @@ from kino_refunds.errors import ServerFailed
 from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Queue
-from kino_refunds.settings import Settings
 from kino_refunds.settlement.deliveries import RECONCILER
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ WAIT_S = 0.05
 STANDSTILL_S = 45.0
 """When nothing has moved for so long, the waiting ends, and the promises are judged as things are."""
 RATE_OVER_S = 2.0
+LOT_GRACE_DAYS = 7
+"""What a new ledger begins with: the referee must not take it from the ledger that it judges."""
 
 
 class View(Protocol):
@@ -332,7 +333,7 @@ class Demo:
             "reconciler": RECONCILER,
             "overdue_grace_s": OVERDUE_GRACE_S,
             "alive_ttl_s": alive_ttl_s(),
-            "lot_grace_days": Settings.model_construct().lot_grace_days,
+            "lot_grace_days": LOT_GRACE_DAYS,
             "killed": {"at": killed.at.isoformat(), "events": killed.events},
         }
         path = self._stage.servers.data_dir / "record.json"

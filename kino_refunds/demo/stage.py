@@ -98,6 +98,7 @@ class Stage:
         with self._stack as stack:
             self.product = self._engine("kino_product")
             self.operator = self._engine("kino_worker")
+            self.oncall = self._engine("kino_oncall")
             self.redis = stack.enter_context(redis_client(self.servers.redis_url()))
             self.publisher = stack.enter_context(EventPublisher(self.servers.redis_url()))
             self.workers = {number: self._start_worker(number) for number in (1, 2)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kino_refunds.errors import BadTrace
 from kino_refunds.events.schema import ErrorOrigin, Event, JobCompleted, JobFailed
 from kino_refunds.ledger import Grant, LotClass
-from kino_refunds.ledger.lots import require_credits, require_id
+from kino_refunds.ledger.values import require_credits, require_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -112,7 +112,7 @@ class Traffic:
 
     def close_accounts(self) -> None:
         """Terminate one account for violation and suspend another, while their jobs run."""
-        with self._stage.operator.begin() as connection:
+        with self._stage.oncall.begin() as connection:
             set_account_status(connection, TERMINATED, AccountStatus.TERMINATED, reason=VIOLATION, actor="demo")
             set_account_status(connection, SUSPENDED, AccountStatus.SUSPENDED, reason="chargeback", actor="demo")
         self.record["terminated_for_violation"] = [TERMINATED]
