@@ -399,7 +399,7 @@ class World:
     @property
     def terms(self) -> Terms:
         """What is settled by in this process."""
-        return Terms(published_policy(), timedelta(days=7), "faults")
+        return Terms(published_policy(), "faults")
 
     def last_words(self) -> str:
         """The last lines of every worker's log."""

@@ -228,19 +228,21 @@ def _replay_letters(world: World) -> None:
         replay_letter(world.engine, letter, world.terms, actor="faults")
 
 
+BAD_BUILD = Edit(
+    "kino_refunds/settlement/settle.py",
+    "    held: set[int] | None = None\n",
+    '    held: set[int] | None = None\n    raise RuntimeError("a bad build")\n',
+)
+
+
 @scenario("bad deploy")
 def bad_deploy(world: World) -> None:
     """A build that cannot settle closes intake after few dead letters; the fixed build opens it by itself (P8)."""
-    bug = Edit(
-        "kino_refunds/settlement/settle.py",
-        "    held_lots: set[int] | None = None\n",
-        '    held_lots: set[int] | None = None\n    raise RuntimeError("a bad build")\n',
-    )
     world.workload.dead_letters_max["apply_error"] = 60
     messages = world.workload.some(150)
     world.open(messages)
     with tempfile.TemporaryDirectory() as folder:
-        build = copy_project(Path(folder), [bug])
+        build = copy_project(Path(folder), [BAD_BUILD])
         with patch.dict(os.environ, PYTHONPATH=str(build)):
             bad = world.start_worker()
         world.until_ready()

@@ -22,11 +22,13 @@ HALTED = "halted, "
 
 @dataclass(frozen=True)
 class Planted:
-    """A mistake, and the scenarios that must catch it."""
+    """A mistake, and the scenarios or tests that must catch it."""
 
     name: str
     edit: Edit
-    scenarios: tuple[str, ...]
+    scenarios: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    """What pytest is told to run: the mistake shows in no outcome of a scenario, or only to somebody hostile."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,18 @@ class Caught:
     @property
     def passed(self) -> bool:
         """Whether every scenario that must catch it did."""
-        return not self.error and set(self.by) == set(self.planted.scenarios)
+        return not self.error and set(self.by) == {*self.planted.scenarios, *self.planted.tests}
 
 
 SETTLE = "kino_refunds/settlement/settle.py"
 INBOX = "kino_refunds/settlement/inbox.py"
-CHARGES = "kino_refunds/ledger/charges.py"
+CHARGES = "kino_refunds/ledger/charges.sql"
+ENDINGS = "kino_refunds/ledger/endings.sql"
+LOTS = "kino_refunds/ledger/lots.sql"
+PURCHASE_LOTS = "kino_refunds/ledger/purchase_lots.sql"
+INPUT = "kino_refunds/ledger/input.sql"
 QUEUES = "kino_refunds/events/queues.py"
 INTAKE = "workers/intake.py"
-MIGRATION = "kino_refunds/db/migrations/versions/0003_one_clock.py"
 OVERDUE = "kino_refunds/reconciliation/overdue.py"
 GUARD = "kino_refunds/reconciliation/guard.py"
 
@@ -69,7 +74,7 @@ PLANTED = [
     ),
     Planted(
         "no settlement count check",
-        Edit(SETTLE, "if len(inserted) < len(rows):", "if len(inserted) > len(rows):"),
+        Edit(ENDINGS, "ELSIF v_bad IS NOT NULL THEN", "ELSIF v_bad = 0 THEN"),
         ("two_ends_of_a_job_at_two_workers",),
     ),
     Planted(
@@ -88,30 +93,30 @@ PLANTED = [
     ),
     Planted(
         "a refund to another lot",
-        Edit(CHARGES, "            back[lot_id] += credits\n", "            back[max(lots)] += credits\n"),
+        Edit(
+            ENDINGS,
+            "    FROM (SELECT u.lot_id, sum(u.credits)::bigint",
+            "    FROM (SELECT (SELECT max(x) FROM unnest(v_lots) x) AS lot_id, sum(u.credits)::bigint",
+        ),
         ("everything_ten_times",),
     ),
     Planted(
         "a line forgotten",
         Edit(
-            CHARGES,
-            "        for lot_id, credits in ending.lines:\n            to_lot_id",
-            "        for lot_id, credits in ending.lines[:1]:\n            to_lot_id",
+            ENDINGS,
+            "AS u (place, account_id, lot_id, credits, nth);",
+            "AS u (place, account_id, lot_id, credits, nth) WHERE u.nth <> 2;",
         ),
         ("everything_ten_times",),
     ),
     Planted(
         "more refunded than taken",
-        Edit(CHARGES, "            back[lot_id] += credits\n", "            back[lot_id] += credits + 1\n"),
+        Edit(ENDINGS, "l.remaining + back.credits", "l.remaining + back.credits + 1"),
         ("everything_ten_times",),
     ),
     Planted(
         "successors expire with the old lot's credits still in it",
-        Edit(
-            CHARGES,
-            "            onward[lot_id] += credits\n",
-            "            onward[lot_id] += credits\n            back[lot_id] += credits\n",
-        ),
+        Edit(ENDINGS, "WHERE u.fate = 'back' GROUP", "WHERE u.fate IN ('back', 'onward') GROUP"),
         ("everything_ten_times",),
     ),
     Planted(
@@ -239,7 +244,11 @@ PLANTED = [
     ),
     Planted(
         "an open charge without its row",
-        Edit(MIGRATION, "n.credits FROM new_rows n;", "n.credits FROM new_rows n WHERE n.credits > 4;"),
+        Edit(
+            CHARGES,
+            "SELECT c.* FROM unnest(v_charges, v_accounts, v_deadlines, v_credits) AS c;",
+            "SELECT c.* FROM unnest(v_charges, v_accounts, v_deadlines, v_credits) AS c (i, a, d, n) WHERE n > 4;",
+        ),
         ("host_that_is_slow",),
     ),
     Planted(
@@ -279,6 +288,94 @@ PLANTED = [
         ),
         ("source_that_errs",),
     ),
+    Planted(
+        "lots burn in the wrong order",
+        Edit(
+            CHARGES, "locked.priority, locked.expires_at NULLS LAST", "locked.priority, locked.expires_at NULLS FIRST"
+        ),
+        tests=("tests/integration/test_charges.py::TestBurnOrder",),
+    ),
+    Planted(
+        "the grace is ignored",
+        Edit(ENDINGS, "AND (l.expires_at > s.now + s.grace\n", "AND (l.expires_at > s.now\n"),
+        tests=("tests/integration/test_charges.py::TestRefund",),
+    ),
+    Planted(
+        "a charge locks no lot",
+        Edit(CHARGES, "            ORDER BY l.lot_id FOR NO KEY UPDATE\n", "            ORDER BY l.lot_id\n"),
+        tests=("tests/integration/test_ledger_races.py::TestSharedLots",),
+    ),
+    Planted(
+        "a refund locks no lot",
+        Edit(ENDINGS, "    ORDER BY l.lot_id FOR NO KEY UPDATE;\n", "    ORDER BY l.lot_id;\n"),
+        tests=("tests/integration/test_ledger_races.py::TestLotsThatChangeMeanwhile",),
+    ),
+    Planted(
+        "a charge looks at lots before it has them",
+        Edit(CHARGES, "FROM locked WHERE locked.expires_at IS NULL OR locked.expires_at > kino.clock()", "FROM locked"),
+        tests=("tests/integration/test_ledger_races.py::TestLotsThatChangeMeanwhile",),
+    ),
+    Planted(
+        "a search_path without pg_temp",
+        Edit(CHARGES, "SET search_path = pg_catalog, pg_temp", "SET search_path = pg_catalog"),
+        tests=("tests/integration/test_ledger_rights.py",),
+    ),
+    Planted(
+        "a table without its schema",
+        Edit(CHARGES, "        INSERT INTO kino.charge_line (", "        INSERT INTO charge_line ("),
+        tests=("tests/integration/test_ledger_install.py::test_every_name_is_written_whole",),
+    ),
+    Planted(
+        "a product may settle",
+        Edit(
+            "kino_refunds/db/functions.py",
+            '"settle_charges": "kino_worker",',
+            '"settle_charges": "kino_worker, kino_product",',
+        ),
+        tests=("tests/integration/test_ledger_rights.py",),
+    ),
+    Planted(
+        "negative credits",
+        Edit(INPUT, "BETWEEN p_least AND", "BETWEEN p_least - 2 AND"),
+        tests=("tests/integration/test_ledger_input.py",),
+    ),
+    Planted(
+        "a line of successors without end",
+        Edit(
+            ENDINGS,
+            "OR p_reversal OR c.opened_at < last.at THEN 'onward'",
+            "OR c.opened_at > '0001-01-01' THEN 'onward'",
+        ),
+        tests=("tests/integration/test_lot_lives.py::TestSuccessors",),
+    ),
+    Planted(
+        "one lot more a refund",
+        Edit(ENDINGS, "s.now + interval '24 hours'))", "s.now + interval '24 years'))"),
+        tests=("tests/integration/test_lot_lives.py::TestSuccessors",),
+    ),
+    Planted(
+        "a hold revives what had expired",
+        Edit(
+            PURCHASE_LOTS,
+            "nobody had swept yet.\n    PERFORM kino.expire_due(v_lots);\n",
+            "nobody had swept yet.\n",
+        ),
+        tests=("tests/integration/test_lot_lives.py::TestCauses",),
+    ),
+    Planted(
+        "a lot's history is not kept",
+        Edit(LOTS, "old.expires_at IS DISTINCT FROM new.expires_at)", "false)"),
+        tests=("tests/integration/test_lot_lives.py::TestThePast",),
+    ),
+    Planted(
+        "what waits is overtaken",
+        Edit(
+            "kino_refunds/settlement/batch.py",
+            "busy_jobs=put_off, alone=joined)",
+            "busy_jobs=put_off)",
+        ),
+        tests=("tests/integration/test_waiting_together.py",),
+    ),
 ]
 
 
@@ -292,24 +389,48 @@ def catch(planted: Planted, seed: int) -> Caught:
             copy_project(folder, [planted.edit])
         except Exception as error:  # noqa: BLE001 - said with its name in the table
             return Caught(planted, {}, str(error))
-        only = [part for scenario in planted.scenarios for part in ("--only", scenario)]
         try:
-            ran = subprocess.run(
-                [sys.executable, "-m", "tests.faults.run", "--seed", str(seed), "--json", *only],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(folder)},
-                capture_output=True,
-                text=True,
-                timeout=DEADLINE_S,
-                check=False,
+            by = (_caught_by_scenarios(planted, folder, seed) if planted.scenarios else {}) | (
+                _caught_by_tests(planted, folder) if planted.tests else {}
             )
-            results = json.loads(ran.stdout.splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
             return Caught(planted, {}, f"{type(error).__name__}: its run ended without results")
+    return Caught(planted, by)
+
+
+def _caught_by_scenarios(planted: Planted, folder: Path, seed: int) -> dict[str, str]:
+    only = [part for scenario in planted.scenarios for part in ("--only", scenario)]
+    ran = _run([sys.executable, "-m", "tests.faults.run", "--seed", str(seed), "--json", *only], folder)
+    results = json.loads(ran.splitlines()[-1])
     # A scenario that broke off leaves open jobs behind, which prove nothing: then what stopped it is what is said.
-    by = {
+    return {
         result["name"]: HALTED + result["error"].partition("\n")[0] if result["error"] else result["findings"][0]
         for result in results
         if result["error"] or result["findings"]
     }
-    return Caught(planted, by)
+
+
+def _caught_by_tests(planted: Planted, folder: Path) -> dict[str, str]:
+    """Say which test failed of each that must catch it; one that could not even begin has caught nothing."""
+    by = {}
+    for test in planted.tests:
+        said = _run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", test], folder
+        )
+        failed = [line for line in said.splitlines() if line.startswith("FAILED ")]
+        if failed:
+            by[test] = failed[0].removeprefix("FAILED ").partition(" - ")[0].rpartition("::")[2]
+    return by
+
+
+def _run(command: list[str], folder: Path) -> str:
+    ran = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    return ran.stdout

@@ -124,7 +124,7 @@ def _report_planted(caught: Sequence[Caught]) -> None:
     _say("planted bug -> caught by")
     for each in caught:
         _say(f"  {each.planted.name}")
-        for name in each.planted.scenarios:
+        for name in (*each.planted.scenarios, *each.planted.tests):
             _say(f"    {'' if name in each.by else 'NOT '}{name}: {each.by.get(name, each.error)[:110]}")
     halted = sum(by.startswith(HALTED) for each in caught for by in each.by.values())
     _say(f"  {halted} of these catches are scenarios that could not go on; the others ran to their end and were judged")

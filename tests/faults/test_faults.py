@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.harness import ROOT, SCENARIOS, Arena, arena
+from tests.faults.on_workers import BAD_BUILD
 from tests.faults.planted import PLANTED, Planted
 from tests.faults.run import DEFAULT_SEED
 
@@ -35,6 +36,20 @@ def test_planted_bugs_name_scenarios_that_exist() -> None:
     named = {scenario for planted in PLANTED for scenario in planted.scenarios}
 
     assert named - SCENARIOS.keys() == set()
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+def test_planted_bugs_have_somebody_who_looks(planted: Planted) -> None:
+    """Each names a scenario, or tests of files that are there."""
+    files = [test.partition("::")[0] for test in planted.tests]
+
+    assert planted.scenarios or files
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_the_bad_build_of_a_scenario_fits_the_code() -> None:
+    """What a scenario changes in a copy of the project is found as well when the code has left its place."""
+    assert (ROOT / BAD_BUILD.file).read_text(encoding="utf-8").count(BAD_BUILD.old) == 1
 
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
