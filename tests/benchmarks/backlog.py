@@ -26,7 +26,7 @@ Maker: TypeAlias = Callable[[str, int], Event]
 Item = TypeVar("Item")
 
 
-def grant(servers: Servers) -> None:
+def grant(servers: Servers, database: str = DATABASE) -> None:
     """Two lots an account; the first is small, so that some charges span both. The hot account has one."""
     soon = datetime.now(UTC) + timedelta(days=30)
     grants = [Grant("pack-hot", HOT_ACCOUNT, 100_000_000, LotClass.PURCHASED)]
@@ -34,7 +34,7 @@ def grant(servers: Servers) -> None:
         account_id = f"account-{number}"
         grants.append(Grant(f"welcome-{number}", account_id, 3, LotClass.PROMOTIONAL, soon, priority=50))
         grants.append(Grant(f"pack-{number}", account_id, 10_000_000, LotClass.PURCHASED))
-    with engine_of(servers, "kino_product") as engine, engine.begin() as connection:
+    with engine_of(servers, "kino_product", database) as engine, engine.begin() as connection:
         grant_lots(connection, grants)
 
 
@@ -89,9 +89,9 @@ def chunks(items: Sequence[Item], size: int = CHUNK) -> Iterator[Sequence[Item]]
 
 
 @contextmanager
-def engine_of(servers: Servers, role: str = "kino_worker") -> Iterator[sa.Engine]:
+def engine_of(servers: Servers, role: str = "kino_worker", database: str = DATABASE) -> Iterator[sa.Engine]:
     """Give an engine for `role`, and close its connections."""
-    engine = create_engine(servers.database_url(role=role), application_name="kino-bench")
+    engine = create_engine(servers.database_url(role=role, database=database), application_name="kino-bench")
     try:
         yield engine
     finally:

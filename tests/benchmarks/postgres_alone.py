@@ -51,6 +51,9 @@ _SETTLE = """
         SELECT e.source, e.event_id, e.job_id, e.fingerprint, 'refunded', e.event_at
         FROM staged e WHERE e.batch = this
         ORDER BY e.source, e.event_id ON CONFLICT (source, event_id) DO NOTHING;
+
+        DELETE FROM kino.open_charge o USING staged e JOIN kino.charge c USING (job_id)
+        WHERE e.batch = this AND o.charge_id = c.charge_id;
         COMMIT;
     END LOOP;
     END $$
@@ -59,9 +62,10 @@ _SETTLE = """
 
 def settle_staged(servers: Servers, events: Sequence[Event]) -> float:
     """Stage `events`, which all refund, then let Postgres settle them; returns the seconds of the second part."""
-    # Not our engine: its statement time-out is for batches, and this is all of them in one statement.
+    # As the owner, who alone may write the tables. Not by our engine: its statement time-out is for batches, and this
+    # is all of them in one statement.
     with psycopg.connect(
-        host=LOOPBACK, port=servers.postgres_port, user="kino_worker", dbname=DATABASE, autocommit=True
+        host=LOOPBACK, port=servers.postgres_port, user="kino_owner", dbname=DATABASE, autocommit=True
     ) as connection:
         connection.execute(_STAGE)
         with connection.cursor() as cursor, cursor.copy("COPY staged FROM STDIN") as copy:

@@ -13,6 +13,8 @@ Contestants, over backlogs of their own, all of which refund:
     kombu               a stock consumer that settles up to 500 messages by our `settle_batch`
     postgres alone      SQL that writes the same rows from a staged table: nothing can be faster here
 
+Beside them, in this process: charges opened per second, and a ledger that grows from empty (in_process.py).
+
 "ours is" says how often a contestant's figure goes into that of one worker of ours. Figures of one run compare
 with each other, as far as "once more" is near 1.00x; those of two machines or hours do not.
 """
@@ -51,6 +53,7 @@ from tests.benchmarks.backlog import Maker, chunks, engine_of, grant, mixture, o
 from tests.benchmarks.celery_rival import CELERY
 from tests.benchmarks.dramatiq_rival import DRAMATIQ
 from tests.benchmarks.history import settled_before
+from tests.benchmarks.in_process import growing, opening, told
 from tests.benchmarks.kombu_rival import KOMBU
 from tests.benchmarks.latency import Latency, latency, publish_paced
 from tests.benchmarks.rivals import Left, Rival, running
@@ -238,6 +241,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     bench.rival("dramatiq", DRAMATIQ, options.single)
     bench.rival("kombu", KOMBU, max(1, large // 5))
     bench.postgres_alone(large)
+    in_process = told(opening(bench.servers, one=options.single, many=large), growing(bench.servers, large))
     with bench.worker("again"):
         # How far this lies from 1.00x is how far the machine's hour moved the figures above.
         bench.ours("ours_again", "ours, 1 worker, once more", large)
@@ -246,7 +250,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         with bench.worker("after"):
             bench.ours("warm_up_after", WARM_UP, hot)
             bench.ours("ours_after", f"ours, 1 worker, {options.before:,} before", large)
-    return summary(bench, paces, options.before)
+    return summary(bench, paces, options.before) | {"in_process": in_process}
 
 
 def summary(bench: Bench, paces: dict[str, Latency], before: int) -> dict[str, Any]:

@@ -54,6 +54,12 @@ SHAPE = {
     },
     "hot_account": {"one_worker_per_second": int, "two_workers_per_second": int},
     "settled_before": {"charges": int, "refunds_per_second": int, "ratio_to_none": float},
+    "in_process": {
+        "opened_one_per_second": int,
+        "opened_call_per_second": int,
+        "growing_per_second": int,
+        "growing_last_to_first": float,
+    },
 }
 FORGET_ONE = "DELETE FROM kino.transfer WHERE transfer_id = (SELECT max(transfer_id) FROM kino.transfer)"
 # Each makes rows that no settle would have written.
