@@ -82,10 +82,12 @@ def engine(database: Database) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
-def connection(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Give the test one connection as kino_worker; what it does not commit is rolled back."""
+def connection(request: pytest.FixtureRequest, database: Database) -> Iterator[sa.Connection]:
+    """Give the test one connection as its module's CONNECTS_AS, else as kino_worker; what it leaves open is undone."""
+    engine = create_engine(database.url(getattr(request.module, "CONNECTS_AS", "kino_worker")))
     with engine.connect() as connection:
         yield connection
+    engine.dispose()
 
 
 @pytest.fixture

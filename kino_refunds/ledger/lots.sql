@@ -1,4 +1,4 @@
--- Lots: their history, what expiry and a held lock mean for them, and where refunded credits go.
+-- Lots: their history, how they expire, and which of them another session holds.
 
 -- A lot's expiry and state as they were: a past balance is read from here and so never changes. A trigger, because no
 -- function of today or tomorrow, and no hand, may forget it.

@@ -54,13 +54,8 @@ TICK = timedelta(microseconds=1)
 PROMOTION = Grant("welcome", "ada", 10, LotClass.PROMOTIONAL, NOW + DAY)
 
 
-@pytest.fixture
-def connection(database: Database) -> Iterator[sa.Connection]:
-    """A connection as kino_owner, which may call every function of the ledger: also those that only functions call."""
-    engine = create_engine(database.url("kino_owner"))
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
+CONNECTS_AS = "kino_owner"
+"""It may call every function of the ledger: also those that only functions call."""
 
 
 def expiries(connection: sa.Connection) -> list[datetime | None]:

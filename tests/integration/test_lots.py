@@ -34,13 +34,8 @@ from tests.scenario import PATIENT, until
 pytestmark = pytest.mark.usefixtures("sound_books")
 
 
-@pytest.fixture
-def connection(database: Database) -> Iterator[sa.Connection]:
-    """A connection as kino_owner, which may call every function of the ledger: also those that only functions call."""
-    engine = create_engine(database.url("kino_owner"))
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
+CONNECTS_AS = "kino_owner"
+"""It may call every function of the ledger: also those that only functions call."""
 
 
 FAR = datetime(9998, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)

@@ -30,13 +30,8 @@ from tests.ledger_acts import DAY, NOW, SOLD, charge, end_and_commit, freeze, gi
 pytestmark = pytest.mark.usefixtures("sound_books")
 
 
-@pytest.fixture
-def connection(database: Database) -> Iterator[sa.Connection]:
-    """A connection as kino_owner, which may call every function of the ledger: also those that only functions call."""
-    engine = create_engine(database.url("kino_owner"))
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
+CONNECTS_AS = "kino_owner"
+"""It may call every function of the ledger: also those that only functions call."""
 
 
 @pytest.fixture
