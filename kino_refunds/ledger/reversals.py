@@ -20,7 +20,7 @@ def reverse_charges(connection: sa.Connection, reversals: Sequence[Reversal]) ->
     """Correct captured charges in the caller's transaction, all or none, once a charge (P1); as kino_oncall.
 
     The charge stays captured; its credits go back by the refund's lot rules. Idempotent on the reference. Raises
-    ChargeNotCaptured, ChargeConflict (corrected before, under another reference), LedgerInconsistent.
+    ChargeNotCaptured, ChargeConflict (corrected before, with another reason, clause or reference), LedgerInconsistent.
     """
     if reversals:
         call(connection, _REVERSE_CHARGES, [reversal._asdict() for reversal in reversals])

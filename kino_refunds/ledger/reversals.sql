@@ -2,7 +2,7 @@
 -- captured; its credits go back by the refund's lot rules.
 --
 -- items: {charge_id, reason, clause, policy_version, reference, actor}; one row back an item, in their order. Idempotent:
--- the same reference again changes nothing. Errors: KR002 corrected under another reference, KR011 ChargeNotCaptured,
+-- the same reference again changes nothing. Errors: KR002 corrected with other terms, KR011 ChargeNotCaptured,
 -- KR010 the ledger's own rows disagree, KR006 bad input.
 CREATE OR REPLACE FUNCTION kino.reverse_charges(p_items jsonb)
 RETURNS TABLE (o_charge_id bigint, o_credits bigint, o_corrected_at timestamptz)
@@ -47,17 +47,19 @@ BEGIN
     IF v_twice IS NOT NULL THEN
         RAISE EXCEPTION 'charge % is reversed twice here', v_twice USING ERRCODE = 'KR006';
     END IF;
-    SELECT i.ordinality - 1 AS place, k.charge_id, k.reference INTO v_bad
+    SELECT k.charge_id, c.job_id, k.reference INTO v_bad
     FROM jsonb_array_elements(p_items) WITH ORDINALITY AS i
     JOIN kino.correction k ON k.charge_id = (i.value ->> 'charge_id')::bigint
+    LEFT JOIN kino.charge c ON c.charge_id = k.charge_id
     WHERE (k.reference, k.reason, k.clause) <> (i.value ->> 'reference', i.value ->> 'reason', i.value ->> 'clause')
     ORDER BY i.ordinality LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'charge % was corrected before, under reference %', v_bad.charge_id,
-            quote_literal(v_bad.reference) USING ERRCODE = 'KR002';
+        RAISE EXCEPTION 'charge % of job % was corrected before, with another reason, clause or reference: look at %',
+            v_bad.charge_id, quote_literal(v_bad.job_id), quote_literal(v_bad.reference) USING ERRCODE = 'KR002';
     END IF;
     SELECT n.charge_id, CASE WHEN c.charge_id IS NULL THEN 'does not exist'
-                             ELSE 'is not captured but ' || coalesce(s.kind, 'open') END AS what INTO v_bad
+                             ELSE 'of job ' || quote_literal(c.job_id) || ' is not captured but '
+                                  || coalesce(s.kind, 'open') END AS what INTO v_bad
     FROM unnest(v_new) AS n (charge_id)
     LEFT JOIN kino.charge c ON c.charge_id = n.charge_id
     LEFT JOIN kino.settlement s ON s.charge_id = n.charge_id

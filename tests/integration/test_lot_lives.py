@@ -207,7 +207,7 @@ class TestReversals:
         reverse_charges(connection, [reversal(opened)])
         reverse_charges(connection, [reversal(opened)])
         connection.commit()
-        with pytest.raises(ChargeConflict):
+        with pytest.raises(ChargeConflict, match=r"of job 'job' was corrected before.* look at 'ticket-1'"):
             reverse_charges(connection, [reversal(opened, "ticket-2")])
         connection.rollback()
 
@@ -227,7 +227,7 @@ class TestReversals:
         if state == "refunded":
             end_and_commit(connection, opened)
 
-        with pytest.raises(ChargeNotCaptured, match=state):
+        with pytest.raises(ChargeNotCaptured, match=f"of job 'job' is not captured but {state}"):
             reverse_charges(connection, [reversal(opened)])
 
         connection.rollback()

@@ -11,7 +11,7 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-LEDGER_FUNCTIONS = "16d3dcabc885b554895ee78953e0be84c6b208bc307d8b4ffa05989501f7daf1"
+LEDGER_FUNCTIONS = "4495416d7206fb3b6e2c9ea871b0aad5a44ae3d863366a2adc95b08b51559f7b"
 """The digest of the functions that belong to this revision: other functions need another migration, or a build of
 before would put its own in their place."""
 
