@@ -52,7 +52,8 @@ ENDINGS = "kino_refunds/ledger/endings.sql"
 LOTS = "kino_refunds/ledger/lots.sql"
 PURCHASE_LOTS = "kino_refunds/ledger/purchase_lots.sql"
 INPUT = "kino_refunds/ledger/input.sql"
-QUEUES = "kino_refunds/events/queues.py"
+SCRIPTS = "kino_refunds/events/scripts"
+IS_DEAD = "if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then"
 INTAKE = "workers/intake.py"
 OVERDUE = "kino_refunds/reconciliation/overdue.py"
 GUARD = "kino_refunds/reconciliation/guard.py"
@@ -181,23 +182,31 @@ PLANTED = [
     ),
     Planted(
         "recover without the alive check",
-        Edit(QUEUES, "if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then", "if worker ~= me then"),
+        Edit(
+            f"{SCRIPTS}/recover.lua",
+            "if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then",
+            "if worker ~= me then",
+        ),
         ("slow_worker_keeps_its_batch",),
     ),
     Planted(
         "recover takes nothing",
-        Edit(QUEUES, "if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then", "if worker == me then"),
+        Edit(
+            f"{SCRIPTS}/recover.lua",
+            "if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then",
+            "if worker == me then",
+        ),
         ("killed_between_claim_and_commit",),
     ),
     Planted(
         "poison counted per batch",
-        Edit(QUEUES, "if is_alone(held) and redis.call('EXISTS'", "if redis.call('EXISTS'"),
+        Edit(f"{SCRIPTS}/recover.lua", "if is_alone(held) and redis.call('EXISTS'", "if redis.call('EXISTS'"),
         ("poisonous_message",),
     ),
     Planted(
         "drop without token",
         Edit(
-            QUEUES,
+            f"{SCRIPTS}/drop.lua",
             "if token ~= ARGV[2] then return 0 end\n\nredis.call('DEL', token_of(me))\n"
             "for _, queue in ipairs(queues) do\n  local message",
             "redis.call('DEL', token_of(me))\nfor _, queue in ipairs(queues) do\n  local message",
@@ -207,7 +216,7 @@ PLANTED = [
     Planted(
         "claim writes before its DEL",
         Edit(
-            QUEUES,
+            f"{SCRIPTS}/own.lua",
             "  redis.call('DEL', alive(me))\n  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
             "  redis.call('SET', alive(me), '1', 'PX', alive_ms)",
         ),
@@ -262,7 +271,7 @@ PLANTED = [
     ),
     Planted(
         "bindings not looked after",
-        Edit(QUEUES, "      if not found then\n", "      if not members then\n"),
+        Edit(f"{SCRIPTS}/bind.lua", "      if not found then\n", "      if not members then\n"),
         ("flushed_beside_a_simple_queue",),
     ),
     Planted(

@@ -1,0 +1,1 @@
+say_alive(ARGV[2])
