@@ -13,8 +13,9 @@ import sqlalchemy as sa
 
 from kino_refunds import ledger, schedule
 from kino_refunds.db.engine import create_engine
+from kino_refunds.desk import replays
 from kino_refunds.reconciliation import verified
-from kino_refunds.settlement import batch, dead_letters, replays, retries, settle
+from kino_refunds.settlement import batch, dead_letters, retries, settle
 from kino_refunds.settlement.deliveries import Delivery
 
 _INSTALL = """

@@ -17,8 +17,8 @@ from redis import Redis
 from kino_refunds.cli import main as cli
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
-from kino_refunds.demo.promises import violations
-from kino_refunds.embedded import Servers, servers
+from kino_refunds.dev.embedded import Servers, servers
+from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import PREFIX
 from tests.command_line import Result, Run
 from tests.scenario import Scene

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from redis import Redis
 
-from kino_refunds.embedded import LOOPBACK, EmbeddedValkey
+from kino_refunds.dev.embedded import LOOPBACK, EmbeddedValkey
 from tests.faults.proxy import Proxy
 from tests.scenario import until
 

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 from redis import Redis
 
-from kino_refunds.demo.promises import violations
 from kino_refunds.events.queues import SERVED
 from kino_refunds.events.schema import Event, queue_of, to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.reconciliation.integrity import violations
 from tests.scenario import NOW, Scene
 from workers.intake import Intake
 

@@ -22,10 +22,10 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import BadSettings
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues
-from kino_refunds.log import get_logger
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.settle import Terms
+from kino_refunds.telemetry.log import get_logger
 from workers.intake import Intake, one_line
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ import sqlalchemy as sa
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import DependencyAway, ForeignKey
 from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
-from kino_refunds.log import get_logger
+from kino_refunds.intake.gate import TRIPWIRE, Gate, pause_intake, read_gate, resume_intake
 from kino_refunds.settlement.batch import Part, keep_letters, settle_batch
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, DeadLetter, poison_letter, unread_letter
 from kino_refunds.settlement.deliveries import Delivery, read_message
-from kino_refunds.settlement.gate import TRIPWIRE, Gate, pause_intake, read_gate, resume_intake
 from kino_refunds.settlement.outcomes import Disposition, Outcome, disposition
+from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -14,8 +14,9 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import BadSettings, KinoError
 from kino_refunds.events.connection import redis_client
+from kino_refunds.intake.gate import read_gate
 from kino_refunds.ledger import expire_lots as expire
-from kino_refunds.log import get_logger
+from kino_refunds.outbox.relay import relay_refunds as relay
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.clocks import read_clocks
 from kino_refunds.reconciliation.overdue import rules_of
@@ -24,9 +25,8 @@ from kino_refunds.reconciliation.verified import sample_clock as sample
 from kino_refunds.schedule import claim_slot, entries, finish_slot
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
-from kino_refunds.settlement.gate import read_gate
-from kino_refunds.settlement.relay import relay_refunds as relay
 from kino_refunds.settlement.retries import sweep_retries as sweep
+from kino_refunds.telemetry.log import get_logger
 from workers.bootstep import terms_of
 from workers.intake import one_line
 

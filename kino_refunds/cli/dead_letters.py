@@ -23,13 +23,13 @@ from kino_refunds.cli.output import (
     print_table,
     shown,
 )
+from kino_refunds.desk.protection import ALL, Protection, discard_although_open, read_protection
+from kino_refunds.desk.replays import Replay, note_letter, replay_letter, require_letter
 from kino_refunds.errors import DeadLetterClosed, LetterProtects, MalformedMessage
 from kino_refunds.events.envelope import opened, split
 from kino_refunds.policy.document import published_policy
-from kino_refunds.reconciliation.protection import ALL, Protection, discard_although_open, read_protection
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
-from kino_refunds.settlement.replays import Replay, note_letter, replay_letter, require_letter
 from kino_refunds.settlement.settle import Terms
 
 RAW_SHOWN_MAX = 4_000

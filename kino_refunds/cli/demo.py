@@ -27,7 +27,7 @@ from kino_refunds.demo.figures import Snapshot, Told
 from kino_refunds.demo.run import Demo
 from kino_refunds.demo.stage import Stage
 from kino_refunds.demo.traffic import Traffic
-from kino_refunds.embedded import servers
+from kino_refunds.dev.embedded import servers
 from kino_refunds.errors import DependencyAway
 
 KEPT_IN = Path(".kino-demo")

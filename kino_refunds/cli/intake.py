@@ -12,8 +12,8 @@ from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection
 from kino_refunds.cli.output import console, print_facts, print_json, print_table
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
+from kino_refunds.intake.gate import pause_intake, read_gate, resume_intake
 from kino_refunds.settings import load_settings
-from kino_refunds.settlement.gate import pause_intake, read_gate, resume_intake
 
 # Three heartbeats: one may be late behind a slow batch.
 _WORKERS = sa.text("""

@@ -20,8 +20,8 @@ from kino_refunds.cli.output import errors, shown
 from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import DependencyAway
+from kino_refunds.intake.gate import TRIPWIRE, read_gate
 from kino_refunds.settings import PRODUCT_DATABASE_URL, Settings, load_settings
-from kino_refunds.settlement.gate import TRIPWIRE, read_gate
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

@@ -21,7 +21,7 @@ from kino_refunds.cli.options import (
     written,
 )
 from kino_refunds.cli.output import console, print_json
-from kino_refunds.settlement.relay import Rewound, rewind_relay
+from kino_refunds.outbox.relay import Rewound, rewind_relay
 
 
 def register(app: typer.Typer) -> None:

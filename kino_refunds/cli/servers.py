@@ -22,9 +22,9 @@ from kino_refunds.cli.output import console, errors, print_json, shown
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.db.migrate import is_known_revision
 from kino_refunds.db.migrate import migrate as migrate_database
-from kino_refunds.embedded import servers
+from kino_refunds.dev.embedded import servers
+from kino_refunds.dev.processes import Restarted, passed_on, settings_for, start_beat, start_worker
 from kino_refunds.errors import BadSettings, DependencyAway
-from kino_refunds.processes import Restarted, passed_on, settings_for, start_beat, start_worker
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
 

@@ -34,7 +34,7 @@ import psycopg
 import psycopg.rows
 import redis
 
-INTEGRITY = (Path(__file__).parents[1] / "db" / "integrity.sql").read_text(encoding="utf-8")
+INTEGRITY = (Path(__file__).parents[1] / "reconciliation" / "integrity.sql").read_text(encoding="utf-8")
 """One statement that names everything in a ledger that cannot be, whatever was asked of it."""
 FACTS = ("charge", "charge_line", "settlement", "transfer", "inbox_event")
 """What is only ever inserted."""
@@ -518,12 +518,6 @@ def read_books(record: Row) -> Books:
             _waiting(record["redis_url"]),
             integrity,
         )
-
-
-def violations(connection: psycopg.Connection[Any] | Any) -> list[str]:
-    """Name everything in the ledger that cannot be; `connection` is psycopg's or SQLAlchemy's."""
-    driver: psycopg.Connection[Any] = getattr(connection, "connection", connection)
-    return [violation for _, violation in driver.cursor().execute(INTEGRITY.encode()).fetchall()]
 
 
 def _rows(connection: psycopg.Connection[Any], query: str) -> list[Row]:

@@ -17,14 +17,14 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
-from kino_refunds.embedded import Servers, servers
+from kino_refunds.dev.embedded import Servers, servers
+from kino_refunds.dev.processes import CeleryProcess, settings_for, start_worker
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import queue_of, to_json
 from kino_refunds.ledger import ChargeRequest, grant_lots, open_charges
 from kino_refunds.policy.document import published_policy
-from kino_refunds.processes import CeleryProcess, settings_for, start_worker
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings

@@ -13,18 +13,18 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
+from kino_refunds.dev.processes import CeleryProcess, settings_for, start_beat, start_worker
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.envelope import parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths, in_flight
-from kino_refunds.processes import CeleryProcess, settings_for, start_beat, start_worker
 from kino_refunds.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kino_refunds.embedded import Servers
+    from kino_refunds.dev.embedded import Servers
 
 CATCHES_MAX = 400
 LOOK_EVERY_S = 0.1

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from kino_refunds.intake.gate import Gate, read_gate
 from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verified, read_verified
 from kino_refunds.schedule import Run, entries, read_schedule
-from kino_refunds.settlement.gate import Gate, read_gate
 
 if TYPE_CHECKING:
     from kino_refunds.settings import Settings

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 
 from kino_refunds.doctor.findings import Finding, Level, judge
 from kino_refunds.doctor.on_settings import JOB_SOURCE
+from kino_refunds.intake.gate import Gate, read_gate
 from kino_refunds.schedule import Run, entries, read_schedule
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.gate import Gate, read_gate
 
 
 def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:

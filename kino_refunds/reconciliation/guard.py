@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import contents, describe, parse
 from kino_refunds.events.queues import waiting
-from kino_refunds.log import get_logger
-from kino_refunds.settlement.gate import read_gate
+from kino_refunds.intake.gate import read_gate
+from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -25,7 +25,6 @@ from kino_refunds.errors import (
     SourceUnreachable,
 )
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
-from kino_refunds.log import get_logger
 from kino_refunds.reconciliation.clocks import read_clocks
 from kino_refunds.reconciliation.guard import OverdueCharge, note_waiting, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
@@ -34,6 +33,7 @@ from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import Break, raise_breaks
 from kino_refunds.settlement.deliveries import RECONCILER, delivery_of
 from kino_refunds.settlement.outcomes import Outcome
+from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

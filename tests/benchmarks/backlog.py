@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
-from kino_refunds.embedded import DATABASE, Servers
+from kino_refunds.dev.embedded import DATABASE, Servers
 from kino_refunds.events.schema import ErrorOrigin, Event, JobCompleted, JobFailed, JobTimedOut
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 

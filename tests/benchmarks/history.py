@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from kino_refunds.embedded import DATABASE, Servers
+from kino_refunds.dev.embedded import DATABASE, Servers
 from kino_refunds.policy.document import published_policy
 from tests.benchmarks.backlog import ACCOUNTS, CREDITS_A_JOB
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import redis
 import sqlalchemy as sa
 
-from kino_refunds.embedded import Servers
+from kino_refunds.dev.embedded import Servers
 from kino_refunds.events.schema import Event, queue_of, to_json
 from tests.benchmarks.backlog import engine_of, refund
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import psycopg
 
-from kino_refunds.embedded import DATABASE, LOOPBACK, Servers
+from kino_refunds.dev.embedded import DATABASE, LOOPBACK, Servers
 from kino_refunds.events.schema import Event, fingerprint
 from kino_refunds.policy.document import published_policy
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import redis
 
+from kino_refunds.dev.processes import die_with_parent, environment_of
 from kino_refunds.events.schema import Event
-from kino_refunds.processes import die_with_parent, environment_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

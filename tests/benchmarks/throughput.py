@@ -35,17 +35,17 @@ from typing import Any
 import redis
 import sqlalchemy as sa
 
-from kino_refunds.demo.promises import violations
 from kino_refunds.demo.replay import scratch
-from kino_refunds.embedded import DATABASE, Servers
+from kino_refunds.dev.embedded import DATABASE, Servers
+from kino_refunds.dev.processes import CeleryProcess, settings_for, start_worker
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Event, queue_of, to_json
-from kino_refunds.processes import CeleryProcess, settings_for, start_worker
+from kino_refunds.intake.gate import pause_intake, resume_intake
+from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch
 from kino_refunds.settlement.deliveries import Delivery
-from kino_refunds.settlement.gate import pause_intake, resume_intake
 from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.settlement.retries import sweep_retries
 from tests.benchmarks import postgres_alone

@@ -27,13 +27,13 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
-from kino_refunds.embedded import Servers, servers
+from kino_refunds.dev.embedded import Servers, servers
+from kino_refunds.dev.processes import CeleryProcess, settings_for, start_beat, start_worker
 from kino_refunds.errors import ServerFailed
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, depths
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.policy.document import published_policy
-from kino_refunds.processes import CeleryProcess, settings_for, start_beat, start_worker
 from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules, sweep_overdue
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import outcomes_of, settle_batch

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
+from kino_refunds.intake.gate import pause_intake, resume_intake
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.sources import Answer, JobState
-from kino_refunds.settlement.gate import pause_intake, resume_intake
 from tests.faults.harness import World, require, scenario
 from tests.faults.oracle import CAPTURED, FAILED, KINDS, TIMED_OUT, Message
 from tests.malformed import MALFORMED, envelope

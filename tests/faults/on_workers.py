@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from kino_refunds.settlement.replays import replay_letter
+from kino_refunds.desk.replays import replay_letter
 from tests.faults.harness import Edit, World, copy_project, require, scenario
 from tests.faults.oracle import OPEN, TIMED_OUT
 from tests.faults.proxy import Proxy

@@ -14,12 +14,12 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.db.engine import create_engine
-from kino_refunds.demo.promises import violations
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings

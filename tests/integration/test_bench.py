@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.demo.promises import violations
 from kino_refunds.demo.replay import scratch
-from kino_refunds.embedded import Servers
+from kino_refunds.dev.embedded import Servers
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.schema import Event
+from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import retries
 from kino_refunds.settlement.deliveries import delivery_of

@@ -17,13 +17,13 @@ from redis import Redis
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
-from kino_refunds.embedded import DATABASE, EmbeddedPostgres
+from kino_refunds.dev.embedded import DATABASE, EmbeddedPostgres
+from kino_refunds.dev.processes import die_with_parent, environment_of
+from kino_refunds.dev.server_guard import Orders
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, balance, grant_lots, open_charges
-from kino_refunds.processes import die_with_parent, environment_of
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.reconciliation.verified import read_verified, sample_clock
-from kino_refunds.server_guard import Orders
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import delivery_of
 from tests.clock import clock_at, run_ahead

@@ -27,7 +27,7 @@ from kino_refunds.demo import promises
 from kino_refunds.demo.figures import Snapshot, Told
 from kino_refunds.demo.run import Demo, judge
 from kino_refunds.demo.stage import Stage
-from kino_refunds.embedded import Servers, servers
+from kino_refunds.dev.embedded import Servers, servers
 from kino_refunds.errors import ServerFailed
 from kino_refunds.events.envelope import MalformedReason
 

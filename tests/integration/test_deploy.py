@@ -34,18 +34,18 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ResponseErr
 from kino_refunds.cli.main import app
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
+from kino_refunds.dev.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
+from kino_refunds.dev.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
+from kino_refunds.dev.server_guard import Orders
 from kino_refunds.doctor.on_redis import refused_commands
-from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Bound, Queues, depths, waiting
 from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
-from kino_refunds.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
 from kino_refunds.reconciliation import guard, overdue
 from kino_refunds.reconciliation.adapters import read_answers, source_of
 from kino_refunds.reconciliation.sources import Answer, JobState
-from kino_refunds.server_guard import Orders
 from kino_refunds.settings import PREFIX, Settings
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, POISON_CRASH
 from kino_refunds.settlement.outcomes import BREAKS, Disposition, Outcome, disposition

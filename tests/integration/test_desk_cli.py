@@ -22,14 +22,14 @@ import structlog
 from redis import Redis
 
 from kino_refunds.cli.main import _run, main
+from kino_refunds.desk import replays
+from kino_refunds.desk.protection import discard_although_open, read_protection
 from kino_refunds.errors import LetterProtects
 from kino_refunds.events.envelope import message_key
 from kino_refunds.events.schema import Queue, to_json
 from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
-from kino_refunds.reconciliation.protection import discard_although_open, read_protection
 from kino_refunds.schedule import Entry
 from kino_refunds.settings import load_settings
-from kino_refunds.settlement import replays
 from kino_refunds.settlement.dead_letters import DeadLetter, poison_letter, storable
 from tests.clock import claim_slot, record_dead_letters
 from tests.conftest import Database

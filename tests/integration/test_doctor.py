@@ -19,16 +19,16 @@ import time_machine
 from redis import Redis
 
 from kino_refunds.db.migrate import head_revision
+from kino_refunds.dev.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
+from kino_refunds.dev.server_guard import Orders
 from kino_refunds.doctor import findings, on_postgres, on_redis
-from kino_refunds.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.errors import LedgerInconsistent
 from kino_refunds.events import connection as redis_connections
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
+from kino_refunds.intake.gate import TRIPWIRE, pause_intake
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE
-from kino_refunds.server_guard import Orders
-from kino_refunds.settlement.gate import TRIPWIRE, pause_intake
 from tests.clock import clock_at
 from tests.command_line import Run
 from tests.conftest import Database

@@ -16,10 +16,10 @@ import psycopg
 import pytest
 from redis import Redis
 
-from kino_refunds import embedded as module
-from kino_refunds.embedded import EmbeddedPostgres, EmbeddedValkey, Servers, servers
+from kino_refunds.dev import embedded as module
+from kino_refunds.dev.embedded import EmbeddedPostgres, EmbeddedValkey, Servers, servers
+from kino_refunds.dev.server_guard import IN_USE, remove_scratch
 from kino_refunds.errors import ServerFailed
-from kino_refunds.server_guard import IN_USE, remove_scratch
 from tests.scenario import until
 
 LOOPBACK_IN_PROC = "0100007F"
@@ -29,7 +29,7 @@ LISTENING_IN_PROC = "0A"
 OWNER = """
 import json, os, sys, time
 from pathlib import Path
-from kino_refunds.embedded import servers
+from kino_refunds.dev.embedded import servers
 with servers(Path(sys.argv[1]) if sys.argv[1] else None) as running:
     child = 0
     if sys.argv[2] == "fork":

@@ -13,9 +13,9 @@ from redis import Redis
 
 from kino_refunds.events.queues import SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
+from kino_refunds.intake.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
-from kino_refunds.settlement.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
 from kino_refunds.settlement.settle import Decision, settle
 from tests.malformed import bare
 from tests.pipeline import drain, numbered, open_jobs, push, refunded

@@ -21,7 +21,7 @@ from structlog.testing import CapturingLogger
 
 from kino_refunds.db.engine import SessionLimits
 from kino_refunds.db.migrate import migrate
-from kino_refunds.embedded import DATABASE, Servers, servers
+from kino_refunds.dev.embedded import DATABASE, Servers, servers
 from kino_refunds.errors import ForeignKey
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher

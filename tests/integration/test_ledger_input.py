@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kino_refunds.demo.promises import violations
 from kino_refunds.ledger.callers import ITEMS_MAX, RAISED
 from kino_refunds.ledger.values import CREDITS_MAX, require_id, require_instant
+from kino_refunds.reconciliation.integrity import violations
 from tests.conftest import Database
 
 Connection = psycopg.Connection[Any]

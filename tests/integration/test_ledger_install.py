@@ -11,7 +11,7 @@ from kino_refunds.db import migrate as migrations
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.functions import FILES, FOLDER, WRITTEN_BY_FUNCTIONS, digest_of_functions
 from kino_refunds.db.migrate import functions_of_head, migrate
-from kino_refunds.demo.promises import violations
+from kino_refunds.reconciliation.integrity import violations
 from tests.command_line import Run
 from tests.conftest import Database
 from tests.scenario import Scene, make_event

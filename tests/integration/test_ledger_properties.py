@@ -21,7 +21,6 @@ from hypothesis.stateful import (
 )
 
 from kino_refunds.db.engine import SessionLimits, create_engine
-from kino_refunds.demo.promises import violations
 from kino_refunds.errors import InsufficientCredits
 from kino_refunds.ledger import (
     Balance,
@@ -43,6 +42,7 @@ from kino_refunds.ledger import (
     unvoid_purchase,
     void_purchase,
 )
+from kino_refunds.reconciliation.integrity import violations
 from tests.clock import clock_at
 from tests.conftest import Database
 from tests.ledger_acts import balance_at, settlement

@@ -14,7 +14,6 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
-from kino_refunds.demo.promises import violations
 from kino_refunds.errors import AccountNotActive, ChargeConflict, GrantConflict, InsufficientCredits
 from kino_refunds.ledger import (
     AccountStatus,
@@ -28,6 +27,7 @@ from kino_refunds.ledger import (
     open_charges,
     set_account_status,
 )
+from kino_refunds.reconciliation.integrity import violations
 from tests.clock import clock_at, expire_lots
 from tests.conftest import Database
 from tests.ledger_acts import (

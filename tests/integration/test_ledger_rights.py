@@ -14,7 +14,7 @@ import pytest
 from psycopg import sql
 
 from kino_refunds.db.migrate import migrate
-from kino_refunds.demo.promises import violations
+from kino_refunds.reconciliation.integrity import violations
 from tests.conftest import Database
 
 Connection = psycopg.Connection[Any]

@@ -15,9 +15,9 @@ from alembic import command
 from kino_refunds.db import migrate as migrations
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import _config, migrate
-from kino_refunds.demo.promises import violations
-from kino_refunds.embedded import Servers
+from kino_refunds.dev.embedded import Servers
 from kino_refunds.ledger import ChargeRequest, open_charges
+from kino_refunds.reconciliation.integrity import violations
 from tests.command_line import Run
 from tests.conftest import Database
 from tests.scenario import NOW, Scene, make_event, until

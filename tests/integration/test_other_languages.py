@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds import ledger
-from kino_refunds.embedded import _package
+from kino_refunds.dev.embedded import _package
 from kino_refunds.ledger import AccountStatus, Balance, Charge
 from kino_refunds.ledger.callers import RAISED
 from tests.conftest import Database

@@ -16,7 +16,6 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
-from kino_refunds.demo.promises import violations
 from kino_refunds.errors import BadSettings, SourceUnreachable
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, waiting
@@ -24,6 +23,7 @@ from kino_refunds.events.schema import ID_LENGTH_MAX, ErrorOrigin, Queue, Safety
 from kino_refunds.ledger import Charge, ChargeRequest, open_charges
 from kino_refunds.reconciliation import guard
 from kino_refunds.reconciliation.guard import OverdueCharge
+from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.reconciliation.overdue import (
     OverdueReport,
     OverdueRules,

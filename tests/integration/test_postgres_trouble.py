@@ -13,8 +13,8 @@ import structlog
 from psycopg import sql
 
 from kino_refunds.db.engine import create_engine
-from kino_refunds.embedded import LOOPBACK
-from kino_refunds.processes import environment_of
+from kino_refunds.dev.embedded import LOOPBACK
+from kino_refunds.dev.processes import environment_of
 from tests.command_line import Result, Run
 from tests.conftest import Database
 from tests.scenario import Scene

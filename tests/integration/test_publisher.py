@@ -13,7 +13,7 @@ import pytest
 from kombu import Connection, Producer
 from redis import Redis
 
-from kino_refunds.embedded import EmbeddedValkey
+from kino_refunds.dev.embedded import EmbeddedValkey
 from kino_refunds.errors import BadSettings, DependencyAway, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher

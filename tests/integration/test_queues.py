@@ -28,7 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from redis.retry import Retry
 
-from kino_refunds.embedded import EmbeddedValkey
+from kino_refunds.dev.embedded import EmbeddedValkey
 from kino_refunds.errors import ForeignKey
 from kino_refunds.events.queues import (
     POISON_CRASHES,

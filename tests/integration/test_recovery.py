@@ -16,9 +16,9 @@ from structlog.testing import CapturingLogger
 from kino_refunds.errors import DependencyAway, ForeignKey
 from kino_refunds.events.queues import POISON_CRASHES, SERVED, Queues, Recovered, depths
 from kino_refunds.events.schema import Event, to_json
+from kino_refunds.intake.gate import pause_intake
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
-from kino_refunds.settlement.gate import pause_intake
 from kino_refunds.settlement.settle import Decision
 from tests.conftest import Database
 from tests.malformed import envelope

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from kino_refunds.embedded import LOOPBACK
+from kino_refunds.dev.embedded import LOOPBACK
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
 from tests.command_line import Result, Run

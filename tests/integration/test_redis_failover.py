@@ -13,13 +13,13 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
+from kino_refunds.dev.processes import CeleryProcess, start_beat, start_worker
 from kino_refunds.errors import DependencyAway
 from kino_refunds.events.connection import NotPrimary, kombu_connection, redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Bound, Queues, Recovered, depths, waiting
-from kino_refunds.processes import CeleryProcess, start_beat, start_worker
+from kino_refunds.outbox.relay import relay_refunds
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.relay import relay_refunds
 from tests.conftest import Database
 from tests.failover import Pair, pair
 from tests.pipeline import EMPTY, REFUNDED, ledger, open_jobs, push

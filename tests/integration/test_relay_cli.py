@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.errors import RelayNotReady
+from kino_refunds.outbox.relay import Rewound, relay_refunds, rewind_relay
 from kino_refunds.settings import PREFIX
-from kino_refunds.settlement.relay import Rewound, relay_refunds, rewind_relay
 from tests.command_line import Run
 from tests.conftest import Database
 from tests.scenario import NOW, PATIENT, Scene, make_event, until
@@ -215,7 +215,7 @@ def test_a_rewind_waits_for_a_round_and_takes_back_what_it_told(database: Databa
 
 def test_a_round_that_does_not_end_is_said(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a round that hangs at Redis the rewind gives up, says so, and has moved nothing."""
-    monkeypatch.setattr("kino_refunds.settlement.relay.CURSOR_WAIT_MS", 1)
+    monkeypatch.setattr("kino_refunds.outbox.relay.CURSOR_WAIT_MS", 1)
     relay_refunds(scene.worker, redis, QUEUE)
     before = cursor(scene)
 

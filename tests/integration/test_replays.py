@@ -13,14 +13,15 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.demo.promises import violations
+from kino_refunds.desk import replays
+from kino_refunds.desk.replays import Replay
 from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, Event, Queue, stored_ids, to_json
 from kino_refunds.ledger import Balance
-from kino_refunds.settlement import batch, replays
+from kino_refunds.reconciliation.integrity import violations
+from kino_refunds.settlement import batch
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter, poison_letter
 from kino_refunds.settlement.deliveries import RECONCILER, delivery_of, read_delivery, read_message
-from kino_refunds.settlement.replays import Replay
 from kino_refunds.settlement.settle import settle as settle_events
 from tests.clock import (
     discard_letter,

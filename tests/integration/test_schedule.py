@@ -14,9 +14,9 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from kino_refunds.ledger import settle_charges
+from kino_refunds.outbox.relay import relay_refunds
 from kino_refunds.schedule import KEPT_FOR, Entry, Run, entries, finish_slot
 from kino_refunds.settings import Settings, load_settings
-from kino_refunds.settlement.relay import relay_refunds
 from tests.clock import claim_slot, read_schedule
 from tests.ledger_acts import settlement
 from tests.scenario import EVENT_AT, Scene, make_event

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kino_refunds.demo.promises import violations
 from kino_refunds.ledger import Balance
+from kino_refunds.reconciliation.integrity import violations
 from tests.scenario import EVENT_AT, KINDS, NOT_COVERED, NOW, REFUNDABLE, Scene, make_event
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ from redis import Redis
 
 from kino_refunds.cli import status
 from kino_refunds.cli.output import console
-from kino_refunds.embedded import LOOPBACK
+from kino_refunds.dev.embedded import LOOPBACK
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
+from kino_refunds.intake.gate import pause_intake
 from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.settings import PREFIX
 from kino_refunds.settlement.dead_letters import malformed_letter
-from kino_refunds.settlement.gate import pause_intake
 from tests.clock import record_dead_letters
 from tests.command_line import Result, Run
 from tests.conftest import Database

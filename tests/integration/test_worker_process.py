@@ -21,14 +21,14 @@ from kombu import Connection
 from redis import Redis
 
 from kino_refunds.db.migrate import migrate
-from kino_refunds.embedded import DATABASE, Servers, servers
+from kino_refunds.dev.embedded import DATABASE, Servers, servers
+from kino_refunds.dev.processes import CeleryProcess, environment_of, start_beat, start_worker
 from kino_refunds.errors import DependencyAway
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Queues, Recovered, depths, waiting
 from kino_refunds.events.schema import Event, queue_of, to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
-from kino_refunds.processes import CeleryProcess, environment_of, start_beat, start_worker
 from tests.conftest import Database
 from tests.faults.proxy import Proxy
 from tests.pipeline import CAPTURED, EMPTY, REFUNDED, ledger, numbered, open_jobs, push

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from kino_refunds.embedded import Servers
+    from kino_refunds.dev.embedded import Servers
 
 PR_SET_PDEATHSIG = 1
 STOP_DEADLINE_S = 30.0

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from kino_refunds.desk.replays import discard_letter, require_letter
 from kino_refunds.errors import LetterProtects
 from kino_refunds.reconciliation.guard import NAMELESS_COUNTS_FOR
-from kino_refunds.settlement.replays import discard_letter, require_letter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -30,9 +30,9 @@ from typing import Self
 
 import psycopg
 
-from kino_refunds import server_guard
+from kino_refunds.dev import server_guard
+from kino_refunds.dev.server_guard import Orders, Step
 from kino_refunds.errors import ServerFailed
-from kino_refunds.server_guard import Orders, Step
 
 LOOPBACK = "127.0.0.1"
 DATABASE = "kino"
