@@ -50,9 +50,10 @@ dev: venv ## Postgres, Valkey, worker and beat until Ctrl-C; the data is kept
 	@$(BIN)/kino-refunds dev $(DEV_ARGS)
 
 .PHONY: lint
-lint: venv ## Style, format and types
+lint: venv ## Style, format, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy kino_refunds workers tests
 
 # Two processes with servers of their own each; a file's tests stay together, so that its order is kept.
@@ -77,5 +78,5 @@ lock: ## Newest versions that fit into the lock files (needs uv)
 
 .PHONY: clean
 clean: ## Remove what was made here, but not the data that `make dev` keeps
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,16 +35,21 @@ def _config() -> Config:
     return config
 
 
+def migrations() -> ScriptDirectory:
+    """Return the migrations that this build ships."""
+    return ScriptDirectory.from_config(_config())
+
+
 def head_revision() -> str:
     """Name the newest revision that this build knows."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    head = migrations().get_current_head()
     assert head is not None, "the package ships at least one migration"
     return head
 
 
 def functions_of_head() -> str:
     """Return the digest of the ledger's functions that belong to this build's newest revision."""
-    script = ScriptDirectory.from_config(_config()).get_revision(head_revision())
+    script = migrations().get_revision(head_revision())
     assert script is not None, "the package ships its newest migration"
     digest: str = script.module.LEDGER_FUNCTIONS
     return digest
@@ -52,7 +57,7 @@ def functions_of_head() -> str:
 
 def is_known_revision(revision: str) -> bool:
     """Tell whether this build has that migration; what a newer build has made, it has not."""
-    return any(script.revision == revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
+    return any(script.revision == revision for script in migrations().walk_revisions())
 
 
 def current_revision(connection: sa.Connection) -> str | None:
