@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from kino_refunds.db.clock import read_clock
+from kino_refunds.intake.heartbeat import read_workforce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,16 +152,12 @@ _RUNS = sa.text("""
         FROM kino.schedule_slot s WHERE s.name = r.name AND s.slot_at <= :now AND s.claimed_at <= :now
     ) seen
 """)
-_WORKERS_SINCE = sa.text("""
-    SELECT min(started_at) FROM kino.intake_worker
-    WHERE stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds'
-""")
 
 
 def read_schedule(connection: sa.Connection, scheduled: Sequence[Entry]) -> list[Run]:
     """Say of each entry when it ran last, when it will next, and whether it runs as it should."""
     now = read_clock(connection)
-    workers_since = connection.execute(_WORKERS_SINCE).scalar_one_or_none()
+    workers_since = read_workforce(connection).since
     wanted = {
         "names": [entry.name for entry in scheduled],
         "sinces": [entry.slot(now - LOOK_BACK) for entry in scheduled],

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
-import socket
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import sqlalchemy as sa
 from celery import bootsteps
 
-from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import BadSettings
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues
+from kino_refunds.intake.heartbeat import HEARTBEAT_EVERY_S, Heartbeat
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import Settings, load_settings
 from kino_refunds.settlement.settle import Terms
@@ -39,10 +34,6 @@ REFRESHES_IN_TTL = 4
 """An idle or paused worker says so often within its alive TTL that it lives: batches, which do too, do not come."""
 RECOVER_EVERY_S = 1.0
 """P9 gives a dead worker's batch 5 s beyond its alive key, and it then goes one message at a time."""
-HEARTBEAT_EVERY_S = 10.0
-FORGET_WORKERS_AFTER = "7 days"
-CLOCK_SKEW_MAX = timedelta(seconds=5)
-"""As in the doctor: NTP keeps hosts within milliseconds."""
 BAD_SETTINGS = 2
 """The exit code, as `kino-refunds` has it."""
 STOP_WITHIN_S = 10.0
@@ -91,7 +82,7 @@ class IntakeStep(bootsteps.StartStopStep):
         engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
         queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
         intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
-        heartbeat = Heartbeat(engine, intake, worker_id, settings.build)
+        heartbeat = Heartbeat(engine, worker_id, settings.build, intake.counts)
         chores = Chores(
             {
                 "bind": (BIND_EVERY_S, Binding(queues)),
@@ -175,50 +166,3 @@ def _recover(queues: Queues) -> None:
         log.error("keys of a dead worker hold something foreign", keys=recovered.skipped)
     if recovered.workers:
         log.warning("recovered what dead workers had in flight", workers=recovered.workers, messages=recovered.messages)
-
-
-class Heartbeat:
-    """This worker's row in `intake_worker`: for on-call only, nothing is decided by it."""
-
-    def __init__(self, engine: sa.Engine, intake: Intake, worker_id: str, build: str) -> None:
-        self._engine = engine
-        self._intake = intake
-        self._told_of_skew = False
-        self._row = {"worker_id": worker_id, "host": socket.gethostname(), "pid": os.getpid(), "build": build}
-
-    def beat(self) -> None:
-        """Say that we live, and what we did so far."""
-        self._write(
-            "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, counts)"
-            " VALUES (:worker_id, :host, :pid, :build, kino.clock(), kino.clock(),"
-            "         CAST(:counts AS jsonb))"
-            " ON CONFLICT (worker_id) DO UPDATE SET seen_at = kino.clock(), counts = excluded.counts"
-        )
-        self._write(f"DELETE FROM kino.intake_worker WHERE seen_at < kino.clock() - interval '{FORGET_WORKERS_AFTER}'")  # noqa: S608 - a constant
-
-        self._compare_clocks()
-
-    def _compare_clocks(self) -> None:
-        """Warn once when this host's clock leaves Postgres', and say once when it is back."""
-        with self._engine.connect() as connection:
-            skew = datetime.now(UTC) - read_clock(connection)  # compared, and nothing is decided by it
-        off = abs(skew) > CLOCK_SKEW_MAX
-        if off and not self._told_of_skew:
-            log.warning(
-                "this host's clock differs from Postgres': set both by NTP; sweeps here withhold what cannot be undone",
-                ahead_s=round(skew.total_seconds(), 1),
-            )
-        elif self._told_of_skew and not off:
-            log.info("this host's clock agrees with Postgres' again")
-        self._told_of_skew = off
-
-    def stop(self) -> None:
-        """Say that we end."""
-        self._write(
-            "UPDATE kino.intake_worker SET stopped_at = kino.clock(), seen_at = kino.clock(),"
-            " counts = CAST(:counts AS jsonb) WHERE worker_id = :worker_id"
-        )
-
-    def _write(self, statement: str) -> None:
-        with self._engine.begin() as connection:
-            connection.execute(sa.text(statement), {**self._row, "counts": json.dumps(self._intake.counts)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated
 
-import sqlalchemy as sa
 import typer
 
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, said
@@ -13,17 +12,8 @@ from kino_refunds.cli.output import console, print_facts, print_json, print_tabl
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.intake.gate import pause_intake, read_gate, resume_intake
+from kino_refunds.intake.heartbeat import read_workers
 from kino_refunds.settings import load_settings
-
-# Three heartbeats: one may be late behind a slow batch.
-_WORKERS = sa.text("""
-    SELECT CAST(worker_id AS text) AS worker_id, host, pid, build, started_at, seen_at,
-           (stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds') AS alive,
-           CAST(coalesce(counts ->> 'messages', '0') AS bigint) AS messages
-    FROM kino.intake_worker
-    WHERE seen_at > kino.clock() - interval '1 day'
-    ORDER BY alive DESC, seen_at DESC LIMIT 20
-""")
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +38,7 @@ def status(as_json: AsJson = False) -> int:
     # Redis outside the transaction: one that hangs would have Postgres end the session, and be blamed for it.
     with ledger_connection() as connection:
         gate = read_gate(connection)
-        workers = [dict(row) for row in connection.execute(_WORKERS).mappings()]
+        workers = [asdict(worker) for worker in read_workers(connection)]
     with redis_client(settings.require_redis_url()) as client:
         waiting = depths(client)
     alive = sum(worker["alive"] for worker in workers)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.intake.gate import Gate, read_gate
+from kino_refunds.intake.heartbeat import read_workforce
 from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verified, read_verified
 from kino_refunds.schedule import Run, entries, read_schedule
 
@@ -110,8 +111,7 @@ class Standing:
             yield Trouble(text, "kino-refunds doctor")
 
 
-# Everything here is counted over what is open, so that a large ledger answers as fast. Three heartbeats for a worker:
-# one may be late behind a slow batch.
+# Everything here is counted over what is open, so that a large ledger answers as fast.
 _COUNTS = sa.text("""
     WITH overdue AS (
         SELECT o.charge_id, o.credits, o.deadline_at + make_interval(secs => :grace_s) AS due_at
@@ -119,8 +119,6 @@ _COUNTS = sa.text("""
         WHERE o.deadline_at < (SELECT kino.clock()) - make_interval(secs => :grace_s)
     )
     SELECT kino.clock() AS at,
-        (SELECT count(*) FROM kino.intake_worker
-         WHERE stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds') AS workers_alive,
         (SELECT count(*) FROM kino.pending_event) AS waiting_for_retry,
         (SELECT min(first_seen_at) FROM kino.pending_event) AS waiting_since,
         (SELECT count(*) FROM kino.break WHERE status = 'open') AS breaks_open,
@@ -152,7 +150,7 @@ def read_standing(connection: sa.Connection, settings: Settings) -> Standing:
     return Standing(
         at=counts.at,
         gate=read_gate(connection),
-        workers_alive=counts.workers_alive,
+        workers_alive=read_workforce(connection).alive,
         waiting_for_retry=counts.waiting_for_retry,
         waiting_since=counts.waiting_since,
         open=Charges(counts.charges, int(counts.credits), None),

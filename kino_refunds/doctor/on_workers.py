@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from kino_refunds.doctor.findings import Finding, Level, judge
 from kino_refunds.doctor.on_settings import JOB_SOURCE
 from kino_refunds.intake.gate import Gate, read_gate
+from kino_refunds.intake.heartbeat import Workforce, read_workforce
 from kino_refunds.schedule import Run, entries, read_schedule
 from kino_refunds.settings import Settings
 
@@ -18,7 +19,7 @@ from kino_refunds.settings import Settings
 def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
     """Look at what workers and beat have written about themselves."""
     yield _gate(read_gate(connection))
-    yield _alive(connection.execute(_WORKERS).one())
+    yield _alive(read_workforce(connection))
     for run in read_schedule(connection, entries(settings)):
         yield _beat(run)
     if settings.job_source is not None:
@@ -37,20 +38,7 @@ def _gate(gate: Gate) -> Finding:
     return Finding("intake", "fail", f"paused by {gate.actor} at {_shown(gate.changed_at)}: {gate.reason}", advice)
 
 
-# Three heartbeats: one may be late behind a slow batch.
-_WORKERS = sa.text("""
-    WITH worker AS (
-        SELECT build, seen_at,
-               stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds' AS alive
-        FROM kino.intake_worker
-    )
-    SELECT count(*) FILTER (WHERE alive) AS alive, max(seen_at) AS seen_at,
-           string_agg(DISTINCT build, ', ' ORDER BY build) FILTER (WHERE alive) AS builds
-    FROM worker
-""")
-
-
-def _alive(workers: Any) -> Finding:
+def _alive(workers: Workforce) -> Finding:
     last = f"the last was seen {_shown(workers.seen_at)}" if workers.seen_at else "none was ever seen"
     return judge(
         "workers",

@@ -17,6 +17,7 @@ from kino_refunds.errors import DependencyAway, ForeignKey
 from kino_refunds.events.queues import POISON_CRASHES, SERVED, Queues, Recovered, depths
 from kino_refunds.events.schema import Event, to_json
 from kino_refunds.intake.gate import pause_intake
+from kino_refunds.intake.heartbeat import Heartbeat
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.settle import Decision
@@ -26,7 +27,7 @@ from tests.pipeline import drain, open_jobs, refunded
 from tests.scenario import Scene, make_event, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
-from workers.bootstep import Chores, Heartbeat, IntakeStep, _recover, terms_of
+from workers.bootstep import Chores, IntakeStep, _recover, terms_of
 from workers.intake import Intake
 
 A, B = "worker-a", "worker-b"
@@ -461,7 +462,7 @@ def test_a_heartbeat_is_a_row_that_follows_its_worker(scene: Scene, redis: Redis
     push(redis, "job-1", "no charge")
     redis.lpush(FAILED, b"nonsense")
     intake = make_intake(scene, redis)
-    heartbeat = Heartbeat(scene.worker, intake, ID_A, "b1")
+    heartbeat = Heartbeat(scene.worker, ID_A, "b1", intake.counts)
     row = Row(ID_A, socket.gethostname(), os.getpid(), "b1", {}, stopped=False)
     counts = {"batches": 1, "messages": 3, "refunded": 1, "charge_not_found": 1, "not_parsed": 1, "apply_error": 0}
 
@@ -477,14 +478,14 @@ def test_a_heartbeat_is_a_row_that_follows_its_worker(scene: Scene, redis: Redis
     assert workers(scene) == [row._replace(counts=counts, stopped=True)]
 
 
-def test_workers_that_are_long_gone_are_forgotten(scene: Scene, redis: Redis) -> None:
+def test_workers_that_are_long_gone_are_forgotten(scene: Scene) -> None:
     """A row of last week tells nobody anything; one of yesterday may."""
     for worker_id, age in ((ID_A, "8 days"), (ID_B, "1 day")):
         scene.as_superuser(
             "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at)"
             f" VALUES ('{worker_id}', 'h', 1, 'b', now(), now() - interval '{age}')"
         )
-    heartbeat = Heartbeat(scene.worker, make_intake(scene, redis), ID_B.replace("b", "c"), "b1")
+    heartbeat = Heartbeat(scene.worker, ID_B.replace("b", "c"), "b1", {})
 
     heartbeat.beat()
 
