@@ -302,37 +302,37 @@ PLANTED = [
         Edit(
             CHARGES, "locked.priority, locked.expires_at NULLS LAST", "locked.priority, locked.expires_at NULLS FIRST"
         ),
-        tests=("tests/integration/test_charges.py::TestBurnOrder",),
+        tests=("tests/integration/ledger/test_charges.py::TestBurnOrder",),
     ),
     Planted(
         "the grace is ignored",
         Edit(ENDINGS, "AND (l.expires_at > s.now + s.grace\n", "AND (l.expires_at > s.now\n"),
-        tests=("tests/integration/test_charges.py::TestRefund",),
+        tests=("tests/integration/ledger/test_charges.py::TestRefund",),
     ),
     Planted(
         "a charge locks no lot",
         Edit(CHARGES, "            ORDER BY l.lot_id FOR NO KEY UPDATE\n", "            ORDER BY l.lot_id\n"),
-        tests=("tests/integration/test_ledger_races.py::TestSharedLots",),
+        tests=("tests/integration/ledger/test_ledger_races.py::TestSharedLots",),
     ),
     Planted(
         "a refund locks no lot",
         Edit(ENDINGS, "    ORDER BY l.lot_id FOR NO KEY UPDATE;\n", "    ORDER BY l.lot_id;\n"),
-        tests=("tests/integration/test_ledger_races.py::TestLotsThatChangeMeanwhile",),
+        tests=("tests/integration/ledger/test_ledger_races.py::TestLotsThatChangeMeanwhile",),
     ),
     Planted(
         "a charge looks at lots before it has them",
         Edit(CHARGES, "FROM locked WHERE locked.expires_at IS NULL OR locked.expires_at > kino.clock()", "FROM locked"),
-        tests=("tests/integration/test_ledger_races.py::TestLotsThatChangeMeanwhile",),
+        tests=("tests/integration/ledger/test_ledger_races.py::TestLotsThatChangeMeanwhile",),
     ),
     Planted(
         "a search_path without pg_temp",
         Edit(CHARGES, "SET search_path = pg_catalog, pg_temp", "SET search_path = pg_catalog"),
-        tests=("tests/integration/test_ledger_rights.py",),
+        tests=("tests/integration/db/test_ledger_rights.py",),
     ),
     Planted(
         "a table without its schema",
         Edit(CHARGES, "        INSERT INTO kino.charge_line (", "        INSERT INTO charge_line ("),
-        tests=("tests/integration/test_ledger_install.py::test_every_name_is_written_whole",),
+        tests=("tests/integration/db/test_ledger_install.py::test_every_name_is_written_whole",),
     ),
     Planted(
         "a product may settle",
@@ -341,12 +341,12 @@ PLANTED = [
             '"settle_charges": "kino_worker",',
             '"settle_charges": "kino_worker, kino_product",',
         ),
-        tests=("tests/integration/test_ledger_rights.py",),
+        tests=("tests/integration/db/test_ledger_rights.py",),
     ),
     Planted(
         "negative credits",
         Edit(INPUT, "BETWEEN p_least AND", "BETWEEN p_least - 2 AND"),
-        tests=("tests/integration/test_ledger_input.py",),
+        tests=("tests/integration/ledger/test_ledger_input.py",),
     ),
     Planted(
         "a line of successors without end",
@@ -355,12 +355,12 @@ PLANTED = [
             "OR p_reversal OR c.opened_at < last.at THEN 'onward'",
             "OR c.opened_at > '0001-01-01' THEN 'onward'",
         ),
-        tests=("tests/integration/test_lot_lives.py::TestSuccessors",),
+        tests=("tests/integration/ledger/test_lot_lives.py::TestSuccessors",),
     ),
     Planted(
         "one lot more a refund",
         Edit(ENDINGS, "s.now + interval '24 hours'))", "s.now + interval '24 years'))"),
-        tests=("tests/integration/test_lot_lives.py::TestSuccessors",),
+        tests=("tests/integration/ledger/test_lot_lives.py::TestSuccessors",),
     ),
     Planted(
         "a hold revives what had expired",
@@ -369,12 +369,12 @@ PLANTED = [
             "nobody had swept yet.\n    PERFORM kino.expire_due(v_lots);\n",
             "nobody had swept yet.\n",
         ),
-        tests=("tests/integration/test_lot_lives.py::TestCauses",),
+        tests=("tests/integration/ledger/test_lot_lives.py::TestCauses",),
     ),
     Planted(
         "a lot's history is not kept",
         Edit(LOTS, "old.expires_at IS DISTINCT FROM new.expires_at)", "false)"),
-        tests=("tests/integration/test_lot_lives.py::TestThePast",),
+        tests=("tests/integration/ledger/test_lot_lives.py::TestThePast",),
     ),
     Planted(
         "what waits is overtaken",
@@ -383,7 +383,7 @@ PLANTED = [
             "busy_jobs=put_off, alone=joined)",
             "busy_jobs=put_off)",
         ),
-        tests=("tests/integration/test_waiting_together.py",),
+        tests=("tests/integration/settlement/test_waiting_together.py",),
     ),
 ]
 

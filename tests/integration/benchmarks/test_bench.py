@@ -30,7 +30,7 @@ from workers.bootstep import terms_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHAPE = {
     "refunds_per_second": int,
     "ratio_to_batch_1": float,

@@ -52,7 +52,7 @@ from kino_refunds.settlement.outcomes import BREAKS, Disposition, Outcome, dispo
 from tests.conftest import Database
 from tests.scenario import until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 RUNBOOK = (DEPLOY / "RUNBOOK.md").read_text(encoding="utf-8")
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and "__pycache__" not in path.parts)

@@ -19,7 +19,7 @@ from kino_refunds.settings import PREFIX, Settings
 from tests.conftest import Database
 from tests.scenario import EVENT_AT, KINDS, make_event
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 
 
 def example(name: str) -> str:
