@@ -73,7 +73,7 @@ class SettledElsewhere(KinoError):
     """Another session decided one of these events between our read and our write; read again."""
 
 
-class ForeignKey(KinoError):
+class WrongKeyType(KinoError):
     """A Redis key of our own name holds a value that is not ours; nothing was moved."""
 
 

@@ -16,7 +16,9 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.desk import replays
 from kino_refunds.reconciliation import verified
 from kino_refunds.settlement import batch, dead_letters, retries, settle
+from kino_refunds.settlement.decide import Ruling
 from kino_refunds.settlement.deliveries import Delivery
+from kino_refunds.settlement.rules import Rules
 
 _INSTALL = """
 CREATE SCHEMA IF NOT EXISTS kino_test;
@@ -77,15 +79,15 @@ def sample_at(bind: sa.Engine | sa.Connection, at: datetime) -> None:
 
 
 def settle_at(
-    connection: sa.Connection, deliveries: Sequence[Delivery], rules: settle.Terms, now: datetime | None, **options: Any
-) -> list[settle.Decision]:
+    connection: sa.Connection, deliveries: Sequence[Delivery], rules: Rules, now: datetime | None, **options: Any
+) -> list[Ruling]:
     with clock_at(connection, now):
         return settle.settle(connection, deliveries, rules, **options)
 
 
 def settle_batch_at(
-    engine: sa.Engine, deliveries: Sequence[Delivery], rules: settle.Terms, now: datetime, **options: Any
-) -> list[settle.Decision]:
+    engine: sa.Engine, deliveries: Sequence[Delivery], rules: Rules, now: datetime, **options: Any
+) -> list[Ruling]:
     with clock_at(engine, now):
         return batch.settle_batch(engine, deliveries, rules, **options)
 
@@ -96,7 +98,7 @@ def lease_due(connection: sa.Connection, *, now: datetime, **options: Any) -> li
 
 
 def replay_letter(
-    engine: sa.Engine, dead_letter_id: int, rules: settle.Terms, now: datetime, **options: Any
+    engine: sa.Engine, dead_letter_id: int, rules: Rules, now: datetime, **options: Any
 ) -> replays.Replay:
     with clock_at(engine, now):
         return replays.replay_letter(engine, dead_letter_id, rules, **options)

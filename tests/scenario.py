@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -38,11 +38,10 @@ from kino_refunds.ledger import (
     set_account_status,
 )
 from kino_refunds.policy.document import Policy, published_policy
-from kino_refunds.settlement.batch import Part, outcomes_of, settle_batch
+from kino_refunds.settlement.decide import Busy, Ruling
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
-from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.settlement.retries import sweep_retries
-from kino_refunds.settlement.settle import Decision, Terms
+from kino_refunds.settlement.rules import Rules
 from tests.clock import clock_at, settle_at, settle_batch_at
 
 if TYPE_CHECKING:
@@ -103,17 +102,17 @@ def make_event(
     return built
 
 
-def make_terms(*, policy: Policy | None = None) -> Terms:
-    return Terms(policy=policy or published_policy(), build="test")
+def make_rules(*, policy: Policy | None = None) -> Rules:
+    return Rules(policy=policy or published_policy(), build="test")
 
 
 def deliveries_of(events: Iterable[Event | Delivery]) -> list[Delivery]:
     return [each if isinstance(each, Delivery) else delivery_of(each) for each in events]
 
 
-def words(decisions: Iterable[Decision]) -> list[str]:
+def words(rulings: Iterable[Ruling]) -> list[str]:
     """Just the outcomes, as they are written."""
-    return [decision.outcome.value for decision in decisions]
+    return [ruling.outcome.value for ruling in rulings]
 
 
 class Settled(NamedTuple):
@@ -243,32 +242,28 @@ class Scene:
         self,
         *events: Event | Delivery,
         now: datetime | None = NOW,
-        terms: Terms | None = None,
-        busy_jobs: Sequence[str] = (),
+        rules: Rules | None = None,
+        busy: Busy = Busy(),  # noqa: B008 - a value that cannot change
     ) -> list[str]:
         """Settle these events in one transaction, at `now` (None: as it is); returns their outcomes, in order."""
         with self.worker.connect() as connection:
-            return words(settle_at(connection, deliveries_of(events), terms or make_terms(), now, busy_jobs=busy_jobs))
+            return words(settle_at(connection, deliveries_of(events), rules or make_rules(), now, busy=busy))
 
     def settle_batch(
         self,
         *events: Event | Delivery,
         now: datetime = NOW,
-        terms: Terms | None = None,
-        watch: Callable[[Part], None] = lambda _: None,
+        rules: Rules | None = None,
     ) -> dict[str, str]:
         """Settle these events as intake does; returns outcomes by event id."""
-        decisions = settle_batch_at(self.worker, deliveries_of(events), terms or make_terms(), now, watch=watch)
-        return {decision.delivery.event.id: decision.outcome.value for decision in decisions}
+        rulings = settle_batch_at(self.worker, deliveries_of(events), rules or make_rules(), now)
+        return {ruling.delivery.event.id: ruling.outcome.value for ruling in rulings}
 
-    def sweep(self, *, now: datetime | None = NOW, terms: Terms | None = None, limit: int = 500) -> dict[str, int]:
+    def sweep(self, *, now: datetime | None = NOW, rules: Rules | None = None, limit: int = 500) -> dict[str, int]:
         """Try due events again as the worker's sweep does; returns how many came to each outcome."""
-
-        def settle_due(due: Sequence[Delivery]) -> list[Outcome]:
-            return outcomes_of(settle_batch(self.worker, due, terms or make_terms()))
-
         with clock_at(self.worker, now):
-            return sweep_retries(self.worker, settle_due, lease=LEASE, build="test", limit=limit).outcomes
+            swept = sweep_retries(self.worker, rules or make_rules(), lease=LEASE, limit=limit)
+        return dict(swept.outcomes)
 
     # Assert.
 

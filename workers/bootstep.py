@@ -17,9 +17,8 @@ from kino_refunds.errors import BadSettings
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues
 from kino_refunds.intake.heartbeat import HEARTBEAT_EVERY_S, Heartbeat
-from kino_refunds.policy.document import published_policy
-from kino_refunds.settings import Settings, load_settings
-from kino_refunds.settlement.settle import Terms
+from kino_refunds.settings import load_settings
+from kino_refunds.settlement.rules import rules_of
 from kino_refunds.telemetry.log import get_logger
 from workers.intake import Intake, one_line
 
@@ -50,11 +49,6 @@ def one_line_for_bad_settings() -> Iterator[None]:
         raise SystemExit(BAD_SETTINGS) from error
 
 
-def terms_of(settings: Settings) -> Terms:
-    """What this worker settles by."""
-    return Terms(policy=published_policy(), build=settings.build)
-
-
 class IntakeStep(bootsteps.StartStopStep):
     """Starts intake with a Celery worker, in one thread of its own.
 
@@ -81,7 +75,7 @@ class IntakeStep(bootsteps.StartStopStep):
         worker_id = str(uuid4())
         engine = create_engine(database_url, limits=settings.session_limits, application_name="kino-intake")
         queues = Queues(redis_client(redis_url), worker_id, alive_ttl_s=settings.alive_ttl_s)
-        intake = Intake(engine, queues, terms_of(settings), settings, name=worker_id)
+        intake = Intake(engine, queues, rules_of(settings), settings, name=worker_id)
         heartbeat = Heartbeat(engine, worker_id, settings.build, intake.counts)
         chores = Chores(
             {

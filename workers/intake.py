@@ -14,51 +14,80 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import redis
 import sqlalchemy as sa
 
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import DependencyAway, ForeignKey
+from kino_refunds.errors import DependencyAway, WrongKeyType
 from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
-from kino_refunds.intake.gate import TRIPWIRE, Gate, pause_intake, read_gate, resume_intake
-from kino_refunds.settlement.batch import Part, keep_letters, settle_batch
+from kino_refunds.intake.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
+from kino_refunds.intake.tripwire import PROBE_EVERY_S, Probe, Tripwire
+from kino_refunds.settlement.batch import keep_letters, settle_parts
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, DeadLetter, poison_letter, unread_letter
+from kino_refunds.settlement.decide import Busy
 from kino_refunds.settlement.deliveries import Delivery, read_message
-from kino_refunds.settlement.outcomes import Disposition, Outcome, disposition
+from kino_refunds.settlement.outcomes import Disposition, Outcome
 from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kino_refunds.settings import Settings
-    from kino_refunds.settlement.settle import Decision, Terms
+    from kino_refunds.settlement.decide import Ruling
+    from kino_refunds.settlement.rules import Rules
 
 log = get_logger(__name__)
 
 BACK_OFF_FIRST_S = 0.2
 BACK_OFF_MAX_S = 10.0
 """Below the alive TTL by far: a worker that waits for Postgres must not be taken for dead."""
-PROBE_EVERY_S = 30.0
-"""While the tripwire holds intake, one event is tried this often: a fixed build opens it by itself."""
-TRIPWIRE_WINDOW = 1_000
-TRIPWIRE_ERRORS_MAX = 50
-"""More than this many of the last thousand events failing in our own code is a bad build, not bad events."""
 
 
-class _Stopping(Exception):
-    """We were told to stop in the middle of a long search; what is settled stays settled (P2)."""
+class Word(Enum):
+    """What the loop does after a part of a batch."""
+
+    CONTINUE = auto()
+    STOP = auto()
+    """The worker was told to stop; what is settled stays settled (P2), the rest is released."""
+    TRIP = auto()
+    """Too many events fail in our own code: the gate closes before the rest become dead letters too."""
+    RELEASE = auto()
+    """A probe leaves events of its message untried: the message goes back, to be claimed again."""
+    HANDED_ON = auto()
+    """The batch is not in flight under our token any more: we seemed dead, and another worker settles it."""
 
 
-class _TakenOver(Exception):
-    """The message is not in flight under our token any more: we seemed dead, and another worker settles it."""
+@dataclass(slots=True)
+class Work:
+    """What became of a claim so far."""
 
+    events: int
+    """How many were to be settled."""
+    rulings: list[Ruling] = field(default_factory=list)
+    letters: list[DeadLetter] = field(default_factory=list)
+    """Of events that end workers; they are written already."""
 
-class _Tripped(Exception):
-    """Too many events fail in our own code; the rest must not become dead letters too."""
+    @property
+    def failed(self) -> int:
+        """How many events became dead letters `apply_error`, once the work is done."""
+        return self.events - len(self.rulings) - len(self.letters)
+
+    @property
+    def proof(self) -> Probe:
+        """What this work proves of the build, if it was a probe."""
+        if self.failed:
+            return Probe.FAILED
+        final = any(
+            ruling.disposition is Disposition.FINAL and ruling.outcome is not Outcome.DUPLICATE
+            for ruling in self.rulings
+        )
+        return Probe.WORKS if final else Probe.NOTHING
 
 
 class Intake:
@@ -68,7 +97,7 @@ class Intake:
         self,
         engine: sa.Engine,
         queues: Queues,
-        terms: Terms,
+        rules: Rules,
         settings: Settings,
         *,
         name: str = "",
@@ -76,71 +105,15 @@ class Intake:
     ) -> None:
         self._engine = engine
         self._queues = queues
-        self._terms = terms
+        self._rules = rules
         self._settings = settings
         self._name = name
-        self._probe_every_s = probe_every_s
-        self._next_probe = 0.0
-        self._probed: dict[bytes, int] = {}
-        """While the gate is closed: of a message that holds several events, how many were tried."""
+        self._tripwire = Tripwire(probe_every_s=probe_every_s)
         self._unfinished: str | None = None
         self._skipped: tuple[str, ...] = ()
-        self._failures: deque[bool] = deque(maxlen=TRIPWIRE_WINDOW)
         self.stopping = threading.Event()
         self.counts: Counter[str] = Counter()
         """Since the start: `batches`, `messages`, and one for each outcome."""
-
-    def run_once(self) -> int:
-        """Settle one batch and return how many messages it had; 0 when nothing waits or intake is paused.
-
-        Raises what is transient, with the batch still in flight: calling again takes it up where it was.
-        """
-        with self._engine.connect() as connection:
-            # In no transaction: with the ROLLBACK of one, psycopg would forget every statement that it has prepared.
-            gate = read_gate(connection.execution_options(isolation_level="AUTOCOMMIT"))
-        if gate.paused and not self._may_probe(gate):
-            self._give_back()
-            return 0
-        started = time.monotonic()
-        if gate.paused:
-            self._give_back()  # or the probe would be the batch in flight, whatever the limit
-        else:
-            self._probed.clear()
-        limit = 1 if gate.paused else self._settings.intake_batch
-        claim = self._queues.claim(limit, self._settings.intake_batch_bytes)
-        if claim.skipped != self._skipped:
-            self._skipped = claim.skipped
-            log.error("queue keys that are not lists, and are not read", keys=claim.skipped)
-        if not claim.messages:
-            return 0
-        self._unfinished = claim.token
-        deliveries, dead = read_claim(claim)
-        tried = self._next_to_try(claim, deliveries) if gate.paused else deliveries
-        try:
-            # Before their letters: a build that can read nothing must not turn all that waits into dead letters.
-            self._watch(Part(0, sum(letter.reason == APPLY_ERROR for letter in dead), 0))
-            decisions, poison = self._settle(claim, tried)
-        except _Tripped:
-            self._trip()
-            return len(claim.messages)
-        except _TakenOver:
-            log.warning("batch handed on; another worker took this one for dead", messages=len(claim.messages))
-            self._unfinished = None
-            return len(claim.messages)
-        failed = len(tried) - len(decisions) - len(poison)
-        if gate.paused:
-            self._conclude_probe(decisions, failed=failed)
-            if self._goes_on(claim, deliveries):
-                # The event that was tried has its row, and is a duplicate when the message comes again.
-                self._give_back()
-                return len(claim.messages)
-        if dead:
-            # After the neighbours: they settle even while no dead letter can be written.
-            keep_letters(self._engine, dead, build=self._terms.build)
-        dropped = self._queues.drop(claim.token)
-        self._unfinished = None
-        self._say(claim, failed, dead + poison, decisions, dropped=dropped, took_s=time.monotonic() - started)
-        return len(claim.messages)
 
     def run(self, *, chores: Callable[[], None] = lambda: None) -> None:
         """Settle batches until `stopping` is set, then release what is undecided and leave."""
@@ -149,140 +122,175 @@ class Intake:
             try:
                 chores()
                 wait_s = 0.0 if self.run_once() else self._settings.intake_poll_s
-            except _Stopping:
-                break
             except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept and this thread lives
                 wait_s = min(BACK_OFF_MAX_S, max(BACK_OFF_FIRST_S, wait_s * 2))
                 self._report(error, wait_s)
         self._leave()
 
-    def _settle(self, claim: Claim, deliveries: list[Delivery]) -> tuple[list[Decision], list[DeadLetter]]:
-        """Settle the events of a claim in batches; returns the decisions, and the letters of events that end workers.
+    def run_once(self) -> int:
+        """Settle one batch and return how many messages it had; 0 when nothing is queued or intake is paused.
+
+        Raises what is transient, with the batch still in flight: calling again takes it up where it was.
+        """
+        with self._engine.connect() as connection:
+            # In no transaction: with the ROLLBACK of one, psycopg would forget every statement that it has prepared.
+            gate = read_gate(connection.execution_options(isolation_level="AUTOCOMMIT"))
+        if gate.paused and not self._tripwire.may_probe(gate):
+            self._release()
+            return 0
+        started = time.monotonic()
+        claim = self._claim(probe=gate.paused)
+        if not claim.messages:
+            return 0
+        deliveries, unreadable = read_claim(claim)
+        work = Work(events=len(deliveries))
+        # Failures to read count first: a build that reads nothing must not turn all that is queued into dead letters.
+        failed = sum(letter.reason == APPLY_ERROR for letter in unreadable)
+        word = self._after(settled=0, failed=failed, parts_left=0)
+        if word is Word.CONTINUE and gate.paused:
+            word = self._probe(claim, deliveries, work)
+        elif word is Word.CONTINUE:
+            word = self._settle(claim, deliveries, work)
+        match word:
+            case Word.CONTINUE:
+                # After their neighbours: those settle even while no dead letter can be written.
+                if unreadable:
+                    keep_letters(self._engine, unreadable, build=self._rules.build)
+                dropped = self._queues.drop(claim.token)
+                self._unfinished = None
+                self._log_batch(claim, work, unreadable, dropped=dropped, took_s=time.monotonic() - started)
+            case Word.TRIP:
+                self._trip()
+            case Word.RELEASE:
+                self._release()
+            case Word.HANDED_ON:
+                log.warning("batch handed on: another worker took this one for dead", messages=len(claim.messages))
+                self._unfinished = None
+            case Word.STOP:
+                pass  # `run` ends, and releases the batch
+            case _:
+                assert_never(word)
+        return len(claim.messages)
+
+    def _claim(self, *, probe: bool) -> Claim:
+        """Claim a batch; for a probe one message, and not the batch that may be in flight."""
+        if probe:
+            self._release()
+        else:
+            self._tripwire.forget_probes()
+        claim = self._queues.claim(1 if probe else self._settings.intake_batch, self._settings.intake_batch_bytes)
+        if claim.skipped != self._skipped:
+            self._skipped = claim.skipped
+            log.error("queue keys of the wrong type are not read: delete or rename them", keys=claim.skipped)
+        if claim.messages:
+            self._unfinished = claim.token
+        return claim
+
+    def _settle(self, claim: Claim, deliveries: list[Delivery], work: Work) -> Word:
+        """Settle the events of a claim in batches.
 
         A claim is bounded in messages and bytes, and 500 messages of 100 events are 50,000: no transaction is larger
         than `intake_batch` events, for its locks are held until it ends. Between two of them we say that we live.
         """
         if claim.recovered and any(delivery.element_index is not None for delivery in deliveries):
-            return self._settle_alone(claim, deliveries)
-        decisions: list[Decision] = []
+            return self._settle_alone(claim, deliveries, work)
         for number, batch in enumerate(sub_batches(deliveries, self._settings.intake_batch)):
-            if number:
-                self._between()
-            decisions += settle_batch(self._engine, batch, self._terms, watch=self._watch)
-        return decisions, []
+            if number and self._between() is Word.STOP:
+                return Word.STOP
+            word = self._settle_parts(batch, work)
+            if word is not Word.CONTINUE:
+                return word
+        return Word.CONTINUE
 
-    def _settle_alone(self, claim: Claim, deliveries: list[Delivery]) -> tuple[list[Decision], list[DeadLetter]]:
+    def _settle_parts(self, batch: list[Delivery], work: Work, *, busy: Busy = Busy()) -> Word:  # noqa: B008 - a value
+        for part in settle_parts(self._engine, batch, self._rules, busy=busy):
+            work.rulings += part.rulings
+            word = self._after(settled=part.settled, failed=part.failed, parts_left=part.parts_left)
+            if word is not Word.CONTINUE:
+                return word
+        return Word.CONTINUE
+
+    def _settle_alone(self, claim: Claim, deliveries: list[Delivery], work: Work) -> Word:
         """Settle the events of a message that a worker died with, one a transaction.
 
         Redis is told before each which one it is. So if this worker ends too, that event is counted and not its
         neighbours; at the third time it is a dead letter, written at once, and they settle.
         """
-        decisions: list[Decision] = []
-        poison: list[DeadLetter] = []
-        busy = set[str]()  # or a later event of such a job would overtake the one that waits
+        busy = Busy()
         for delivery in sorted(deliveries, key=lambda delivery: delivery.event.time):
             if self.stopping.is_set():
-                raise _Stopping
+                return Word.STOP
             index = delivery.element_index
-            crashes = self._begin(claim, index)
+            crashes = self._queues.begin(claim.token, index)
+            if crashes is None:
+                return Word.HANDED_ON
             if crashes >= POISON_CRASHES:
-                poison.append(poison_letter(delivery.raw, delivery.queue, crashes, element_index=index))
-                keep_letters(self._engine, poison[-1:], build=self._terms.build)
+                letter = poison_letter(delivery.raw, delivery.queue, crashes, element_index=index)
+                keep_letters(self._engine, [letter], build=self._rules.build)
+                work.letters.append(letter)
                 continue
-            settled = settle_batch(self._engine, [delivery], self._terms, busy_jobs=busy, watch=self._watch)
-            busy.update(each.delivery.event.job_id for each in settled if each.outcome is Outcome.BUSY)
-            decisions += settled
-        self._begin(claim, None)
-        return decisions, poison
+            before = len(work.rulings)
+            word = self._settle_parts([delivery], work, busy=busy)
+            if word is not Word.CONTINUE:
+                return word
+            put_off = {each.delivery.event.job_id for each in work.rulings[before:] if each.outcome is Outcome.BUSY}
+            busy = busy._replace(jobs=busy.jobs | put_off)  # or a later event of such a job would overtake it
+        return Word.CONTINUE if self._queues.begin(claim.token, None) is not None else Word.HANDED_ON
 
-    def _begin(self, claim: Claim, index: int | None) -> int:
-        crashes = self._queues.begin(claim.token, index)
-        if crashes is None:
-            raise _TakenOver
-        return crashes
+    def _after(self, *, settled: int, failed: int, parts_left: int) -> Word:
+        """Count what a part came to, and say whether the next may follow."""
+        if self._tripwire.count(settled=settled, failed=failed):
+            return Word.TRIP
+        return self._between() if parts_left else Word.CONTINUE
 
-    def _between(self) -> None:
+    def _between(self) -> Word:
+        """Between two transactions of one claim: hear that we should stop, or say that we live."""
         if self.stopping.is_set():
-            raise _Stopping
+            return Word.STOP
         self._queues.refresh()
+        return Word.CONTINUE
 
-    def _watch(self, part: Part) -> None:
-        """Between the parts of a batch: say that we live, count our own failures, hear that we should stop."""
-        self._failures.extend([False] * part.settled + [True] * part.failed)
-        if part.failed and sum(self._failures) > TRIPWIRE_ERRORS_MAX:
-            raise _Tripped
-        if part.parts_left:
-            self._between()
-
-    def _may_probe(self, gate: Gate) -> bool:
-        if not gate.probed or time.monotonic() < self._next_probe:
-            return False
-        self._next_probe = time.monotonic() + self._probe_every_s
-        return True
-
-    def _next_to_try(self, claim: Claim, deliveries: list[Delivery]) -> list[Delivery]:
-        """Choose what a probe settles: one event, of a message that holds several the first that it has not tried.
-
-        A bad event at its head would otherwise keep the gate closed: the message stays until all of it is decided.
-        """
-        at = self._probed.get(_digest(claim), 0)
-        return deliveries[at : at + 1]
-
-    def _goes_on(self, claim: Claim, deliveries: list[Delivery]) -> bool:
-        """Note that one more event of this message was tried; returns whether others are left."""
-        at = self._probed.pop(_digest(claim), 0) + 1
-        if at >= len(deliveries):
-            return False
-        self._probed[_digest(claim)] = at
-        return True
+    def _probe(self, claim: Claim, deliveries: list[Delivery], work: Work) -> Word:
+        """Try one event while the tripwire holds the gate; open it if this build can decide the event."""
+        message = sha256(claim.messages[0].raw).digest()
+        place = self._tripwire.place(message)
+        tried = deliveries[place : place + 1]
+        work.events = len(tried)
+        word = self._settle(claim, tried, work)
+        if word is not Word.CONTINUE:
+            return word
+        self._tripwire.conclude(work.proof)
+        if work.proof is Probe.WORKS:
+            reason = f"an event settled in build {self._rules.build}"
+            with self._engine.begin() as connection:
+                resumed = resume_intake(connection, reason=reason, actor=TRIPWIRE)
+            log.warning("tripwire: intake goes on", resumed=resumed)
+        # The event that was tried has its row, and is a duplicate when its message comes again for the next one.
+        return Word.RELEASE if self._tripwire.goes_on(message, len(deliveries)) else Word.CONTINUE
 
     def _trip(self) -> None:
-        """Close the gate, then give the batch back: in the other order another worker would take it first."""
-        reason = f"{sum(self._failures)} of the last {len(self._failures)} events failed in build {self._terms.build}"
+        """Close the gate, then release the batch: in the other order another worker would take it first."""
+        reason = f"{self._tripwire.trip()} in build {self._rules.build}"
         with self._engine.begin() as connection:
             paused = pause_intake(connection, reason=f"{reason} (worker {self._name})", actor=TRIPWIRE)
-        self._failures.clear()
-        self._next_probe = time.monotonic() + self._probe_every_s
-        released = self._give_back()
+        released = self._release()
         log.error("tripwire: intake is paused", reason=reason, first=paused, released=released)
 
-    def _conclude_probe(self, decisions: list[Decision], *, failed: int) -> None:
-        """Open the gate if the event that was tried could be decided by this build.
-
-        A message that does not parse, a duplicate and an event that waits prove nothing: try the next at once.
-        """
-        if failed:
-            return
-        outcomes = {decision.outcome for decision in decisions}
-        if not any(each is not Outcome.DUPLICATE and disposition(each) is Disposition.FINAL for each in outcomes):
-            self._next_probe = 0.0
-            return
-        with self._engine.begin() as connection:
-            resumed = resume_intake(connection, reason=f"an event settled in build {self._terms.build}", actor=TRIPWIRE)
-        self._failures.clear()
-        log.warning("tripwire: intake goes on", resumed=resumed)
-
-    def _say(
-        self,
-        claim: Claim,
-        failed: int,
-        dead: list[DeadLetter],
-        decisions: list[Decision],
-        *,
-        dropped: bool,
-        took_s: float,
+    def _log_batch(
+        self, claim: Claim, work: Work, unreadable: list[DeadLetter], *, dropped: bool, took_s: float
     ) -> None:
-        outcomes = Counter(decision.outcome.value for decision in decisions)
+        letters = unreadable + work.letters
+        outcomes = Counter(ruling.outcome.value for ruling in work.rulings)
         self.counts.update(outcomes)
-        self.counts.update(batches=1, messages=len(claim.messages), not_parsed=len(dead), apply_error=failed)
+        self.counts.update(batches=1, messages=len(claim.messages), not_parsed=len(letters), apply_error=work.failed)
         log.info(
             "batch",
             messages=len(claim.messages),
-            events=len(decisions) + len(dead) + failed,
+            events=len(work.rulings) + len(letters) + work.failed,
             again=claim.again,
             recovered=claim.recovered,
-            not_parsed=dict(Counter(letter.reason for letter in dead)),
-            apply_errors=failed,
+            not_parsed=dict(Counter(letter.reason for letter in letters)),
+            apply_errors=work.failed,
             outcomes=dict(outcomes),
             dropped=dropped,
             took_ms=round(took_s * 1000),
@@ -293,24 +301,24 @@ class Intake:
         if transient:
             log.warning("batch kept", error=one_line(error), retry_in_s=wait_s)
         else:
-            log.error("batch kept; this needs somebody", error=one_line(error), retry_in_s=wait_s, exc_info=error)
+            log.error("batch kept: unexpected error", error=one_line(error), retry_in_s=wait_s, exc_info=error)
         try:
             self._queues.refresh()
-        except (redis.RedisError, ForeignKey) as also:
+        except (redis.RedisError, WrongKeyType) as also:
             log.warning("alive key not refreshed", error=one_line(also))
 
-    def _give_back(self) -> int:
+    def _release(self) -> int:
         released = self._queues.release(self._unfinished) if self._unfinished else 0
         self._unfinished = None
         return released
 
     def _leave(self) -> None:
         try:
-            released = self._give_back()
+            released = self._release()
             self._queues.leave()
-        except (redis.RedisError, ForeignKey) as error:
+        except (redis.RedisError, WrongKeyType) as error:
             # Nothing is lost: the batch stays in flight until the alive key is gone and it is recovered.
-            log.warning("left without a word", error=one_line(error))
+            log.warning("could not release the batch at shutdown", error=one_line(error))
         else:
             log.info("intake stopped", released=released)
 
@@ -359,11 +367,6 @@ def sub_batches(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Deli
             batch = []
         batch += events
     yield batch
-
-
-def _digest(claim: Claim) -> bytes:
-    """Name the one message of a probe."""
-    return sha256(claim.messages[0].raw).digest()
 
 
 def one_line(error: BaseException) -> str:

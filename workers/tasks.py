@@ -19,15 +19,14 @@ from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.outbox.relay import relay_refunds as relay
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.clocks import read_clocks
-from kino_refunds.reconciliation.overdue import rules_of
+from kino_refunds.reconciliation.overdue import overdue_rules_of
 from kino_refunds.reconciliation.overdue import sweep_overdue as sweep_jobs
 from kino_refunds.reconciliation.verified import sample_clock as sample
 from kino_refunds.schedule import claim_slot, entries, finish_slot
 from kino_refunds.settings import load_settings
-from kino_refunds.settlement.batch import outcomes_of, settle_batch
 from kino_refunds.settlement.retries import sweep_retries as sweep
+from kino_refunds.settlement.rules import rules_of
 from kino_refunds.telemetry.log import get_logger
-from workers.bootstep import terms_of
 from workers.intake import one_line
 
 if TYPE_CHECKING:
@@ -86,15 +85,9 @@ def _run_in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool)
 def sweep_retries() -> None:
     """Try events again whose time, or whose charge, has come."""
     settings = load_settings()
-    terms = terms_of(settings)
 
     def run() -> dict[str, Any]:
-        swept = sweep(
-            _engine(),
-            lambda due: outcomes_of(settle_batch(_engine(), due, terms)),
-            lease=settings.retry_lease,
-            build=terms.build,
-        )
+        swept = sweep(_engine(), rules_of(settings), lease=settings.retry_lease)
         return {"tried": swept.tried, "outcomes": swept.outcomes}
 
     _in_slot("kino.sweep_retries", run, settles=True)
@@ -140,7 +133,8 @@ def sweep_overdue() -> None:
     def run() -> dict[str, Any]:
         try:
             with source_of(settings) as source:
-                report = sweep_jobs(_engine(), _redis(), source, terms_of(settings), rules_of(settings))
+                overdue = overdue_rules_of(settings)
+                report = sweep_jobs(_engine(), _redis(), source, rules_of(settings), overdue=overdue)
         except BadSettings as error:
             # The slot's row says it to the doctor, and the log in one line: a traceback would bury it.
             log.error("overdue jobs are not asked about", error=str(error))  # noqa: TRY400

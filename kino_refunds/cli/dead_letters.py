@@ -27,10 +27,9 @@ from kino_refunds.desk.protection import ALL, Protection, discard_although_open,
 from kino_refunds.desk.replays import Replay, note_letter, replay_letter, require_letter
 from kino_refunds.errors import DeadLetterClosed, LetterProtects, MalformedMessage
 from kino_refunds.events.envelope import opened, split
-from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.dead_letters import storable
-from kino_refunds.settlement.settle import Terms
+from kino_refunds.settlement.rules import rules_of
 
 RAW_SHOWN_MAX = 4_000
 
@@ -180,7 +179,7 @@ def replay(
     if edited is not None and len(numbers) != 1:
         raise typer.BadParameter("--edited corrects one letter: name one number")
     settings = load_settings()
-    terms = Terms(published_policy(), settings.build)
+    rules = rules_of(settings)
     corrected = edited.read_bytes() if edited is not None else None
     replays: list[Replay] = []
     with ledger_engine(settings) as engine:
@@ -192,7 +191,7 @@ def replay(
         try:
             for number in dict.fromkeys(numbers):
                 try:
-                    replays += [replay_letter(engine, number, terms, actor=by, edited=corrected, dry_run=dry_run)]
+                    replays += [replay_letter(engine, number, rules, actor=by, edited=corrected, dry_run=dry_run)]
                 except DeadLetterClosed as error:  # somebody's; the others are not
                     print_error(str(error))
         except MalformedMessage as error:  # only a correction can be one here

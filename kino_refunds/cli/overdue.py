@@ -11,12 +11,11 @@ from kino_refunds.cli.exit_codes import AWAY, FINDING
 from kino_refunds.cli.options import AsJson, By, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
 from kino_refunds.events.connection import redis_client
-from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.adapters import source_of
-from kino_refunds.reconciliation.overdue import OverdueReport, rules_of, sweep_overdue
+from kino_refunds.reconciliation.overdue import OverdueReport, overdue_rules_of, sweep_overdue
 from kino_refunds.schedule import Entry, begin_by_hand, finish_slot
 from kino_refunds.settings import load_settings
-from kino_refunds.settlement.settle import Terms
+from kino_refunds.settlement.rules import rules_of
 
 BY_HAND = Entry("by hand: overdue run", timedelta(0), "a person asked about jobs without an event")
 
@@ -60,8 +59,8 @@ def run(
             engine,
             client,
             source,
-            Terms(published_policy(), settings.build),
             rules_of(settings),
+            overdue=overdue_rules_of(settings),
             dry_run=dry_run,
             progress=_show_progress,
         )

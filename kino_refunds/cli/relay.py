@@ -21,7 +21,7 @@ from kino_refunds.cli.options import (
     written,
 )
 from kino_refunds.cli.output import console, print_json
-from kino_refunds.outbox.relay import Rewound, rewind_relay
+from kino_refunds.outbox.relay import Rewind, rewind_relay
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +53,7 @@ def rewind(
     """
     instant = read_time(to, Edge.START)
 
-    def run(*, dry: bool) -> Rewound:
+    def run(*, dry: bool) -> Rewind:
         with ledger_connection() as connection:
             require_past(connection, "--to", instant)
             return rewind_relay(connection, instant, dry_run=dry)
@@ -69,7 +69,7 @@ def rewind(
         console.print(_sentence(found, dry_run=dry_run, to=written(instant)))
 
 
-def _sentence(found: Rewound, *, dry_run: bool, to: str) -> str:
+def _sentence(found: Rewind, *, dry_run: bool, to: str) -> str:
     if found.oldest_at is None:
         return f"no refund since {to} has been told yet; nothing to tell again"
     verb = "would be" if dry_run else "are"

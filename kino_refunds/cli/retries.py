@@ -10,11 +10,10 @@ import typer
 
 from kino_refunds.cli.options import AsJson, By, ledger_connection, ledger_engine, warn_if_paused
 from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
-from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import load_settings
-from kino_refunds.settlement.batch import outcomes_of, settle_batch
-from kino_refunds.settlement.retries import HISTORY_LENGTH_MAX, sweep_retries
-from kino_refunds.settlement.settle import Terms
+from kino_refunds.settlement.pending import HISTORY_LENGTH_MAX
+from kino_refunds.settlement.retries import sweep_retries
+from kino_refunds.settlement.rules import rules_of
 
 _LIST = sa.text("""
     SELECT p.event_id, p.source, p.job_id, p.outcome, p.attempts, p.first_seen_at, p.next_attempt_at,
@@ -130,7 +129,7 @@ def run_now(
     Example: kino-refunds retries run-now
     """
     settings = load_settings()
-    terms = Terms(published_policy(), settings.build)
+    rules = rules_of(settings)
     tried, outcomes = 0, dict[str, int]()
     with ledger_engine(settings) as engine:
         with engine.begin() as connection:
@@ -141,9 +140,8 @@ def run_now(
         for _ in range(-(-waiting // ROUND)):
             swept = sweep_retries(
                 engine,
-                lambda due: outcomes_of(settle_batch(engine, due, terms)),
+                rules,
                 lease=settings.retry_lease,
-                build=terms.build,
                 limit=ROUND,
                 event_id=event_id,
             )

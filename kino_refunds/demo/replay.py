@@ -24,12 +24,11 @@ from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import queue_of, to_json
 from kino_refunds.ledger import ChargeRequest, grant_lots, open_charges
-from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.deliveries import RECONCILER
-from kino_refunds.settlement.settle import Terms
+from kino_refunds.settlement.rules import rules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,8 +126,13 @@ def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
         engine,
         client,
         NobodyKnows(),
-        Terms(published_policy(), settings.build),
-        OverdueRules(settings.overdue_grace, 1, timedelta(0), timedelta(hours=settings.overdue_running_max_h)),
+        rules_of(settings),
+        overdue=OverdueRules(
+            grace=settings.overdue_grace,
+            asks=1,
+            ask_window=timedelta(0),
+            running_max=timedelta(hours=settings.overdue_running_max_h),
+        ),
     )
 
 

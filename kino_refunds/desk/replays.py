@@ -16,17 +16,19 @@ from kino_refunds.errors import DeadLetterClosed, DeadLetterNotFound, MalformedM
 from kino_refunds.events.envelope import MalformedReason, split
 from kino_refunds.events.schema import EDITED_ID_LENGTH_MAX
 from kino_refunds.settlement.batch import keep_letters, settle_batch
+from kino_refunds.settlement.charges import read_charges
 from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, malformed_letter, record_dead_letters
+from kino_refunds.settlement.decide import decide
 from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_kept, read_message
 from kino_refunds.settlement.inbox import read_record
-from kino_refunds.settlement.outcomes import ChargeState, Disposition, Outcome, disposition
-from kino_refunds.settlement.retries import read_waiting
-from kino_refunds.settlement.settle import decide, read_charges
+from kino_refunds.settlement.outcomes import ChargeState, Disposition, Outcome
+from kino_refunds.settlement.pending import read_pending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kino_refunds.settlement.settle import Decision, Terms
+    from kino_refunds.settlement.decide import Ruling
+    from kino_refunds.settlement.rules import Rules
 
 LOCK_CLASS = 0x6B696E6F
 """`kino`, in the space of Postgres' advisory locks."""
@@ -51,7 +53,7 @@ class Replay:
 def replay_letter(
     engine: sa.Engine,
     dead_letter_id: int,
-    terms: Terms,
+    rules: Rules,
     *,
     actor: str,
     edited: bytes | None = None,
@@ -70,7 +72,7 @@ def replay_letter(
     MalformedMessage if `edited` is no event or another one, and whatever is transient.
     """
     with nullcontext() if dry_run else _alone_with(engine, dead_letter_id):
-        return _replay(engine, dead_letter_id, terms, actor=actor, edited=edited, dry_run=dry_run)
+        return _replay(engine, dead_letter_id, rules, actor=actor, edited=edited, dry_run=dry_run)
 
 
 @contextmanager
@@ -119,7 +121,7 @@ def _held(dead_letter_id: int) -> str:
 def _replay(
     engine: sa.Engine,
     dead_letter_id: int,
-    terms: Terms,
+    rules: Rules,
     *,
     actor: str,
     edited: bytes | None,
@@ -135,7 +137,7 @@ def _replay(
             set_letter_status(connection, dead_letter_id, status, actor=actor, entry=entry)
 
     if edited is None and letter.element_index is None and split(letter.raw) is not None:
-        outcome = _settle_each(engine, letter, terms, dry_run=dry_run)
+        outcome = _settle_each(engine, letter, rules, dry_run=dry_run)
         if not dry_run:
             close("replayed", outcome=outcome)
         return Replay(dead_letter_id, None, None, outcome, closed=True)
@@ -151,11 +153,11 @@ def _replay(
         if edited is not None:
             raise
         if not dry_run:
-            replaced = _keep_again(engine, letter, error, terms)
+            replaced = _keep_again(engine, letter, error, rules)
             if replaced or letter.status == "discarded":
                 close("replayed" if replaced else "open", outcome=error.code)
         return Replay(dead_letter_id, letter.event_id, letter.job_id, error.code, closed=False)
-    outcome, closed = _would_settle(engine, delivery, terms) if dry_run else _settle(engine, delivery, terms)
+    outcome, closed = _would_settle(engine, delivery, rules) if dry_run else _settle(engine, delivery, rules)
     # A letter under another key has taken this one's place: the same message, read by another build.
     replaced = not closed and event_letter(delivery, "", "").key != bytes(letter.message_key)
     protects = () if edited is None else _open_jobs(engine, letter, delivery.event.job_id)
@@ -176,12 +178,12 @@ def _open_jobs(engine: sa.Engine, letter: Any, settled_job: str) -> tuple[str, .
     return tuple(sorted(job_id for job_id, charge in charges.items() if charge.state is ChargeState.OPEN))
 
 
-def _keep_again(engine: sa.Engine, letter: Any, error: MalformedMessage, terms: Terms) -> bool:
+def _keep_again(engine: sa.Engine, letter: Any, error: MalformedMessage, rules: Rules) -> bool:
     """Count a message that still cannot be read; returns whether that is another row, as by another build's key."""
     element = next((each for each in split(letter.raw) or () if each.index == letter.element_index), None)
     again = malformed_letter(letter.raw, letter.queue, error, element=element)
     with engine.begin() as connection:
-        record_dead_letters(connection, [again], build=terms.build)
+        record_dead_letters(connection, [again], build=rules.build)
     return again.key != bytes(letter.message_key)
 
 
@@ -215,46 +217,46 @@ def _edited(message: bytes, letter: Any, *, ours: bool) -> Delivery:
     return delivery_of(event.model_copy(update={"id": event_id}))
 
 
-def _settle_each(engine: sa.Engine, letter: Any, terms: Terms, *, dry_run: bool) -> str:
+def _settle_each(engine: sa.Engine, letter: Any, rules: Rules, *, dry_run: bool) -> str:
     """Settle every event of a kept message, as intake would; each is decided or has its row then."""
     deliveries, dead = read_message(letter.raw, letter.queue)
     if dry_run:
-        decisions = _decide(engine, deliveries, terms)
+        rulings = _decide(engine, deliveries, rules)
     else:
-        decisions = settle_batch(engine, deliveries, terms)
-        keep_letters(engine, dead, build=terms.build)
-    outcomes = Counter(decision.outcome.value for decision in decisions)
+        rulings = settle_batch(engine, deliveries, rules)
+        keep_letters(engine, dead, build=rules.build)
+    outcomes = Counter(ruling.outcome.value for ruling in rulings)
     outcomes.update(each.reason for each in dead)
-    outcomes[APPLY_ERROR] += len(deliveries) - len(decisions)
+    outcomes[APPLY_ERROR] += len(deliveries) - len(rulings)
     return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(outcomes.items()) if count)
 
 
-def _settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
-    decisions = settle_batch(engine, [delivery], terms)
-    return _came_to(decisions[0]) if decisions else (APPLY_ERROR, False)
+def _settle(engine: sa.Engine, delivery: Delivery, rules: Rules) -> tuple[str, bool]:
+    rulings = settle_batch(engine, [delivery], rules)
+    return _came_to(rulings[0]) if rulings else (APPLY_ERROR, False)
 
 
-def _would_settle(engine: sa.Engine, delivery: Delivery, terms: Terms) -> tuple[str, bool]:
-    (decision,) = _decide(engine, [delivery], terms)
-    return _came_to(decision)
+def _would_settle(engine: sa.Engine, delivery: Delivery, rules: Rules) -> tuple[str, bool]:
+    (ruling,) = _decide(engine, [delivery], rules)
+    return _came_to(ruling)
 
 
-def _decide(engine: sa.Engine, deliveries: Sequence[Delivery], terms: Terms) -> list[Decision]:
+def _decide(engine: sa.Engine, deliveries: Sequence[Delivery], rules: Rules) -> list[Ruling]:
     with engine.connect() as connection:
         together = list(deliveries)
         record = read_record(connection, [delivery.event for delivery in together])
         if record.beside:  # as `settle_batch` does
-            together += read_waiting(connection, record.beside)
+            together += read_pending(connection, record.beside)
             record = read_record(connection, [delivery.event for delivery in together])
         charges = read_charges(connection, {delivery.event.job_id for delivery in together})
-    return decide(together, record, charges, terms.policy)[: len(deliveries)]
+    return decide(together, record, charges, rules.policy)[: len(deliveries)]
 
 
-def _came_to(decision: Decision) -> tuple[str, bool]:
+def _came_to(ruling: Ruling) -> tuple[str, bool]:
     """Return the outcome, and whether the letter needs nobody any more."""
-    settled = decision.charge is not None and decision.charge.state is not ChargeState.OPEN
-    closed = disposition(decision.outcome) is not Disposition.DEAD_LETTER
-    return decision.outcome.value, closed or (decision.outcome is Outcome.ACCOUNT_MISMATCH and settled)
+    settled = ruling.charge is not None and ruling.charge.state is not ChargeState.OPEN
+    closed = ruling.disposition is not Disposition.DEAD_LETTER
+    return ruling.outcome.value, closed or (ruling.outcome is Outcome.ACCOUNT_MISMATCH and settled)
 
 
 def set_letter_status(

@@ -1,7 +1,7 @@
 """Real Postgres and Valkey from wheels, for the demo, `dev`, `replay-trace` and the tests.
 
 Each server listens on loopback only, on a port of its own, with the durable settings that production has:
-what is proven against these servers holds there too. Each runs under a guard (`server_guard.py`), which
+what is proven against these servers holds there too. Each runs under a guard (`supervisor.py`), which
 stops it when its owner ends, however that happens.
 
 Not for production: everybody on this machine may connect, as anybody.
@@ -30,8 +30,8 @@ from typing import Self
 
 import psycopg
 
-from kino_refunds.dev import server_guard
-from kino_refunds.dev.server_guard import Orders, Step
+from kino_refunds.dev import supervisor
+from kino_refunds.dev.supervisor import Orders, Step
 from kino_refunds.errors import ServerFailed
 
 LOOPBACK = "127.0.0.1"
@@ -203,7 +203,7 @@ class _Server:
     def _start_guard(self, orders: Orders) -> subprocess.Popen[bytes]:
         with self.log_file.open("wb") as log:
             return subprocess.Popen(  # noqa: S603 -- our own interpreter and file
-                [sys.executable, "-I", "-S", server_guard.__file__, orders.to_json()],
+                [sys.executable, "-I", "-S", supervisor.__file__, orders.to_json()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

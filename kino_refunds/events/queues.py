@@ -12,7 +12,7 @@ Every list is pushed on its left and read on its right, as kombu does: the tail 
 
 Each arrow is one script (scripts/*.lua), so nothing is ever between two places. Three rules hold in all that write:
 
-- A key of our own name that holds something else refuses (`ForeignKey`) before anything is written.
+- A key of our own name that holds something else refuses (`WrongKeyType`) before anything is written.
 - The first write is a DEL, of a key that may well be missing. Redis refuses a script that would use memory
   while it is full, but only at its first write: after a DEL, which needs none, the rest goes through. So a
   full Redis can still be drained. A shebang line would switch this off.
@@ -32,7 +32,7 @@ from typing import Any, Final
 
 import redis
 
-from kino_refunds.errors import ForeignKey
+from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.envelope import ELEMENTS_MAX
 from kino_refunds.events.schema import Queue
 
@@ -201,7 +201,7 @@ class Queues:
             return _answer(script, self._worker_id, *arguments, parts=parts)
         except redis.ResponseError as error:
             if str(error).startswith("FOREIGN "):
-                raise ForeignKey(str(error).removeprefix("FOREIGN ")) from error
+                raise WrongKeyType(str(error).removeprefix("FOREIGN ")) from error
             raise
 
 

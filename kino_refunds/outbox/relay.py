@@ -69,14 +69,14 @@ def relay_refunds(engine: sa.Engine, client: redis.Redis, queue: str, *, limit: 
 
 
 @dataclass(frozen=True, slots=True)
-class Rewound:
+class Rewind:
     """What a rewind came to: how many refunds are told again, and when the oldest of them was settled."""
 
     told_again: int
     oldest_at: datetime | None
 
 
-def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = False) -> Rewound:
+def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = False) -> Rewind:
     """Set the cursor back so that every refund and correction settled at or after `to` is told again.
 
     "At least once" ends at Redis: news that a Redis lost before the product read it comes again only by this. The
@@ -103,13 +103,13 @@ def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = Fal
     told = {"xid": cursor[0], "charge_id": cursor[1], "to": to}
     first = connection.execute(_FIRST_SINCE, told).one_or_none()
     if first is None:
-        return Rewound(0, None)
+        return Rewind(0, None)
     # Behind the refund before: a cursor names the last one that was told.
     before = {"first_xid": first.xid, "first_charge_id": first.charge_id - 1}
     found = connection.execute(_BETWEEN, told | before).one()
     if not dry_run:
         connection.execute(_ADVANCE, {"xid": first.xid, "charge_id": first.charge_id - 1})
-    return Rewound(found.told_again, found.oldest_at)
+    return Rewind(found.told_again, found.oldest_at)
 
 
 _READ = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor")

@@ -1,4 +1,4 @@
-"""Clauses 1, 2 and 6 as pure rules: an event and a document in, a verdict with its clause out."""
+"""Clauses 1, 2 and 6 as pure rules: an event and a document in, what the policy covers out, with its clause."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ class Reason(StrEnum):
     CONTENT_POLICY_REJECTION = "content_policy_rejection"
 
 
-class Verdict(NamedTuple):
-    """What the policy says of one job's ending; a verdict that does not refund captures."""
+class Coverage(NamedTuple):
+    """What the policy says of one job's ending; an ending that it does not refund is captured."""
 
     refund: bool
     reason: Reason
     clause: Clause
 
 
-def judge(event: Event, document: PolicyDocument, *, terminated_for_violation: bool) -> Verdict:
-    """Say what the policy gives for `event`: clause 1 captures, clause 2 refunds, clause 6 excludes.
+def coverage_of(event: Event, document: PolicyDocument, *, terminated_for_violation: bool) -> Coverage:
+    """Return what the policy gives for `event`: clause 1 captures, clause 2 refunds, clause 6 excludes.
 
     Clause 6 is asked last, so that an ending which was not covered anyway cites the clause it missed.
     """
     covered = _covered(event, document)
     if covered.refund and terminated_for_violation and document.exclusions.terminated_for_violation:
-        return Verdict(refund=False, reason=Reason.NOT_COVERED, clause=Clause.TERMINATED)
+        return Coverage(refund=False, reason=Reason.NOT_COVERED, clause=Clause.TERMINATED)
     return covered
 
 
-def _covered(event: Event, document: PolicyDocument) -> Verdict:
+def _covered(event: Event, document: PolicyDocument) -> Coverage:
     rules = document.automatic
     match event:
         case JobCompleted():
-            return Verdict(refund=False, reason=Reason.COMPLETED, clause=Clause.CREDITS)
+            return Coverage(refund=False, reason=Reason.COMPLETED, clause=Clause.CREDITS)
         case JobFailed():
             refund, reason, clause = (
                 event.data.error.origin in rules.failure_origins,
@@ -75,4 +75,4 @@ def _covered(event: Event, document: PolicyDocument) -> Verdict:
             )
         case _:
             assert_never(event)
-    return Verdict(refund=refund, reason=reason if refund else Reason.NOT_COVERED, clause=clause)
+    return Coverage(refund=refund, reason=reason if refund else Reason.NOT_COVERED, clause=clause)

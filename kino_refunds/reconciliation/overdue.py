@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kino_refunds.reconciliation.sources import JobSource
     from kino_refunds.settings import Settings
     from kino_refunds.settlement.deliveries import Delivery
-    from kino_refunds.settlement.settle import Terms
+    from kino_refunds.settlement.rules import Rules
 
 log = get_logger(__name__)
 
@@ -78,7 +78,7 @@ class OverdueRules:
         return self.ask_window / (self.asks + 1)
 
 
-def rules_of(settings: Settings) -> OverdueRules:
+def overdue_rules_of(settings: Settings) -> OverdueRules:
     """Read the sweep's rules from the settings."""
     return OverdueRules(
         grace=settings.overdue_grace,
@@ -132,9 +132,9 @@ def sweep_overdue(
     engine: sa.Engine,
     redis_client: redis.Redis,
     source: JobSource | None,
-    terms: Terms,
-    rules: OverdueRules,
+    rules: Rules,
     *,
+    overdue: OverdueRules,
     dry_run: bool = False,
     progress: Callable[[OverdueReport], None] = lambda _: None,
 ) -> OverdueReport:
@@ -143,7 +143,7 @@ def sweep_overdue(
     `source` None means that there is none: every overdue job is unknown at once. With `dry_run` nothing is
     written, and the outcomes are those of the events that would have been settled. Raises what Postgres
     raises, and BadSettings where the source's own setting keeps it from answering at all; any other failure of
-    the source, or of Redis, costs verdicts and not the sweep.
+    the source, or of Redis, costs presumed timeouts and not the sweep.
     """
     report = OverdueReport(dry_run)
     with engine.connect() as connection:
@@ -153,14 +153,14 @@ def sweep_overdue(
     if not dry_run:
         note_waiting(engine, redis_client, now=now)
     # Without a source there is nobody whom three asks in a row could wake at a bad minute.
-    asked_before = now if source is None else now - rules.ask_spacing
-    for page in _pages(engine, rules, now, asked_before):
+    asked_before = now if source is None else now - overdue.ask_spacing
+    for page in _pages(engine, overdue, now, asked_before):
         report.overdue += len(page)
         answers = _ask(source, page, report)
         report.answers.update(answer.state.value for answer in answers.values())
         # What is asked while the clocks disagree is no ask: it may be hours from the one before.
         asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run or skewed)
-        _raise_running(engine, page, answers, rules, now=now, dry_run=dry_run)
+        _raise_running(engine, page, answers, running_max=overdue.running_max, now=now, dry_run=dry_run)
         known = [c for c in page if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
         deliveries = [each for charge in known for each in _deliver(charge, answers[charge.job_id], report)]
         unheard = [
@@ -168,12 +168,12 @@ def sweep_overdue(
             for charge in page
             if charge.job_id in answers
             and answers[charge.job_id].state is JobState.UNKNOWN
-            and (source is None or asks[charge.charge_id] >= rules.asks)
+            and (source is None or asks[charge.charge_id] >= overdue.asks)
         ]
-        deliveries += _own_verdicts(
+        deliveries += _presumed_timeouts(
             engine, redis_client, unheard, report, now=now, source_configured=source is not None
         )
-        _settle(engine, deliveries, page, terms, report)
+        _settle(engine, deliveries, page, rules=rules, report=report)
         progress(report)
     with engine.connect() as connection:
         report.verified_through = read_verified(connection).through
@@ -184,7 +184,7 @@ _NOT_AN_END = frozenset({JobState.RUNNING, JobState.UNKNOWN})
 
 
 def _pages(
-    engine: sa.Engine, rules: OverdueRules, now: datetime, asked_before: datetime
+    engine: sa.Engine, overdue: OverdueRules, now: datetime, asked_before: datetime
 ) -> Iterator[list[OverdueCharge]]:
     after: tuple[datetime, int] | None = None
     while True:
@@ -192,7 +192,7 @@ def _pages(
             rows = connection.execute(
                 _OVERDUE,
                 {
-                    "due_before": now - rules.grace,
+                    "due_before": now - overdue.grace,
                     "asked_before": asked_before,
                     "now": now,
                     "after_deadline": after and after[0],
@@ -210,7 +210,7 @@ def _pages(
                 row.account_id,
                 row.credits,
                 row.opened_at,
-                row.deadline_at + rules.grace,
+                row.deadline_at + overdue.grace,
                 row.asks,
             )
             for row in rows
@@ -328,24 +328,24 @@ def _raise_running(
     engine: sa.Engine,
     page: Sequence[OverdueCharge],
     answers: Mapping[str, Answer],
-    rules: OverdueRules,
     *,
+    running_max: timedelta,
     now: datetime,
     dry_run: bool,
 ) -> None:
     """A job that runs on is given time, up to a cap; after that a person looks at it."""
     found = [
         Break(
-            RUNNING_PAST_CAP,
-            charge.job_id,
-            charge.charge_id,
-            charge.credits,
-            f"the job source still says running, {now - charge.due_at} after the deadline and its grace",
+            kind=RUNNING_PAST_CAP,
+            job_id=charge.job_id,
+            charge_id=charge.charge_id,
+            credits=charge.credits,
+            detail=f"the job source still says running, {now - charge.due_at} after the deadline and its grace",
         )
         for charge in page
         if charge.job_id in answers
         and answers[charge.job_id].state is JobState.RUNNING
-        and now - charge.due_at > rules.running_max
+        and now - charge.due_at > running_max
     ]
     if found and not dry_run:
         with engine.begin() as connection:
@@ -379,7 +379,7 @@ def event_of(charge: OverdueCharge, answer: Answer) -> Event:
             error = {"code": "reported_by_job_source", "origin": answer.origin}
             return JobFailed.of(id=f"{event_id}.{answer.origin}{finished}", error=error, **common)
         case JobState.TIMED_OUT:
-            # Without a result it is the event of our own verdict, and of builds that did not know this field.
+            # Without a result it is the event of a timeout that we presume, and of builds that did not know this field.
             result = ".result_produced" if answer.result_produced else ""
             return JobTimedOut.of(id=f"{event_id}{result}{finished}", result_produced=answer.result_produced, **common)
         case JobState.REJECTED:
@@ -406,7 +406,7 @@ def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> li
         return []
 
 
-def _own_verdicts(
+def _presumed_timeouts(
     engine: sa.Engine,
     redis_client: redis.Redis,
     charges: Sequence[OverdueCharge],
@@ -425,29 +425,30 @@ def _own_verdicts(
         report.withheld["clock"] += len(charges)
         log.error("presumed timeouts are withheld: the clocks disagree", why=disagreement, charges=len(charges))
         return []
-    verdicts = []
+    presumed = []
     for charge in charges:
         # The clock was read when the sweep began, and may have been set back since.
         reason = guard.reason(charge) or ("clock" if charge.due_at >= clocks.decides else None)
         if reason is None:
-            verdicts += _deliver(charge, Answer(JobState.TIMED_OUT), report)
+            presumed += _deliver(charge, Answer(JobState.TIMED_OUT), report)
         else:
             report.withheld[reason] += 1
-    return verdicts
+    return presumed
 
 
 def _settle(
     engine: sa.Engine,
     deliveries: Sequence[Delivery],
     page: Sequence[OverdueCharge],
-    terms: Terms,
+    *,
+    rules: Rules,
     report: OverdueReport,
 ) -> None:
     if report.dry_run:
         report.outcomes.update(f"would settle: {delivery.event.type}" for delivery in deliveries)
         return
     credits = {charge.job_id: charge.credits for charge in page}
-    for decision in settle_batch(engine, deliveries, terms) if deliveries else ():
-        report.outcomes[decision.outcome.value] += 1
-        if decision.outcome is Outcome.REFUNDED:
-            report.refunded_credits += credits[decision.delivery.event.job_id]
+    for ruling in settle_batch(engine, deliveries, rules) if deliveries else ():
+        report.outcomes[ruling.outcome.value] += 1
+        if ruling.outcome is Outcome.REFUNDED:
+            report.refunded_credits += credits[ruling.delivery.event.job_id]

@@ -8,62 +8,74 @@ from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.settlement.dead_letters import DeadLetter, bare_letter, failed_letter, record_dead_letters
-from kino_refunds.settlement.outcomes import Outcome
-from kino_refunds.settlement.retries import read_waiting, unpark
-from kino_refunds.settlement.settle import Decision, OthersWait, Terms, settle
+from kino_refunds.settlement.decide import Busy, Ruling
+from kino_refunds.settlement.pending import read_pending, unpark
+from kino_refunds.settlement.settle import OthersPending, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import sqlalchemy as sa
 
     from kino_refunds.settlement.deliveries import Delivery
-    from kino_refunds.settlement.inbox import Identity
+    from kino_refunds.settlement.record import Identity
+    from kino_refunds.settlement.rules import Rules
 
 
 class Part(NamedTuple):
-    """What one try of a part came to: events decided, events that became `apply_error`, parts still to do."""
+    """What one try of a part of a batch came to."""
 
+    rulings: list[Ruling]
+    """Of the deliveries that were given; none for an event that became a dead letter `apply_error`."""
     settled: int
+    """Events ruled on, those included that were pending for the same jobs."""
     failed: int
+    """Events that became `apply_error`: 0 or 1."""
     parts_left: int
 
 
 def settle_batch(
     engine: sa.Engine,
     deliveries: Sequence[Delivery],
-    terms: Terms,
+    rules: Rules,
     *,
-    busy_jobs: Collection[str] = (),
-    watch: Callable[[Part], None] = lambda _: None,
-) -> list[Decision]:
-    """Settle `deliveries`, in one transaction if nothing is wrong; returns the decisions, in no order.
+    busy: Busy = Busy(),  # noqa: B008 - a value that cannot change
+) -> list[Ruling]:
+    """Settle all parts of a batch (`settle_parts`); return the rulings, in no order."""
+    return [ruling for part in settle_parts(engine, deliveries, rules, busy=busy) for ruling in part.rulings]
 
-    When the batch fails for a reason that lies in an event, it is halved until that event is alone; it
-    becomes a dead letter `apply_error` and has no decision. A job's events stay together until the job is
-    alone. `busy_jobs` are put off without being looked at. `watch` is told of each part: it may keep a long search
-    from being taken for a dead worker, and may raise to end it.
 
-    What waits for another try of the same jobs is decided together with them, by the order of the events' times: a
-    completion must not overtake a failure that only waits for a lot. Those events have no decision in the answer.
+def settle_parts(
+    engine: sa.Engine,
+    deliveries: Sequence[Delivery],
+    rules: Rules,
+    *,
+    busy: Busy = Busy(),  # noqa: B008 - a value that cannot change
+) -> Iterator[Part]:
+    """Settle `deliveries`, in one transaction if nothing is wrong; yield what each part came to.
 
-    Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. So is an
-    event that could not even be recorded (somebody holds its row), after its neighbours are settled. Parts
-    that were settled by then are told `duplicate` the next time (P2).
+    When the batch fails for a reason that lies in an event, it is halved until that event is alone; it becomes a dead
+    letter `apply_error` and has no ruling. A job's events stay together until the job is alone. Jobs in `busy` are put
+    off unread. The caller may stop between two parts: what is settled stays settled, and the same events again are told
+    `duplicate` (P2).
+
+    Pending events of the same jobs are decided together with these, by the order of the events' times: a completion
+    must not overtake a failure that only waits for a lot. Those events have no ruling in the answer.
+
+    Raises what `classify` calls KEEP: nothing is wrong with the events, keep them and come again. An event that could
+    not even be recorded, because its row is held, is raised so after its neighbours are settled.
     """
     given = {id(delivery) for delivery in deliveries}
-    decisions: list[Decision] = []
     not_even_kept: Exception | None = None  # an event that we could not record: its neighbours first, then raise
-    parts = [(list(deliveries), False)] if deliveries else []  # and whether what waits for its jobs is in it
-    put_off = set(busy_jobs)  # or a later event of such a job would overtake the one that was put off
+    parts = [(list(deliveries), False)] if deliveries else []  # and whether the pending events of its jobs are in it
     while parts:
-        (part, joined), settled, failed = parts.pop(), [], 0
+        (part, joined), rulings, failed = parts.pop(), list[Ruling](), 0
         try:
             with engine.connect() as connection:
-                settled = settle(connection, part, terms, busy_jobs=put_off, alone=joined)
-        except OthersWait as others:
+                rulings = settle(connection, part, rules, busy=busy, alone=joined)
+        except OthersPending as others:
             with engine.connect() as connection:
-                parts.append((part + read_waiting(connection, others.identities), True))
+                parts.append((part + read_pending(connection, others.identities), True))
             continue
         except Exception as error:
             fault = classify(error)
@@ -74,19 +86,23 @@ def settle_batch(
                 parts += [(half, joined) for half in reversed(smaller)]
             else:
                 try:
-                    settled = _settle_alone(engine, part[0], terms, fault, error)
-                    failed = 1 - len(settled)
+                    rulings = _settle_alone(engine, part[0], rules, fault, error)
+                    failed = 1 - len(rulings)
                 except Exception as also:
                     if classify(also) is Fault.KEEP:
                         raise
                     not_even_kept = also
                 if fault is not Fault.BISECT:
-                    put_off.add(part[0].event.job_id)
-        decisions += (decision for decision in settled if id(decision.delivery) in given)
-        watch(Part(len(settled), failed, len(parts)))
+                    # Or a later event of this job would overtake the one that was put off.
+                    busy = busy._replace(jobs=busy.jobs | {part[0].event.job_id})
+        yield Part(
+            rulings=[ruling for ruling in rulings if id(ruling.delivery) in given],
+            settled=len(rulings),
+            failed=failed,
+            parts_left=len(parts),
+        )
     if not_even_kept is not None:
         raise not_even_kept
-    return decisions
 
 
 def _halves(part: Sequence[Delivery]) -> list[list[Delivery]]:
@@ -103,17 +119,15 @@ def _halves(part: Sequence[Delivery]) -> list[list[Delivery]]:
     return []
 
 
-def _settle_alone(
-    engine: sa.Engine, delivery: Delivery, terms: Terms, fault: Fault, error: Exception
-) -> list[Decision]:
+def _settle_alone(engine: sa.Engine, delivery: Delivery, rules: Rules, fault: Fault, error: Exception) -> list[Ruling]:
     """Give up on one event for now, or for good; the record of that is written before anything is dropped."""
     match fault:
         case Fault.LOCK | Fault.SPLIT:
             with engine.connect() as connection:
-                return settle(connection, [delivery], terms, busy_jobs={delivery.event.job_id})
+                return settle(connection, [delivery], rules, busy=Busy(jobs=frozenset({delivery.event.job_id})))
         case Fault.BISECT:
-            waiting = {delivery.identity: delivery.fingerprint}
-            _keep_letter(engine, failed_letter(delivery, error), terms.build, waiting=waiting)
+            pending = {delivery.identity: delivery.fingerprint}
+            _keep_letter(engine, failed_letter(delivery, error), rules.build, pending=pending)
             return []
         case Fault.KEEP:
             raise error
@@ -151,13 +165,13 @@ def _keep_letter(
     letter: DeadLetter,
     build: str,
     *,
-    waiting: Mapping[Identity, str] = MappingProxyType({}),
+    pending: Mapping[Identity, str] = MappingProxyType({}),
 ) -> None:
     """Write one letter in the place of its pending row; else beside that row; else with its bytes alone.
 
     What makes an event fail may stand in its ids or in its pending row as well, and would keep the letter away too.
     """
-    tries = [(waiting, letter), *([({}, letter)] if waiting else []), ({}, bare_letter(letter))]
+    tries = [(pending, letter), *([({}, letter)] if pending else []), ({}, bare_letter(letter))]
     for number, (done, kept) in enumerate(tries, start=1):
         try:
             with engine.begin() as connection:
@@ -168,8 +182,3 @@ def _keep_letter(
                 raise
         else:
             return
-
-
-def outcomes_of(decisions: Sequence[Decision]) -> list[Outcome]:
-    """Just the words."""
-    return [decision.outcome for decision in decisions]

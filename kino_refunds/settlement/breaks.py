@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.errors import BreakNotFound
+from kino_refunds.events.schema import JobCompleted
+from kino_refunds.settlement.outcomes import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from kino_refunds.settlement.decide import Ruling
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,22 @@ class Break:
     charge_id: int | None
     credits: int
     detail: str
+
+
+def break_of(ruling: Ruling) -> Break:
+    """Write the break that an ending raises which contradicts how its charge was settled."""
+    charge, event = ruling.charge, ruling.delivery.event
+    assert charge is not None, "an ending contradicts a charge"
+    said = "completed" if isinstance(event, JobCompleted) else f"ended as {event.type}"
+    stands = "refunded" if ruling.outcome is Outcome.COMPLETED_AFTER_REFUND else "captured"
+    detail = f"event {event.id} of {event.source} says the job {said}; its charge was {stands} before, and stays so"
+    return Break(
+        kind=ruling.outcome.value,
+        job_id=event.job_id,
+        charge_id=charge.charge_id,
+        credits=charge.credits,
+        detail=detail,
+    )
 
 
 _RAISE = sa.text("""

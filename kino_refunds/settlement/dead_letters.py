@@ -12,13 +12,16 @@ import sqlalchemy as sa
 
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.events.envelope import describe, message_key
+from kino_refunds.settlement.outcomes import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kino_refunds.errors import MalformedMessage
     from kino_refunds.events.envelope import Element
+    from kino_refunds.settlement.decide import Ruling
     from kino_refunds.settlement.deliveries import Delivery
+    from kino_refunds.settlement.record import Record
 
 DETAIL_LENGTH_MAX = 2_000
 EXCEPTION_LENGTH_MAX = 20_000
@@ -61,11 +64,11 @@ def malformed_letter(raw: bytes, queue: str, error: MalformedMessage, *, element
     about = describe(raw if element is None else element.content)
     index = None if element is None else element.index
     return DeadLetter(
-        message_key(raw, index),
-        raw,
-        queue,
-        error.code,
-        error.text,
+        key=message_key(raw, index),
+        raw=raw,
+        queue=queue,
+        reason=error.code,
+        detail=error.text,
         source=about.source,
         event_id=about.event_id,
         job_id=about.job_id,
@@ -80,11 +83,11 @@ def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | 
     """A message, or an element, that ended workers while it was alone with them; not even its ids are read from it."""
     what = "this message was" if element_index is None else f"element {element_index} of this message was"
     return DeadLetter(
-        message_key(raw, element_index),
-        raw,
-        queue,
-        POISON_CRASH,
-        f"{crashes} workers ended while {what} all that they had in work",
+        key=message_key(raw, element_index),
+        raw=raw,
+        queue=queue,
+        reason=POISON_CRASH,
+        detail=f"{crashes} workers ended while {what} all that they had in work",
         attempts=crashes,
         element_index=element_index,
         may_hold_others=True,
@@ -98,19 +101,35 @@ def event_letter(
     event = delivery.event
     key = sha256(f"{event.source}\0{event.id}\0{delivery.fingerprint}".encode()).digest()
     return DeadLetter(
-        key,
-        delivery.raw,
-        delivery.queue,
-        reason,
-        detail,
-        exception,
-        event.source,
-        event.id,
-        event.job_id,
-        delivery.attempts,
-        cause,
-        delivery.element_index,
+        key=key,
+        raw=delivery.raw,
+        queue=delivery.queue,
+        reason=reason,
+        detail=detail,
+        exception=exception,
+        source=event.source,
+        event_id=event.id,
+        job_id=event.job_id,
+        attempts=delivery.attempts,
+        cause=cause,
+        element_index=delivery.element_index,
     )
+
+
+def ruled_letter(ruling: Ruling, record: Record) -> DeadLetter:
+    """An event whose ruling is that no further try of ours changes anything."""
+    event = ruling.delivery.event
+    if ruling.outcome is Outcome.CONFLICTING_DUPLICATE:
+        known = record.first(ruling.delivery.identity)
+        before = known.outcome.value if known is not None and known.outcome is not None else "not decided yet"
+        why = f"event {event.id} of {event.source} came before with other content ({before}); this one is not applied"
+    elif ruling.outcome is Outcome.ACCOUNT_MISMATCH:
+        assert ruling.charge is not None, "an account is compared with the charge's"
+        account_id = ruling.charge.account_id
+        why = f"the event names account {event.account_id}, the charge of job {event.job_id} is of {account_id}"
+    else:
+        why = f"{ruling.outcome.value}: tried for a day without another result"
+    return event_letter(ruling.delivery, ruling.outcome.value, why)
 
 
 def failed_letter(delivery: Delivery, error: Exception) -> DeadLetter:
@@ -123,12 +142,12 @@ def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
     """A message on which our own reading of messages fails: nothing but its bytes is known."""
     trace = "".join(traceback.format_exception(error))
     return DeadLetter(
-        sha256(raw).digest(),
-        raw,
-        queue,
-        APPLY_ERROR,
-        _said(error),
-        trace,
+        key=sha256(raw).digest(),
+        raw=raw,
+        queue=queue,
+        reason=APPLY_ERROR,
+        detail=_said(error),
+        exception=trace,
         cause=_origin(error),
         may_hold_others=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from kino_refunds.errors import MalformedMessage
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 
+GIVE_UP_AFTER = timedelta(hours=24)
+"""A charge that has not come a day after its job ended is not late, it is missing: a person looks."""
 RECONCILER = "kino-reconciler"
 """The source of the events that we write ourselves, where nobody else says how a job ended."""
 
@@ -38,6 +41,10 @@ class Delivery:
     def identity(self) -> tuple[str, str]:
         """(source, event id): what makes two deliveries the same event (P2)."""
         return self.event.identity
+
+    def exhausted(self, now: datetime) -> bool:
+        """Say whether this event has been tried for as long as we try."""
+        return self.pending_since is not None and now - self.pending_since >= GIVE_UP_AFTER
 
 
 def read_delivery(raw: bytes, queue: str) -> Delivery:

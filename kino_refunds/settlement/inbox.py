@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from kino_refunds.errors import SettledElsewhere
 from kino_refunds.settlement.outcomes import Outcome
+from kino_refunds.settlement.record import Identity, KnownEvent, Record
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from datetime import datetime
 
     from kino_refunds.events.schema import Event
-    from kino_refunds.settlement.deliveries import Delivery
-
-Identity = tuple[str, str]
+    from kino_refunds.settlement.decide import Ruling
 
 TOGETHER_MAX = 100
 """So many waiting events of a job, the oldest, are decided together with a new one: a flood delays its own job only."""
-
-
-class Said(NamedTuple):
-    """What an event was told before; `outcome` is None while it waits for another try."""
-
-    fingerprint: str
-    outcome: Outcome | None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What was said before, by event: decided for good, or waiting. An event can be in both for a moment.
-
-    `read_at` is when it was read, by the ledger's clock: the present time of a batch, without a round trip of its own.
-    """
-
-    decided: dict[Identity, Said]
-    pending: dict[Identity, Said]
-    beside: frozenset[Identity]
-    """Other events that wait for the same jobs, where the job's charge is open: they are decided together."""
-    read_at: datetime
-
-    def first(self, identity: Identity) -> Said | None:
-        """Return what counts: the decision if there is one."""
-        return self.decided.get(identity) or self.pending.get(identity)
-
-    def waits(self, identity: Identity, fingerprint: str) -> bool:
-        """Say whether this event, with this content, has a pending row."""
-        said = self.pending.get(identity)
-        return said is not None and said.fingerprint == fingerprint
 
 
 _READ = sa.text("""
@@ -91,7 +59,7 @@ def read_record(connection: sa.Connection, events: Collection[Event]) -> Record:
         "job_ids": list({event.job_id for event in events}),
         "together_max": TOGETHER_MAX,
     }
-    decided, pending, beside = dict[Identity, Said](), dict[Identity, Said](), set[Identity]()
+    decided, pending, beside = dict[Identity, KnownEvent](), dict[Identity, KnownEvent](), set[Identity]()
     read_at: datetime | None = None
     for clock, source, event_id, fingerprint, outcome in connection.execute(_READ, parameters):
         if clock is not None:
@@ -99,30 +67,30 @@ def read_record(connection: sa.Connection, events: Collection[Event]) -> Record:
         elif fingerprint is None:
             beside.add((source, event_id))
         elif outcome is None:
-            pending[source, event_id] = Said(fingerprint, None)
+            pending[source, event_id] = KnownEvent(fingerprint, None)
         else:
-            decided[source, event_id] = Said(fingerprint, Outcome(outcome))
+            decided[source, event_id] = KnownEvent(fingerprint, Outcome(outcome))
     assert read_at is not None, "the clock is one of the rows"
     return Record(decided, pending, frozenset(beside - identities), read_at)
 
 
-def insert_inbox(connection: sa.Connection, decided: Sequence[tuple[Delivery, Outcome]]) -> None:
+def insert_inbox(connection: sa.Connection, final: Sequence[Ruling]) -> None:
     """Write final outcomes; raises SettledElsewhere if one of the events was decided since we read.
 
     Without that check two jobs under one event id, in the hands of two workers, are both refunded.
     """
-    if not decided:
+    if not final:
         return
-    rows = sorted(decided, key=lambda row: row[0].identity)
-    events = [delivery.event for delivery, _ in rows]
+    rows = sorted(final, key=lambda ruling: ruling.delivery.identity)
+    events = [ruling.delivery.event for ruling in rows]
     inserted = connection.execute(
         _INSERT,
         {
             "sources": [event.source for event in events],
             "event_ids": [event.id for event in events],
             "job_ids": [event.job_id for event in events],
-            "fingerprints": [delivery.fingerprint for delivery, _ in rows],
-            "outcomes": [outcome.value for _, outcome in rows],
+            "fingerprints": [ruling.delivery.fingerprint for ruling in rows],
+            "outcomes": [ruling.outcome.value for ruling in rows],
             "event_ats": [event.time for event in events],
         },
     ).all()

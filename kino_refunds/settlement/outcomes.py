@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, assert_never
 from kino_refunds.policy.automatic import Clause, Reason
 
 if TYPE_CHECKING:
-    from kino_refunds.policy.automatic import Verdict
+    from kino_refunds.policy.automatic import Coverage
 
 
 class Outcome(StrEnum):
@@ -78,19 +78,19 @@ class ChargeState(Enum):
     REFUNDED = auto()
 
 
-def outcome_of(verdict: Verdict, state: ChargeState) -> Outcome:
+def outcome_of(coverage: Coverage, state: ChargeState) -> Outcome:
     """Read the table of section 5: what the policy gives, against where the charge stands."""
     match state:
         case ChargeState.OPEN:
-            if verdict.refund:
+            if coverage.refund:
                 return Outcome.REFUNDED
-            if verdict.clause is Clause.TERMINATED:
+            if coverage.clause is Clause.TERMINATED:
                 return Outcome.CAPTURED_TERMINATED
-            return Outcome.CAPTURED if verdict.reason is Reason.COMPLETED else Outcome.CAPTURED_NOT_COVERED
+            return Outcome.CAPTURED if coverage.reason is Reason.COMPLETED else Outcome.CAPTURED_NOT_COVERED
         case ChargeState.CAPTURED:
-            return Outcome.FAILED_AFTER_CAPTURE if verdict.refund else Outcome.ALREADY_CAPTURED
+            return Outcome.FAILED_AFTER_CAPTURE if coverage.refund else Outcome.ALREADY_CAPTURED
         case ChargeState.REFUNDED:
-            completed = verdict.reason is Reason.COMPLETED
+            completed = coverage.reason is Reason.COMPLETED
             return Outcome.COMPLETED_AFTER_REFUND if completed else Outcome.ALREADY_REFUNDED
         case _:
             assert_never(state)

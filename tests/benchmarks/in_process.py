@@ -22,8 +22,8 @@ from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import delivery_of
+from kino_refunds.settlement.rules import rules_of
 from tests.benchmarks.backlog import CREDITS_A_JOB, account_of, chunks, digest, engine_of, grant, refund
-from workers.bootstep import terms_of
 
 CALL = 500
 """Charges a call where they come in calls, and events a batch."""
@@ -79,7 +79,7 @@ def growing(servers: Servers, events: int) -> Growing:
             superuser.execute(f"ALTER TABLE kino.{table} SET (autovacuum_enabled = off)".encode())
     grant(servers, GROWING)
     deadline = datetime.now(UTC) + timedelta(hours=1)
-    terms = terms_of(Settings.model_construct())
+    rules = rules_of(Settings.model_construct())
     took = []
     with engine_of(servers, "kino_product", GROWING) as product, engine_of(servers, database=GROWING) as worker:
         for first in range(0, events, CALL):
@@ -88,7 +88,7 @@ def growing(servers: Servers, events: int) -> Growing:
                 open_charges(connection, [ChargeRequest(j, account_of(j), CREDITS_A_JOB, deadline) for j in jobs])
             deliveries = [delivery_of(refund(job_id, number)) for number, job_id in enumerate(jobs)]
             started = time.monotonic()
-            settled = settle_batch(worker, deliveries, terms)
+            settled = settle_batch(worker, deliveries, rules)
             took.append(time.monotonic() - started)
             assert len(settled) == CALL, "every event of the batch was decided"
     part = max(1, len(took) // SHARE)

@@ -22,8 +22,8 @@ from kino_refunds.events.schema import Event, Queue
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import read_delivery
+from kino_refunds.settlement.rules import rules_of
 from tests.benchmarks.rivals import Left, Rival
-from workers.bootstep import terms_of
 
 BATCH = 500
 LULL_S = 0.02
@@ -49,7 +49,7 @@ def consume() -> None:
     """Settle batches until we are ended."""
     settings = load_settings()
     engine = create_engine(settings.require_database_url(), limits=settings.session_limits)
-    terms = terms_of(settings)
+    rules = rules_of(settings)
     batch: list[Any] = []
     queue = kombu.Queue(Queue.JOB_FAILED.value)
     with (
@@ -61,7 +61,7 @@ def consume() -> None:
                 while len(batch) < BATCH:
                     connection.drain_events(timeout=LULL_S)
             deliveries = [read_delivery(bytes(message.body), Queue.JOB_FAILED) for message in batch]
-            settle_batch(engine, deliveries, terms)
+            settle_batch(engine, deliveries, rules)
             for message in batch:
                 message.ack()
             batch.clear()

@@ -44,10 +44,8 @@ from kino_refunds.events.schema import Event, queue_of, to_json
 from kino_refunds.intake.gate import pause_intake, resume_intake
 from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.batch import outcomes_of, settle_batch
-from kino_refunds.settlement.deliveries import Delivery
-from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.settlement.retries import sweep_retries
+from kino_refunds.settlement.rules import rules_of
 from tests.benchmarks import postgres_alone
 from tests.benchmarks.backlog import Maker, chunks, engine_of, grant, mixture, open_jobs, refund
 from tests.benchmarks.celery_rival import CELERY
@@ -58,7 +56,6 @@ from tests.benchmarks.kombu_rival import KOMBU
 from tests.benchmarks.latency import Latency, latency, publish_paced
 from tests.benchmarks.rivals import Left, Rival, running
 from tests.benchmarks.rows import differences
-from workers.bootstep import terms_of
 
 LOOK_EVERY_S = 0.01
 DEADLINE_S = 600.0
@@ -147,17 +144,13 @@ class Bench:
     def _settle_busy(self) -> float:
         """Do what beat would: try jobs again that waited for a lot too long; returns the seconds it took."""
         settings = Settings.model_construct()
-        terms = terms_of(settings)
+        rules = rules_of(settings)
         started, tried = time.monotonic(), 0
         with engine_of(self.servers) as engine:
-
-            def settle_again(due: Sequence[Delivery]) -> list[Outcome]:
-                return outcomes_of(settle_batch(engine, due, terms))
-
             while waiting(engine):
                 if time.monotonic() - started > DEADLINE_S:
                     raise SystemExit(f"{waiting(engine)} events still wait for a retry after {DEADLINE_S:.0f} s")
-                tried += sweep_retries(engine, settle_again, lease=settings.retry_lease, build=terms.build).tried
+                tried += sweep_retries(engine, rules, lease=settings.retry_lease).tried
                 time.sleep(LOOK_EVERY_S)
         if tried:
             print(f"  {tried:,} jobs were busy, and settled by the retry sweep")

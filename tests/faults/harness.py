@@ -36,9 +36,8 @@ from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules, sweep_overdue
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.batch import outcomes_of, settle_batch
 from kino_refunds.settlement.retries import sweep_retries
-from kino_refunds.settlement.settle import Terms
+from kino_refunds.settlement.rules import Rules
 from tests.clock import run_ahead
 from tests.faults.oracle import Job, Message, Verdict, Workload, judge, summary
 from workers.intake import Intake
@@ -376,12 +375,7 @@ class World:
                 connection.exec_driver_sql(
                     "UPDATE kino.pending_event SET next_attempt_at = kino.clock(), leased_until = NULL"
                 )
-            sweep_retries(
-                self.engine,
-                lambda due: outcomes_of(settle_batch(self.engine, due, self.terms)),
-                lease=timedelta(minutes=1),
-                build=self.terms.build,
-            )
+            sweep_retries(self.engine, self.rules, lease=timedelta(minutes=1))
 
     def sweep_overdue(self, source: JobSource | None, *, asks: int = 1, later_s: float = 0.0) -> OverdueReport:
         """Ask `source` about every overdue job, once; the ledger's clock has gone on by `later_s` since the start."""
@@ -392,14 +386,16 @@ class World:
             self.engine,
             self.redis,
             source,
-            self.terms,
-            OverdueRules(timedelta(0), asks, timedelta(0), timedelta(hours=24)),
+            self.rules,
+            overdue=OverdueRules(
+                grace=timedelta(0), asks=asks, ask_window=timedelta(0), running_max=timedelta(hours=24)
+            ),
         )
 
     @property
-    def terms(self) -> Terms:
+    def rules(self) -> Rules:
         """What is settled by in this process."""
-        return Terms(published_policy(), "faults")
+        return Rules(published_policy(), "faults")
 
     def last_words(self) -> str:
         """The last lines of every worker's log."""
@@ -500,7 +496,7 @@ class World:
         *,
         queues: Queues | None = None,
         engine: sa.Engine | None = None,
-        terms: Terms | None = None,
+        rules: Rules | None = None,
         probe_every_s: float = 0.0,
         **fields: Any,
     ) -> Intake:
@@ -508,7 +504,7 @@ class World:
         return Intake(
             engine or self.engine,
             queues or self.queues(),
-            terms or self.terms,
+            rules or self.rules,
             self.settings(**fields),
             name="here",
             probe_every_s=probe_every_s,

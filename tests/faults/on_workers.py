@@ -213,7 +213,7 @@ def tripwire_and_probe(world: World) -> None:
     world.open(messages)
     world.publish(messages)
     bad: Any = _NoPolicy()
-    broken = world.intake(terms=dataclasses.replace(world.terms, policy=bad), probe_every_s=1000)
+    broken = world.intake(rules=dataclasses.replace(world.rules, policy=bad), probe_every_s=1000)
     for _ in range(20):
         broken.run_once()
     world.faults["bad build"] += 1
@@ -225,7 +225,7 @@ def tripwire_and_probe(world: World) -> None:
 
 def _replay_letters(world: World) -> None:
     for (letter,) in world.sql("SELECT dead_letter_id FROM kino.dead_letter WHERE status = 'open'"):
-        replay_letter(world.engine, letter, world.terms, actor="faults")
+        replay_letter(world.engine, letter, world.rules, actor="faults")
 
 
 BAD_BUILD = Edit(

@@ -46,6 +46,7 @@ class Caught:
 
 
 SETTLE = "kino_refunds/settlement/settle.py"
+DECIDE = "kino_refunds/settlement/decide.py"
 INBOX = "kino_refunds/settlement/inbox.py"
 CHARGES = "kino_refunds/ledger/charges.sql"
 ENDINGS = "kino_refunds/ledger/endings.sql"
@@ -55,6 +56,7 @@ INPUT = "kino_refunds/ledger/input.sql"
 SCRIPTS = "kino_refunds/events/scripts"
 IS_DEAD = "if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then"
 INTAKE = "workers/intake.py"
+TRIPWIRE = "kino_refunds/intake/tripwire.py"
 OVERDUE = "kino_refunds/reconciliation/overdue.py"
 GUARD = "kino_refunds/reconciliation/guard.py"
 
@@ -63,8 +65,8 @@ PLANTED = [
         "drop before commit",
         Edit(
             INTAKE,
-            "        deliveries, dead = read_claim(claim)\n",
-            "        deliveries, dead = read_claim(claim)\n        self._queues.drop(claim.token)\n",
+            "        deliveries, unreadable = read_claim(claim)\n",
+            "        deliveries, unreadable = read_claim(claim)\n        self._queues.drop(claim.token)\n",
         ),
         ("every_statement_is_a_crash_point", "postgres_out_of_disk"),
     ),
@@ -80,15 +82,15 @@ PLANTED = [
     ),
     Planted(
         "inbox is not asked",
-        Edit(SETTLE, "elif said is not None and said.outcome is not None:", "elif said is not None and not said:"),
+        Edit(DECIDE, "elif known is not None and known.outcome is not None:", "elif known is not None and not known:"),
         ("everything_ten_times",),
     ),
     Planted(
         "same id, other content: a duplicate",
         Edit(
-            SETTLE,
-            "if said is not None and said.fingerprint != delivery.fingerprint:",
-            "if said is not None and not said:",
+            DECIDE,
+            "if known is not None and known.fingerprint != delivery.fingerprint:",
+            "if known is not None and not known:",
         ),
         ("every_statement_is_a_crash_point",),
     ),
@@ -132,7 +134,7 @@ PLANTED = [
     Planted(
         "account mismatch ignored",
         Edit(
-            SETTLE,
+            DECIDE,
             "if event.account_id is not None and event.account_id != charge.account_id:",
             "if charge.account_id is None:",
         ),
@@ -140,7 +142,7 @@ PLANTED = [
     ),
     Planted(
         "order of arrival instead of the events' times",
-        Edit(SETTLE, "key=lambda index: (deliveries[index].event.time, index)", "key=lambda index: -index"),
+        Edit(DECIDE, "key=lambda index: (deliveries[index].event.time, index)", "key=lambda index: -index"),
         ("several_ends_of_one_job",),
     ),
     Planted(
@@ -224,15 +226,15 @@ PLANTED = [
     ),
     Planted(
         "tripwire cut",
-        Edit(INTAKE, "sum(self._failures) > TRIPWIRE_ERRORS_MAX", "sum(self._failures) > TRIPWIRE_WINDOW"),
+        Edit(TRIPWIRE, "sum(self._failures) > ERRORS_MAX", "sum(self._failures) > WINDOW"),
         ("tripwire_and_probe",),
     ),
     Planted(
         "sweep without guards",
         Edit(
             OVERDUE,
-            "        if reason is None:\n            verdicts",
-            "        if reason is None or reason:\n            verdicts",
+            "        if reason is None:\n            presumed",
+            "        if reason is None or reason:\n            presumed",
         ),
         ("paused_past_every_deadline", "backlog_past_every_deadline"),
     ),
@@ -380,8 +382,8 @@ PLANTED = [
         "what waits is overtaken",
         Edit(
             "kino_refunds/settlement/batch.py",
-            "busy_jobs=put_off, alone=joined)",
-            "busy_jobs=put_off)",
+            "busy=busy, alone=joined)",
+            "busy=busy)",
         ),
         tests=("tests/integration/settlement/test_waiting_together.py",),
     ),

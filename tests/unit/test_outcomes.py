@@ -9,7 +9,7 @@ from psycopg import errors
 
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import LedgerInconsistent, SettledElsewhere, WrongEncoding
-from kino_refunds.policy.automatic import Clause, Reason, Verdict
+from kino_refunds.policy.automatic import Clause, Coverage, Reason
 from kino_refunds.settlement.outcomes import (
     BREAKS,
     SETTLING,
@@ -62,15 +62,15 @@ def test_only_final_outcomes_settle_a_charge_or_break() -> None:
     assert SETTLING.isdisjoint(BREAKS)
 
 
-COMPLETED = Verdict(refund=False, reason=Reason.COMPLETED, clause=Clause.CREDITS)
-TERMINATED = Verdict(refund=False, reason=Reason.NOT_COVERED, clause=Clause.TERMINATED)
+COMPLETED = Coverage(refund=False, reason=Reason.COMPLETED, clause=Clause.CREDITS)
+TERMINATED = Coverage(refund=False, reason=Reason.NOT_COVERED, clause=Clause.TERMINATED)
 REFUNDS = [
-    Verdict(refund=True, reason=Reason.GENERATION_FAILURE, clause=Clause.FAILURE),
-    Verdict(refund=True, reason=Reason.TIMEOUT, clause=Clause.TIMEOUT),
-    Verdict(refund=True, reason=Reason.CONTENT_POLICY_REJECTION, clause=Clause.SAFETY),
+    Coverage(refund=True, reason=Reason.GENERATION_FAILURE, clause=Clause.FAILURE),
+    Coverage(refund=True, reason=Reason.TIMEOUT, clause=Clause.TIMEOUT),
+    Coverage(refund=True, reason=Reason.CONTENT_POLICY_REJECTION, clause=Clause.SAFETY),
 ]
 MISSES = [
-    Verdict(refund=False, reason=Reason.NOT_COVERED, clause=clause)
+    Coverage(refund=False, reason=Reason.NOT_COVERED, clause=clause)
     for clause in (Clause.FAILURE, Clause.TIMEOUT, Clause.SAFETY)
 ]
 TABLE = [
@@ -82,7 +82,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("verdict", "on_open", "on_captured", "on_refunded"), TABLE)
-def test_the_table_of_outcomes(verdict: Verdict, on_open: str, on_captured: str, on_refunded: str) -> None:
+def test_the_table_of_outcomes(verdict: Coverage, on_open: str, on_captured: str, on_refunded: str) -> None:
     """What the policy gives, against where the charge stands, is one word of section 5."""
     said = tuple(outcome_of(verdict, state).value for state in ChargeState)
 

@@ -8,7 +8,7 @@ import pytest
 
 from kino_refunds.errors import InvalidPolicy
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
-from kino_refunds.policy.automatic import Clause, Reason, Verdict, judge
+from kino_refunds.policy.automatic import Clause, Coverage, Reason, coverage_of
 from kino_refunds.policy.document import Policy, PolicyDocument, clamped, make_policy, parse_policy, published_policy
 from tests.scenario import KINDS, NOT_COVERED, REFUNDABLE, make_event
 
@@ -29,8 +29,8 @@ CLAUSES = {
 }
 
 
-def verdict(refund: bool, reason: str, clause: str) -> Verdict:
-    return Verdict(refund=refund, reason=Reason(reason), clause=Clause(clause))
+def verdict(refund: bool, reason: str, clause: str) -> Coverage:
+    return Coverage(refund=refund, reason=Reason(reason), clause=Clause(clause))
 
 
 def test_the_table_of_clauses_leaves_no_ending_out() -> None:
@@ -44,7 +44,7 @@ def test_the_table_of_clauses_leaves_no_ending_out() -> None:
 @pytest.mark.parametrize("kind", CLAUSES)
 def test_an_ending_under_the_published_policy(kind: str) -> None:
     """Clauses 1 and 2: what is our failure comes back, what is the customer's or was delivered does not."""
-    said = judge(make_event(kind), PUBLISHED, terminated_for_violation=False)
+    said = coverage_of(make_event(kind), PUBLISHED, terminated_for_violation=False)
 
     assert said == verdict(*CLAUSES[kind])
 
@@ -52,7 +52,7 @@ def test_an_ending_under_the_published_policy(kind: str) -> None:
 @pytest.mark.parametrize("kind", REFUNDABLE)
 def test_a_termination_for_violation_forfeits_a_refund(kind: str) -> None:
     """Clause 6: an account that was terminated for violation gets nothing back, and the clause is cited."""
-    said = judge(make_event(kind), PUBLISHED, terminated_for_violation=True)
+    said = coverage_of(make_event(kind), PUBLISHED, terminated_for_violation=True)
 
     assert said == verdict(False, "not_covered", "6.terminated")  # noqa: FBT003 - a row of the table
 
@@ -60,7 +60,7 @@ def test_a_termination_for_violation_forfeits_a_refund(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["completed", *NOT_COVERED])
 def test_what_was_not_refundable_anyway_cites_its_own_clause(kind: str) -> None:
     """Clause 6 is asked last: an ending that clause 2 does not cover is recorded under clause 2."""
-    said = judge(make_event(kind), PUBLISHED, terminated_for_violation=True)
+    said = coverage_of(make_event(kind), PUBLISHED, terminated_for_violation=True)
 
     assert said == verdict(*CLAUSES[kind])
 
@@ -72,7 +72,7 @@ def test_the_document_decides_and_not_the_code() -> None:
         name="opposite.toml",
     )
 
-    refunded = {k for k in KINDS if judge(make_event(k), opposite, terminated_for_violation=True).refund}
+    refunded = {k for k in KINDS if coverage_of(make_event(k), opposite, terminated_for_violation=True).refund}
 
     assert refunded == {"failed user", "timeout", "timeout with result", "safety after"}
 

@@ -20,13 +20,14 @@ from kino_refunds.events.schema import Event
 from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import retries
+from kino_refunds.settlement.decide import Busy
 from kino_refunds.settlement.deliveries import delivery_of
+from kino_refunds.settlement.rules import rules_of
 from kino_refunds.settlement.settle import settle
 from tests.benchmarks import postgres_alone
 from tests.benchmarks.backlog import engine_of, grant, mixture, open_jobs, refund
 from tests.benchmarks.rows import differences
 from tests.benchmarks.throughput import Bench, made
-from workers.bootstep import terms_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -162,8 +163,8 @@ def test_jobs_that_were_busy_are_settled_within_the_time(
         settle(
             connection,
             [delivery_of(event) for event in events],
-            terms_of(Settings.model_construct()),
-            busy_jobs={event.job_id for event in events},
+            rules_of(Settings.model_construct()),
+            busy=Busy(jobs=frozenset(event.job_id for event in events)),
         )
 
     bench.conclude("busy", "somebody", events, 0.0)

@@ -36,7 +36,7 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.dev.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.dev.processes import STOP_DEADLINE_S, environment_of, start_beat, start_worker
-from kino_refunds.dev.server_guard import Orders
+from kino_refunds.dev.supervisor import Orders
 from kino_refunds.doctor.on_redis import refused_commands
 from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher

@@ -34,7 +34,7 @@ from tests.clock import (
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, celery_task, envelope
 from tests.malformed import event as document
-from tests.scenario import NOW, SOURCE, Scene, Settled, make_event, make_terms
+from tests.scenario import NOW, SOURCE, Scene, Settled, make_event, make_rules
 
 LATER = NOW + timedelta(minutes=10)
 FAILED = "generation.job-failed"
@@ -62,7 +62,7 @@ def bug(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def replay(scene: Scene, number: int = 1, **options: Any) -> Replay:
-    return replay_letter(scene.worker, number, make_terms(), LATER, actor="anna", **options)
+    return replay_letter(scene.worker, number, make_rules(), LATER, actor="anna", **options)
 
 
 def record(scene: Scene, *letters: DeadLetter) -> None:
@@ -72,7 +72,7 @@ def record(scene: Scene, *letters: DeadLetter) -> None:
 
 def settle(scene: Scene, *events: Event) -> None:
     """Settle as intake does, so that what fails becomes a dead letter."""
-    settle_batch_at(scene.worker, [delivery_of(event) for event in events], make_terms(), NOW)
+    settle_batch_at(scene.worker, [delivery_of(event) for event in events], make_rules(), NOW)
 
 
 def malformed(raw: bytes) -> DeadLetter:
@@ -516,7 +516,7 @@ def test_the_letter_of_one_event_of_several_is_replayed_as_that_event(
     raw = WIRE_FORMS[form](several(make_event("completed", "job-2"), b"{}", make_event("failed platform")))
     deliveries, dead = read_message(raw, FAILED)
     bug("on")
-    settle_batch_at(scene.worker, deliveries[1:], make_terms(), NOW)
+    settle_batch_at(scene.worker, deliveries[1:], make_rules(), NOW)
     record(scene, *dead)
     bug("off")
 
@@ -589,7 +589,7 @@ def test_a_correction_of_one_event_of_several_is_one_event(scene: Scene) -> None
     """A correction is of one event, also where the message holds several."""
     scene.charged()
     raw = several(make_event("failed platform", account_id="somebody else", event_id="e"), make_event("completed", "x"))
-    settle_batch_at(scene.worker, read_message(raw, FAILED)[0][:1], make_terms(), NOW)
+    settle_batch_at(scene.worker, read_message(raw, FAILED)[0][:1], make_rules(), NOW)
 
     with pytest.raises(MalformedMessage, match="an array of 2 events, where one is expected"):
         replay(scene, edited=raw)

@@ -18,7 +18,7 @@ from redis import Redis
 
 from kino_refunds.dev import embedded as module
 from kino_refunds.dev.embedded import EmbeddedPostgres, EmbeddedValkey, Servers, servers
-from kino_refunds.dev.server_guard import IN_USE, remove_scratch
+from kino_refunds.dev.supervisor import IN_USE, remove_scratch
 from kino_refunds.errors import ServerFailed
 from tests.scenario import until
 

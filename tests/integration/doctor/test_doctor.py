@@ -20,7 +20,7 @@ from redis import Redis
 
 from kino_refunds.db.migrate import head_revision
 from kino_refunds.dev.embedded import LOOPBACK, EmbeddedPostgres, EmbeddedValkey
-from kino_refunds.dev.server_guard import Orders
+from kino_refunds.dev.supervisor import Orders
 from kino_refunds.doctor import findings, on_postgres, on_redis
 from kino_refunds.errors import LedgerInconsistent
 from kino_refunds.events import connection as redis_connections

@@ -13,7 +13,7 @@ from redis import Redis
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.envelope import parse
 from kino_refunds.ledger import Balance, Grant, LotClass, balance, grant_lots, open_charge
-from kino_refunds.policy.automatic import judge
+from kino_refunds.policy.automatic import coverage_of
 from kino_refunds.policy.document import published_policy
 from kino_refunds.settings import PREFIX, Settings
 from tests.conftest import Database
@@ -45,7 +45,7 @@ def endings_table() -> str:
     """What the policy in force makes of every ending, as the README's rows."""
     document = published_policy().at(EVENT_AT)
     verdicts = [
-        (text, judge(make_event(kind), document, terminated_for_violation=False))
+        (text, coverage_of(make_event(kind), document, terminated_for_violation=False))
         for text, kinds in ENDINGS.items()
         for kind in kinds
     ]

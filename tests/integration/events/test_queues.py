@@ -29,7 +29,7 @@ from redis.exceptions import OutOfMemoryError
 from redis.retry import Retry
 
 from kino_refunds.dev.embedded import EmbeddedValkey
-from kino_refunds.errors import ForeignKey
+from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.queues import (
     POISON_CRASHES,
     QUEUE_KEYS,
@@ -580,7 +580,7 @@ def test_an_own_key_of_the_wrong_type_refuses_before_anything_moves(redis: Redis
         queues.leave,
         queues.recover,
     ):
-        with pytest.raises(ForeignKey, match=f"^{key} holds a hash$"):
+        with pytest.raises(WrongKeyType, match=f"^{key} holds a hash$"):
             command()
 
     assert contents(redis) == before
@@ -593,7 +593,7 @@ def test_a_foreign_crash_count_refuses_too(redis: Redis) -> None:
     counter = "kino:crashes:356a192b7913b04c54574d18c28d46e6395428ab"  # the digest of `1`
     redis.hset(counter, "foreign", "value")
 
-    with pytest.raises(ForeignKey, match=counter):
+    with pytest.raises(WrongKeyType, match=counter):
         worker(redis).claim()
 
     assert redis.hgetall(counter) == {b"foreign": b"value"}
@@ -805,7 +805,7 @@ def test_a_foreign_count_of_an_event_refuses(redis: Redis) -> None:
     redis.hset(counter, "foreign", "value")
     before = contents(redis)
 
-    with pytest.raises(ForeignKey, match=counter):
+    with pytest.raises(WrongKeyType, match=counter):
         worker(redis).begin(claim.token, 7)
 
     assert contents(redis) == before

@@ -20,11 +20,11 @@ from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Bound, Queues, Recovered, depths, waiting
 from kino_refunds.outbox.relay import relay_refunds
 from kino_refunds.settings import Settings
+from kino_refunds.settlement.rules import rules_of
 from tests.conftest import Database
 from tests.failover import Pair, pair
 from tests.pipeline import EMPTY, REFUNDED, ledger, open_jobs, push
 from tests.scenario import Scene, make_event, until
-from workers.bootstep import terms_of
 from workers.intake import Intake
 
 FAILED = SERVED[0]
@@ -121,7 +121,7 @@ def read_of_nothing(read: Callable[[Redis], Any]) -> Any:
 def test_intake_settles_what_the_new_primary_has(redises: Pair, client: Redis, scene: Scene) -> None:
     """An intake that had a batch in flight at the switch drops it at the new primary, and claims what comes there."""
     open_jobs(scene, "before", "after")
-    intake = Intake(scene.worker, queues(client), terms_of(Settings()), Settings.model_construct())
+    intake = Intake(scene.worker, queues(client), rules_of(Settings()), Settings.model_construct())
     push(client, make_event("failed platform", "before"))
     queues(client).claim()
 
@@ -141,7 +141,7 @@ def test_relay_tells_the_new_primary(redises: Pair, client: Redis, scene: Scene,
     """The product hears of a refund at the new primary, and once."""
     relay_refunds(engine, client, "product.refunds")  # from here on
     open_jobs(scene, "job-1")
-    intake = Intake(scene.worker, queues(client), terms_of(Settings()), Settings.model_construct())
+    intake = Intake(scene.worker, queues(client), rules_of(Settings()), Settings.model_construct())
     push(client, make_event("failed platform", "job-1"))
     intake.run_once()
 

@@ -18,6 +18,7 @@ from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import parse
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
 from kino_refunds.events.schema import to_json
+from kino_refunds.intake.tripwire import ERRORS_MAX
 from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
@@ -25,14 +26,14 @@ from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.deliveries import RECONCILER, read_message
+from kino_refunds.settlement.rules import rules_of
 from kino_refunds.settlement.settle import settle
 from tests.conftest import Database
 from tests.malformed import MALFORMED, bare, envelope
 from tests.malformed import event as document
-from tests.scenario import NOW, Scene, make_event, make_terms
+from tests.scenario import NOW, Scene, make_event, make_rules
 from workers import intake as intake_module
-from workers.bootstep import terms_of
-from workers.intake import TRIPWIRE_ERRORS_MAX, Intake
+from workers.intake import Intake
 
 FAILED = SERVED[0]
 EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
@@ -50,7 +51,7 @@ def scene(database: Database) -> Iterator[Scene]:
 
 def make_intake(scene: Scene, client: Redis) -> Intake:
     settings = Settings.model_construct(intake_batch=1000, build="test")
-    return Intake(scene.worker, Queues(client, "worker-a", alive_ttl_s=60), terms_of(settings), settings)
+    return Intake(scene.worker, Queues(client, "worker-a", alive_ttl_s=60), rules_of(settings), settings)
 
 
 def charge(scene: Scene, *jobs: str, deadline: timedelta = timedelta(hours=1)) -> None:
@@ -348,14 +349,14 @@ def test_a_message_on_which_our_reading_fails_is_kept_alone(
 
 def test_a_build_that_can_read_nothing_trips(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """When our reading fails on message after message intake pauses, and they go back to their queue."""
-    redis.lpush(FAILED, *[to_json(make_event("failed platform", f"job-{n}")) for n in range(TRIPWIRE_ERRORS_MAX + 1)])
+    redis.lpush(FAILED, *[to_json(make_event("failed platform", f"job-{n}")) for n in range(ERRORS_MAX + 1)])
     stumble(monkeypatch, b"job-")
 
     make_intake(scene, redis).run_once()
 
     assert scene.rows("SELECT paused, actor FROM kino.intake_state") == [(True, "tripwire")]
     assert kept(scene) == []
-    assert depths(redis) == {**EMPTY, str(FAILED): TRIPWIRE_ERRORS_MAX + 1}
+    assert depths(redis) == {**EMPTY, str(FAILED): ERRORS_MAX + 1}
 
 
 # --- in the tables, and from the source
@@ -390,7 +391,7 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
     )
     charge(scene, "neighbour", deadline=-timedelta(hours=1))
 
-    report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_terms(), RULES)
+    report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_rules(), overdue=RULES)
 
     assert report.overdue == 2 * len(ODD) + 1
     assert refunded(scene) == ["neighbour"]
@@ -402,7 +403,7 @@ def test_hostile_ids_go_through_the_sweep_as_ids(scene: Scene, redis: Redis, sta
     jobs = ["'; DROP TABLE kino.charge; --", "%s %(x)s", ":job_ids {} $1", "[bold]\U0001f3ac", "NULL", "a  b"]
     charge(scene, *jobs, deadline=-timedelta(hours=1))
 
-    sweep_overdue(scene.worker, redis, Says(state), make_terms(), RULES)
+    sweep_overdue(scene.worker, redis, Says(state), make_rules(), overdue=RULES)
 
     assert refunded(scene) == sorted(jobs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
@@ -16,12 +16,14 @@ from kino_refunds.events.schema import to_json
 from kino_refunds.intake.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
 from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
-from kino_refunds.settlement.settle import Decision, settle
+from kino_refunds.settlement.batch import Part
+from kino_refunds.settlement.decide import Ruling
+from kino_refunds.settlement.rules import rules_of
+from kino_refunds.settlement.settle import settle
 from tests.malformed import bare
 from tests.pipeline import drain, numbered, open_jobs, push, refunded
 from tests.scenario import Scene, make_event
 from workers import intake as intake_module
-from workers.bootstep import terms_of
 from workers.intake import Intake
 
 A, B = "worker-a", "worker-b"
@@ -49,10 +51,10 @@ def bad_build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Let every settle raise in a build named `bad`, for events whose job matches; "" mends it."""
 
     def break_for(jobs: str) -> None:
-        def failing(connection: Any, deliveries: Sequence[Any], terms: Any, **more: Any) -> list[Decision]:
-            if jobs and terms.build == "bad" and any(re.match(jobs, d.event.job_id) for d in deliveries):
+        def failing(connection: Any, deliveries: Sequence[Any], rules: Any, **more: Any) -> list[Ruling]:
+            if jobs and rules.build == "bad" and any(re.match(jobs, d.event.job_id) for d in deliveries):
                 raise ZeroDivisionError("a mistake of this build")
-            return settle(connection, deliveries, terms, **more)
+            return settle(connection, deliveries, rules, **more)
 
         monkeypatch.setattr(batch, "settle", failing)
 
@@ -64,7 +66,7 @@ def make_intake(
 ) -> Intake:
     settings = Settings.model_construct(build=build)
     queues = Queues(client, worker_id, alive_ttl_s=60)
-    return Intake(scene.worker, queues, terms_of(settings), settings, name=worker_id, probe_every_s=probe_every_s)
+    return Intake(scene.worker, queues, rules_of(settings), settings, name=worker_id, probe_every_s=probe_every_s)
 
 
 def charge_and_fail(scene: Scene, client: Redis, count: int, prefix: str = "job") -> list[str]:
@@ -79,12 +81,12 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
     """Let settling the next batches fail with these errors first."""
     left = list(errors)
 
-    def failing(*args: Any, **kwargs: Any) -> list[Decision]:
+    def failing(*args: Any, **kwargs: Any) -> Iterator[Part]:
         if left:
             raise left.pop(0)
-        return batch.settle_batch(*args, **kwargs)
+        return batch.settle_parts(*args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", failing)
+    monkeypatch.setattr(intake_module, "settle_parts", failing)
 
 
 def state(scene: Scene) -> State:
@@ -415,7 +417,7 @@ def test_the_tripwire_does_not_take_the_place_of_a_person_s_pause(
     """A batch that trips while a person pauses is given back, and the gate stays the person's."""
     charge_and_fail(scene, redis, 60)
 
-    def paused_meanwhile(*_: Any, **__: Any) -> list[Decision]:
+    def paused_meanwhile(*_: Any, **__: Any) -> list[Ruling]:
         pause(scene)
         raise ZeroDivisionError("a mistake of this build")
 
@@ -436,7 +438,7 @@ def test_a_probe_does_not_open_what_a_person_closed_meanwhile(
     jobs = charge_and_fail(scene, redis, 2)
     pause(scene, "a bad build", TRIPWIRE)
 
-    def paused_meanwhile(*args: Any, **kwargs: Any) -> list[Decision]:
+    def paused_meanwhile(*args: Any, **kwargs: Any) -> list[Ruling]:
         pause(scene)
         return settle(*args, **kwargs)
 

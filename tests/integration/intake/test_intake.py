@@ -22,22 +22,24 @@ from structlog.testing import CapturingLogger
 from kino_refunds.db.engine import SessionLimits
 from kino_refunds.db.migrate import migrate
 from kino_refunds.dev.embedded import DATABASE, Servers, servers
-from kino_refunds.errors import ForeignKey
+from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths, waiting
 from kino_refunds.events.schema import Event, Queue, to_json
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.batch import settle_batch
+from kino_refunds.settlement.batch import Part, settle_batch, settle_parts
+from kino_refunds.settlement.decide import Ruling
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
-from kino_refunds.settlement.settle import Decision, Terms, settle
+from kino_refunds.settlement.rules import Rules, rules_of
+from kino_refunds.settlement.settle import settle
 from tests.conftest import Database
 from tests.malformed import MALFORMED, envelope
 from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
-from tests.scenario import Scene, Waits, make_event, make_terms, until
+from tests.scenario import Scene, Waits, make_event, make_rules, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
-from workers.bootstep import Binding, Chores, terms_of
+from workers.bootstep import Binding, Chores
 from workers.intake import Intake, read_claim, sub_batches
 
 FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
@@ -69,7 +71,7 @@ def outcomes(said: CapturingLogger) -> list[dict[str, int]]:
 
 def make_intake(scene: Scene, client: Redis, worker_id: str = A, **chosen: Any) -> Intake:
     settings = Settings.model_construct(**chosen)
-    return Intake(scene.worker, Queues(client, worker_id, alive_ttl_s=60), terms_of(settings), settings)
+    return Intake(scene.worker, Queues(client, worker_id, alive_ttl_s=60), rules_of(settings), settings)
 
 
 def failures(job_ids: list[str]) -> list[Event]:
@@ -351,11 +353,11 @@ def test_no_transaction_is_larger_than_a_batch(scene: Scene, redis: Redis, monke
     intake = make_intake(scene, redis, intake_batch=250)
     done: list[int | str] = []
 
-    def seen_batch(engine: sa.Engine, deliveries: list[Delivery], *args: Any, **kwargs: Any) -> list[Decision]:
+    def seen_batch(engine: sa.Engine, deliveries: list[Delivery], *args: Any, **kwargs: Any) -> Iterator[Part]:
         done.append(len(deliveries))
-        return settle_batch(engine, deliveries, *args, **kwargs)
+        return settle_parts(engine, deliveries, *args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", seen_batch)
+    monkeypatch.setattr(intake_module, "settle_parts", seen_batch)
     monkeypatch.setattr(intake._queues, "refresh", lambda: done.append("alive"))
 
     size = intake.run_once()
@@ -394,11 +396,11 @@ def test_a_stop_between_two_batches_of_one_claim_releases_it(
     redis.lpush(FAILED, raw)
     intake = make_intake(scene, redis, intake_batch=40)
 
-    def stop_and_settle(*args: Any, **kwargs: Any) -> list[Decision]:
+    def stop_and_settle(*args: Any, **kwargs: Any) -> Iterator[Part]:
         intake.stopping.set()
-        return settle_batch(*args, **kwargs)
+        return settle_parts(*args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", stop_and_settle)
+    monkeypatch.setattr(intake_module, "settle_parts", stop_and_settle)
     intake.run()
     left, settled = redis.lrange(FAILED, 0, -1), sum(map(len, ledger(scene).values()))
     drain(make_intake(scene, redis, B))
@@ -452,10 +454,10 @@ def test_our_own_mistake_with_one_event_is_a_dead_letter_too(
     open_jobs(scene, *jobs)
     push(redis, *failures(jobs))
 
-    def trip(connection: sa.Connection, part: list[Delivery], terms: Terms, **options: Any) -> list[Decision]:
+    def trip(connection: sa.Connection, part: list[Delivery], rules: Rules, **options: Any) -> list[Ruling]:
         if any(delivery.event.job_id == "job-3" for delivery in part):
             raise KeyError("a field that nobody thought of")
-        return settle(connection, part, terms, **options)
+        return settle(connection, part, rules, **options)
 
     monkeypatch.setattr("kino_refunds.settlement.batch.settle", trip)
 
@@ -709,7 +711,7 @@ def test_a_worker_that_died_between_commit_and_drop_paid_once(
     open_jobs(scene, "job-1", "job-2")
     push(redis, *failures(["job-1", "job-2"]))
     deliveries, _ = read_claim(Queues(redis, A, alive_ttl_s=60).claim())
-    settle_batch(scene.worker, deliveries, make_terms())
+    settle_batch(scene.worker, deliveries, make_rules())
     redis.delete(f"kino:alive:{A}")
     survivor = make_intake(scene, redis, B)
 
@@ -897,7 +899,7 @@ def test_a_foreign_key_of_our_own_name_stops_intake_and_loses_nothing(scene: Sce
     redis.set(f"kino:recovered:{TIMEOUT}", "foreign")
     intake = make_intake(scene, redis)
 
-    with pytest.raises(ForeignKey):
+    with pytest.raises(WrongKeyType):
         intake.run_once()
     in_between = depths(redis)
     redis.delete(f"kino:recovered:{TIMEOUT}")
@@ -963,15 +965,15 @@ def test_the_thread_outlives_every_error(
         RecursionError("ours"),
         UnicodeDecodeError("utf-8", b"", 0, 1, "ours"),
         RedisConnectionError("away"),
-        ForeignKey("kino:workers holds a hash"),
+        WrongKeyType("kino:workers holds a hash"),
         sa.exc.OperationalError("SELECT", None, psycopg.OperationalError("away")),
         sa.exc.ProgrammingError("SELECT", None, psycopg.errors.UndefinedTable("not migrated")),
     ]
     ways = [
         fail_first(monkeypatch, intake._queues, "claim", *errors),
         fail_first(monkeypatch, intake._queues, "drop", *errors),
-        fail_first(monkeypatch, intake._queues, "refresh", RedisConnectionError("away"), ForeignKey("foreign")),
-        fail_first(monkeypatch, intake_module, "settle_batch", *errors),
+        fail_first(monkeypatch, intake._queues, "refresh", RedisConnectionError("away"), WrongKeyType("foreign")),
+        fail_first(monkeypatch, intake_module, "settle_parts", *errors),
     ]
 
     with running(intake) as thread:
@@ -1042,7 +1044,7 @@ def test_a_stop_while_postgres_is_away_releases_the_batch(
     push(redis, *failures(["job-1", "job-2"]))
     before = redis.lrange(FAILED, 0, -1)
     away = sa.exc.OperationalError("SELECT", None, psycopg.OperationalError("away"))
-    left = fail_first(monkeypatch, intake_module, "settle_batch", *[away] * 1000)
+    left = fail_first(monkeypatch, intake_module, "settle_parts", *[away] * 1000)
     intake = make_intake(scene, redis)
 
     with running(intake):
@@ -1063,11 +1065,11 @@ def test_a_stopped_intake_finishes_the_batch_in_hand(
     push(redis, *failures(jobs))
     intake = make_intake(scene, redis, intake_batch=10)
 
-    def stop_and_settle(*args: Any, **kwargs: Any) -> list[Decision]:
+    def stop_and_settle(*args: Any, **kwargs: Any) -> Iterator[Part]:
         intake.stopping.set()
-        return settle_batch(*args, **kwargs)
+        return settle_parts(*args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", stop_and_settle)
+    monkeypatch.setattr(intake_module, "settle_parts", stop_and_settle)
 
     intake.run()
 

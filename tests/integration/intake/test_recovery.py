@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,21 +13,21 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from structlog.testing import CapturingLogger
 
-from kino_refunds.errors import DependencyAway, ForeignKey
+from kino_refunds.errors import DependencyAway, WrongKeyType
 from kino_refunds.events.queues import POISON_CRASHES, SERVED, Queues, Recovered, depths
 from kino_refunds.events.schema import Event, to_json
 from kino_refunds.intake.gate import pause_intake
 from kino_refunds.intake.heartbeat import Heartbeat
 from kino_refunds.settings import Settings
-from kino_refunds.settlement.batch import settle_batch
-from kino_refunds.settlement.settle import Decision
+from kino_refunds.settlement.batch import Part, settle_parts
+from kino_refunds.settlement.rules import rules_of
 from tests.conftest import Database
 from tests.malformed import envelope
 from tests.pipeline import drain, open_jobs, refunded
 from tests.scenario import Scene, make_event, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
-from workers.bootstep import Chores, IntakeStep, _recover, terms_of
+from workers.bootstep import Chores, IntakeStep, _recover
 from workers.intake import Intake
 
 A, B = "worker-a", "worker-b"
@@ -41,11 +41,11 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The jobs of each batch that intake settles, in order."""
     seen: list[list[str]] = []
 
-    def seen_batch(engine: sa.Engine, deliveries: Sequence[Any], *args: Any, **kwargs: Any) -> list[Decision]:
+    def seen_batch(engine: sa.Engine, deliveries: Sequence[Any], *args: Any, **kwargs: Any) -> Iterator[Part]:
         seen.append([delivery.event.job_id for delivery in deliveries])
-        return settle_batch(engine, deliveries, *args, **kwargs)
+        return settle_parts(engine, deliveries, *args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", seen_batch)
+    monkeypatch.setattr(intake_module, "settle_parts", seen_batch)
     return seen
 
 
@@ -55,7 +55,7 @@ def queues(client: Redis, worker_id: str) -> Queues:
 
 def make_intake(scene: Scene, client: Redis, worker_id: str = B, **chosen: Any) -> Intake:
     settings = Settings.model_construct(**chosen)
-    return Intake(scene.worker, queues(client, worker_id), terms_of(settings), settings, name=worker_id)
+    return Intake(scene.worker, queues(client, worker_id), rules_of(settings), settings, name=worker_id)
 
 
 def die(client: Redis, worker_id: str) -> None:
@@ -166,7 +166,7 @@ def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypat
     zombie, heir = make_intake(scene, redis, A), make_intake(scene, redis, B)
     meanwhile: list[Any] = []
 
-    def stopped_before(*args: Any, **kwargs: Any) -> list[Decision]:
+    def stopped_before(*args: Any, **kwargs: Any) -> Iterator[Part]:
         if not meanwhile:
             meanwhile.append("the heir is at work")
             die(redis, A)
@@ -174,9 +174,9 @@ def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypat
             meanwhile.append(drain(heir))
             push(redis, "job-3")
             meanwhile.append(len(heir._queues.claim().messages))
-        return settle_batch(*args, **kwargs)
+        return settle_parts(*args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", stopped_before)
+    monkeypatch.setattr(intake_module, "settle_parts", stopped_before)
 
     size = zombie.run_once()
     behind = depths(redis)
@@ -323,12 +323,12 @@ def deadly(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Jobs whose events end the process that settles them."""
     jobs: set[str] = set()
 
-    def settle_or_die(engine: sa.Engine, deliveries: Sequence[Any], *args: Any, **kwargs: Any) -> list[Decision]:
+    def settle_or_die(engine: sa.Engine, deliveries: Sequence[Any], *args: Any, **kwargs: Any) -> Iterator[Part]:
         if any(delivery.event.job_id in jobs for delivery in deliveries):
             raise Killed
-        return settle_batch(engine, deliveries, *args, **kwargs)
+        return settle_parts(engine, deliveries, *args, **kwargs)
 
-    monkeypatch.setattr(intake_module, "settle_batch", settle_or_die)
+    monkeypatch.setattr(intake_module, "settle_parts", settle_or_die)
     return jobs
 
 
@@ -497,7 +497,7 @@ def test_workers_that_are_long_gone_are_forgotten(scene: Scene) -> None:
 FAILURES: dict[str, Exception] = {
     "Redis refuses": RedisConnectionError("away"),
     "Redis is away": DependencyAway("Redis did not confirm"),
-    "a foreign key": ForeignKey("kino:workers holds a hash"),
+    "a foreign key": WrongKeyType("kino:workers holds a hash"),
     "Postgres is away": sa.exc.OperationalError("SELECT", None, Exception("away")),
 }
 

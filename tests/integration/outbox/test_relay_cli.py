@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.errors import RelayNotReady
-from kino_refunds.outbox.relay import Rewound, relay_refunds, rewind_relay
+from kino_refunds.outbox.relay import Rewind, relay_refunds, rewind_relay
 from kino_refunds.settings import PREFIX
 from tests.command_line import Run
 from tests.conftest import Database
@@ -105,7 +105,7 @@ def test_a_correction_is_told_again_too(scene: Scene, redis: Redis) -> None:
         found = rewind_relay(connection, settled_at(scene, "corrected"))
     relay_refunds(scene.worker, redis, QUEUE)
 
-    assert found == Rewound(1, settled_at(scene, "corrected").astimezone(UTC))
+    assert found == Rewind(1, settled_at(scene, "corrected").astimezone(UTC))
     assert told(redis) == [f"refund:{charge.charge_id}"]
 
 
@@ -195,7 +195,7 @@ def test_a_rewind_waits_for_a_round_and_takes_back_what_it_told(database: Databa
         relay_refunds(scene.worker, redis, QUEUE)
         news = refund(scene, "job-1")
 
-        def rewind() -> Rewound:
+        def rewind() -> Rewind:
             with scene.worker.begin() as connection:
                 return rewind_relay(connection, datetime.fromisoformat(LONG_AGO))
 

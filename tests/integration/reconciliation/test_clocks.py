@@ -19,7 +19,7 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.dev.embedded import DATABASE, EmbeddedPostgres
 from kino_refunds.dev.processes import die_with_parent, environment_of
-from kino_refunds.dev.server_guard import Orders
+from kino_refunds.dev.supervisor import Orders
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, balance, grant_lots, open_charges
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
@@ -30,7 +30,7 @@ from tests.clock import clock_at, run_ahead
 from tests.command_line import Run
 from tests.conftest import Database
 from tests.integration.workers.test_worker_process import log_of_file, settings_of
-from tests.scenario import Scene, make_event, make_terms, until
+from tests.scenario import Scene, make_event, make_rules, until
 from workers import tasks
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
@@ -54,7 +54,7 @@ def status_of(scene: Scene, job_id: str) -> str:
 
 def sweep(scene: Scene, redis: Redis) -> dict[str, int]:
     """Sweep without a source; returns what was withheld."""
-    return dict(sweep_overdue(scene.worker, redis, None, make_terms(), RULES).withheld)
+    return dict(sweep_overdue(scene.worker, redis, None, make_rules(), overdue=RULES).withheld)
 
 
 # --- a host that is wrong
@@ -91,7 +91,7 @@ def test_a_host_on_another_clock_settles_events(scene: Scene) -> None:
     events = [make_event("failed platform", "failed"), make_event("completed", "completed")]
 
     with time_machine.travel(now() + 3 * HOUR, tick=True):
-        settle_batch(scene.worker, [delivery_of(event) for event in events], make_terms())
+        settle_batch(scene.worker, [delivery_of(event) for event in events], make_rules())
 
     assert [status_of(scene, job_id) for job_id in ("failed", "completed")] == ["refunded", "captured"]
 
@@ -123,7 +123,7 @@ def test_a_backfilled_charge_is_seen_by_everybody(scene: Scene, redis: Redis, ru
     )
 
     found = run("status", "--json").json
-    swept = sweep_overdue(scene.worker, redis, None, make_terms(), RULES)
+    swept = sweep_overdue(scene.worker, redis, None, make_rules(), overdue=RULES)
 
     assert (found["charges_open"], found["charges_overdue"]) == (1, 1)
     assert (swept.overdue, status_of(scene, "import")) == (1, "refunded")
@@ -154,7 +154,7 @@ def test_a_clock_that_was_set_back_presumes_nothing(scene: Scene, redis: Redis) 
     run_ahead(scene.worker, timedelta(0))
 
     withheld = sweep(scene, redis)
-    settle_batch(scene.worker, [delivery_of(make_event("failed platform", "failed"))], make_terms())
+    settle_batch(scene.worker, [delivery_of(make_event("failed platform", "failed"))], make_rules())
 
     assert withheld == {"clock": 1}
     assert [status_of(scene, job_id) for job_id in ("lost", "failed")] == ["open", "refunded"]
@@ -164,10 +164,10 @@ def test_an_ask_of_a_clock_that_was_ahead_is_none(scene: Scene, redis: Redis) ->
     """What a sweep noted a year ahead does not keep its charge from being asked about once the clock is right."""
     charged(scene, "lost", deadline=-10 * MINUTE)
     run_ahead(scene.worker, timedelta(days=365))
-    sweep_overdue(scene.worker, redis, Running(), make_terms(), RULES)
+    sweep_overdue(scene.worker, redis, Running(), make_rules(), overdue=RULES)
     run_ahead(scene.worker, timedelta(0))
 
-    swept = sweep_overdue(scene.worker, redis, Ended(), make_terms(), RULES)
+    swept = sweep_overdue(scene.worker, redis, Ended(), make_rules(), overdue=RULES)
 
     assert (swept.overdue, status_of(scene, "lost")) == (1, "captured")
 
@@ -212,7 +212,7 @@ def test_a_clock_that_is_set_back_during_a_sweep_refunds_no_running_job(scene: S
             run_ahead(scene.worker, timedelta(0))
             return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
 
-    swept = sweep_overdue(scene.worker, redis, SetsBack(), make_terms(), replace(RULES, asks=1))
+    swept = sweep_overdue(scene.worker, redis, SetsBack(), make_rules(), overdue=replace(RULES, asks=1))
 
     assert (swept.overdue, dict(swept.withheld)) == (1, {"clock": 1})
     assert status_of(scene, "running") == "open"
@@ -408,8 +408,8 @@ def test_a_postgres_that_is_ahead_refunds_no_running_job(fast_postgres: Ledger, 
             [ChargeRequest("running", "ada", 8, now() + 30 * MINUTE), ChargeRequest("failed", "ada", 8, now() + HOUR)],
         )
 
-    swept = sweep_overdue(fast_postgres.worker, redis, None, make_terms(), RULES)
-    settle_batch(fast_postgres.worker, [delivery_of(make_event("failed platform", "failed"))], make_terms())
+    swept = sweep_overdue(fast_postgres.worker, redis, None, make_rules(), overdue=RULES)
+    settle_batch(fast_postgres.worker, [delivery_of(make_event("failed platform", "failed"))], make_rules())
     doctor = run("doctor", "--json", KINO_DATABASE_URL=fast_postgres.url)
 
     assert (swept.overdue, dict(swept.withheld), dict(swept.outcomes)) == (1, {"clock": 1}, {})

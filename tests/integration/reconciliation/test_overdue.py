@@ -33,11 +33,12 @@ from kino_refunds.reconciliation.overdue import (
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.dead_letters import DeadLetter
+from kino_refunds.settlement.decide import Busy
+from kino_refunds.settlement.rules import rules_of
 from tests.clock import clock_at, record_dead_letters
 from tests.malformed import MALFORMED, envelope
 from tests.pipeline import drain
-from tests.scenario import NOW, Broken, Scene, make_event, make_terms
-from workers.bootstep import terms_of
+from tests.scenario import NOW, Broken, Scene, make_event, make_rules
 from workers.intake import Intake
 
 SECOND, HOUR, TICK = timedelta(seconds=1), timedelta(hours=1), timedelta(microseconds=1)
@@ -95,7 +96,7 @@ def charged(scene: Scene, *job_ids: str, due: datetime = DUE, credits: int = 10)
 
 def sweep(scene: Scene, redis: Redis, source: Any = None, *, now: datetime = NOW, **options: Any) -> dict[str, Any]:
     with clock_at(scene.worker, now):
-        return sweep_overdue(scene.worker, redis, source, make_terms(), RULES, **options).as_dict()
+        return sweep_overdue(scene.worker, redis, source, make_rules(), overdue=RULES, **options).as_dict()
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def test_answer_of_the_source_is_not_held_back_by_what_waits(scene: Scene, redis
 
 
 def test_event_that_comes_while_we_ask_stands(scene: Scene, redis: Redis) -> None:
-    """An event that settles the charge between our question and our settling is the first decision."""
+    """An event that settles the charge between our question and our settling is the first ruling."""
     charged(scene, "job-1")
 
     class Slow(Source):
@@ -684,7 +685,7 @@ def test_no_verdict_while_intake_is_paused(scene: Scene, redis: Redis) -> None:
 def test_no_verdict_on_a_job_that_a_waiting_event_names(scene: Scene, redis: Redis) -> None:
     """A pending event speaks of its own job only: that one waits, its neighbour is settled."""
     charged(scene, "job-1", "job-2")
-    scene.settle(make_event("completed"), busy_jobs=["job-1"])
+    scene.settle(make_event("completed"), busy=Busy(jobs=frozenset({"job-1"})))
 
     came_to = sweep(scene, redis)
 
@@ -817,7 +818,7 @@ def test_a_completion_that_we_hold_and_cannot_read_protects_its_job(
     redis.lpush(queue, raw)
     settings = Settings.model_construct()
     with clock_at(scene.worker, NOW + TICK):
-        drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), terms_of(settings), settings))
+        drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), rules_of(settings), settings))
 
     came_to = sweep(scene, redis, now=NOW + SECOND)
 
@@ -831,7 +832,7 @@ def test_completions_in_one_message_are_captured(scene: Scene, redis: Redis, for
     charged(scene, "job-1", "job-2", "job-3")
     redis.lpush(Queue.JOB_COMPLETED, WIRE_FORMS[form](b"[%s]" % b",".join(completions("job-1", "job-2", "job-3"))))
     settings = Settings.model_construct()
-    drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), terms_of(settings), settings))
+    drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), rules_of(settings), settings))
 
     sweep(scene, redis)
 

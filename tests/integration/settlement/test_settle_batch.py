@@ -12,9 +12,10 @@ from kino_refunds.db.engine import SessionLimits, create_engine
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.events.schema import to_json
 from kino_refunds.ledger import Balance
-from kino_refunds.settlement import settle as settle_module
-from kino_refunds.settlement.batch import Part, settle_batch
-from kino_refunds.settlement.retries import GIVE_UP_AFTER, LONGEST_DELAY
+from kino_refunds.settlement import decide as decide_module
+from kino_refunds.settlement.batch import settle_batch, settle_parts
+from kino_refunds.settlement.deliveries import GIVE_UP_AFTER
+from kino_refunds.settlement.pending import LONGEST_DELAY
 from tests.scenario import (
     EVENT_AT,
     KINDS,
@@ -25,7 +26,7 @@ from tests.scenario import (
     Waits,
     deliveries_of,
     make_event,
-    make_terms,
+    make_rules,
 )
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def test_a_database_that_refuses_one_event_settles_the_others(scene: Scene, tabl
 
 
 def test_an_event_that_was_refused_is_settled_once_the_database_takes_it(scene: Scene) -> None:
-    """A dead letter is no decision: the same event again, when nothing is in its way, is refunded."""
+    """A dead letter is no ruling: the same event again, when nothing is in its way, is refunded."""
     events = charge_all(scene)
     refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
     scene.settle_batch(*events)
@@ -124,14 +125,14 @@ def test_several_bad_events_are_each_found(scene: Scene) -> None:
 def test_an_exception_of_ours_is_held_against_one_event(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in our own code, met by one event, costs that event and no other."""
     events = charge_all(scene)
-    decide_one = settle_module._decide_one
+    rule = decide_module._rule
 
     def stumbles(delivery: Any, *rest: Any) -> Any:
         if delivery.event.job_id == BAD:
             raise ZeroDivisionError("planted \x00\x1b[2J")
-        return decide_one(delivery, *rest)
+        return rule(delivery, *rest)
 
-    monkeypatch.setattr(settle_module, "_decide_one", stumbles)
+    monkeypatch.setattr(decide_module, "_rule", stumbles)
     said = scene.settle_batch(*events)
 
     [(detail, trace)] = scene.rows("SELECT detail, exception FROM kino.dead_letter")
@@ -321,7 +322,7 @@ def test_a_database_that_is_gone_keeps_the_batch(scene: Scene, database: Databas
     nobody = create_engine(database.url().replace(database.name, "no_such_database"))
 
     with pytest.raises(sa.exc.OperationalError) as raised:
-        settle_batch(nobody, deliveries_of([event]), make_terms())
+        settle_batch(nobody, deliveries_of([event]), make_rules())
 
     nobody.dispose()
     assert classify(raised.value) is Fault.KEEP
@@ -436,9 +437,8 @@ def test_intake_gets_a_word_in_between_the_parts(scene: Scene) -> None:
     """While a batch is taken apart, intake gets a word in after every part, so that it is not taken for dead."""
     events = charge_all(scene)
     refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
-    settled_so_far: list[int] = []
 
-    scene.settle_batch(*events, watch=lambda _: settled_so_far.append(len(scene.inbox())))
+    settled_so_far = [len(scene.inbox()) for _ in settle_parts(scene.worker, deliveries_of(events), make_rules())]
 
     assert settled_so_far == sorted(settled_so_far)
     assert settled_so_far[0] == 0
@@ -450,12 +450,9 @@ def test_a_bisection_that_is_stopped_leaves_what_is_settled(scene: Scene) -> Non
     events = charge_all(scene)
     refuse(scene, "inbox_event", f"NEW.job_id = '{BAD}'", "RAISE EXCEPTION 'not this one'")
 
-    def stop_once_some_are_settled(part: Part) -> None:
+    for part in settle_parts(scene.worker, deliveries_of(events), make_rules()):
         if part.parts_left and scene.inbox():
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scene.settle_batch(*events, watch=stop_once_some_are_settled)
+            break
     settled = scene.inbox()
     mend(scene)
     said = scene.settle_batch(*events)

@@ -10,10 +10,11 @@ import pytest
 from kino_refunds.events.schema import JobFailed
 from kino_refunds.ledger import Balance
 from kino_refunds.policy.document import Policy, make_policy, published_policy
-from kino_refunds.settlement.deliveries import delivery_of
-from kino_refunds.settlement.retries import GIVE_UP_AFTER, LONGEST_DELAY
+from kino_refunds.settlement.decide import Busy
+from kino_refunds.settlement.deliveries import GIVE_UP_AFTER, delivery_of
+from kino_refunds.settlement.pending import LONGEST_DELAY
 from tests.clock import lease_due, settle_at
-from tests.scenario import EVENT_AT, LEASE, NOW, SOURCE, Dead, Scene, Waits, make_event, make_terms
+from tests.scenario import EVENT_AT, LEASE, NOW, SOURCE, Dead, Scene, Waits, make_event, make_rules
 
 SECOND = timedelta(seconds=1)
 
@@ -30,7 +31,7 @@ def test_the_same_event_again_changes_nothing(scene: Scene, kind: str) -> None:
     before = scene.everything()
 
     with scene.worker.connect() as connection:
-        [again] = settle_at(connection, [event], make_terms(), NOW + timedelta(days=1))
+        [again] = settle_at(connection, [event], make_rules(), NOW + timedelta(days=1))
 
     assert (again.outcome, again.first) == ("duplicate", first)
     assert scene.everything() == before
@@ -42,9 +43,9 @@ def test_the_same_event_in_one_batch_is_decided_once(scene: Scene) -> None:
     event = delivery_of(make_event("failed platform"))
 
     with scene.worker.connect() as connection:
-        decisions = settle_at(connection, [event, event, event], make_terms(), NOW)
+        rulings = settle_at(connection, [event, event, event], make_rules(), NOW)
 
-    assert [(d.outcome, d.first) for d in decisions] == [
+    assert [(d.outcome, d.first) for d in rulings] == [
         ("refunded", None),
         ("duplicate", "refunded"),
         ("duplicate", "refunded"),
@@ -351,7 +352,7 @@ def test_a_settlement_names_the_version_in_force_at_the_event(scene: Scene) -> N
     scene.settle(
         *(make_event("timeout", job_id, at=at) for job_id, at in zip(jobs, times, strict=True)),
         now=now,
-        terms=make_terms(policy=policy),
+        rules=make_rules(policy=policy),
     )
 
     rows = scene.rows("SELECT c.job_id, s.policy_version FROM kino.settlement s JOIN kino.charge c USING (charge_id)")
@@ -481,7 +482,7 @@ def test_the_last_try_may_still_succeed(scene: Scene) -> None:
 
 
 def test_an_exhausted_event_that_is_delivered_again_is_tried_again(scene: Scene) -> None:
-    """Giving up is no decision: when the charge is there after all, the event's next delivery settles it."""
+    """Giving up is no ruling: when the charge is there after all, the event's next delivery settles it."""
     event = make_event("timeout")
     scene.settle(event)
     scene.sweep(now=NOW + GIVE_UP_AFTER)
@@ -496,7 +497,9 @@ def test_a_job_s_events_that_wait_are_tried_together(scene: Scene) -> None:
     """Events of one job that were put off together come back in one claim: chance must not reorder them."""
     scene.charged()
     scene.settle(
-        make_event("failed platform", at=EVENT_AT - SECOND), make_event("completed", at=EVENT_AT), busy_jobs=["job-1"]
+        make_event("failed platform", at=EVENT_AT - SECOND),
+        make_event("completed", at=EVENT_AT),
+        busy=Busy(jobs=frozenset({"job-1"})),
     )
     later = NOW + timedelta(minutes=10)
     scene.as_superuser(
@@ -520,7 +523,7 @@ def test_a_busy_job_is_put_off_without_being_looked_at(scene: Scene) -> None:
         make_event("timeout", "job-2"),
     ]
 
-    said = scene.settle(*events, busy_jobs=["job-1"])
+    said = scene.settle(*events, busy=Busy(jobs=frozenset({"job-1"})))
 
     assert said == ["busy", "busy", "refunded"]
     assert scene.pending() == {

@@ -446,9 +446,9 @@ def test_a_completion_does_not_overtake_the_failure_that_was_found_busy(
         settle_alone = batch_module._settle_alone
 
         def alone_and_then_free(*args: Any) -> Any:
-            decisions = settle_alone(*args)
+            rulings = settle_alone(*args)
             stranger.rollback()
-            return decisions
+            return rulings
 
         monkeypatch.setattr(batch_module, "_settle_alone", alone_and_then_free)
         said = scene.settle_batch(*events)

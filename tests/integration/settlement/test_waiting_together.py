@@ -10,7 +10,8 @@ import pytest
 from kino_refunds.db.engine import SessionLimits
 from kino_refunds.events.schema import Event
 from kino_refunds.settlement import inbox
-from kino_refunds.settlement.retries import read_waiting
+from kino_refunds.settlement.decide import Busy
+from kino_refunds.settlement.pending import read_pending
 from tests.conftest import Database
 from tests.scenario import EVENT_AT, NOW, Scene, make_event, until
 
@@ -151,7 +152,7 @@ def test_a_sweep_and_a_new_event_meet_without_a_deadlock(database: Database) -> 
     with Scene.of(database, limits=limits) as scene, ThreadPoolExecutor(2) as threads:
         scene.charged()
         first, second = failed(event_id="a"), failed(event_id="b")
-        scene.settle(first, second, busy_jobs=["job-1"])
+        scene.settle(first, second, busy=Busy(jobs=frozenset({"job-1"})))
         with scene.superuser.connect() as holding:
             holding.exec_driver_sql("SELECT FROM kino.pending_event WHERE event_id = 'a' FOR UPDATE")
             live = threads.submit(scene.settle_batch, completed())
@@ -171,7 +172,7 @@ def test_a_waiting_event_that_this_build_cannot_read_stays_for_the_sweep(scene: 
     scene.as_superuser("UPDATE kino.pending_event SET event = jsonb_set(event, '{type}', '\"kino.later.v9\"')")
 
     with scene.worker.connect() as connection:
-        read = read_waiting(connection, {failed().identity})
+        read = read_pending(connection, {failed().identity})
     said = scene.settle_batch(completed())
 
     assert read == []
