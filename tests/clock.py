@@ -115,7 +115,7 @@ def note_letter(connection: sa.Connection, dead_letter_id: int, text: str, *, no
 
 
 def set_letter_status(
-    connection: sa.Connection, dead_letter_id: int, status: str, *, now: datetime, **options: Any
+    connection: sa.Connection, dead_letter_id: int, status: dead_letters.LetterStatus, *, now: datetime, **options: Any
 ) -> None:
     with clock_at(connection, now):
         replays.set_letter_status(connection, dead_letter_id, status, **options)

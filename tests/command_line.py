@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from kino_refunds.events.schema import to_json
+from kino_refunds.settings import PREFIX
 
 
 class Result(NamedTuple):
@@ -19,3 +25,25 @@ class Result(NamedTuple):
 
 class Run(Protocol):
     def __call__(self, *arguments: str, stdin: bytes = b"", **environment: str | None) -> Result: ...
+
+
+SCRIPT = Path(sys.executable).with_name("kino-refunds")
+AWAY_PORT = 1
+"""Nobody listens on tcpmux here, and a connection to it is refused at once."""
+HOSTILE = "\x1b[2J\x9b31m[red]\u202egnp.exe[/red]\x07"
+"""Clears the screen, colours by C1, reverses what follows, rings; and rich's markup, if anybody reads it as such."""
+HARMLESS = "[red]"
+
+
+def error(text: str, code: int = 2) -> Result:
+    """One line on standard error, and nothing on standard output."""
+    return Result(code, "", f"error: {text}\n")
+
+
+def outside() -> dict[str, str]:
+    """This environment without any ledger that it may name."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+
+def lines(*events: object) -> bytes:
+    return b"".join(each if isinstance(each, bytes) else to_json(each) + b"\n" for each in events)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from kino_refunds.ledger import (
     open_charge,
     void_purchase,
 )
+from kino_refunds.ledger.values import SettlementKind
 from tests.clock import clock_at, release_purchase, settle_charges
 from tests.scenario import until
 
@@ -52,7 +53,9 @@ def settlement(opened: Charge, kind: str = "refunded", *, at: datetime = NOW, re
         "refunded": ("timeout", "2.timeout", "timeout.no_result"),
         "captured": ("completed", "1", "completed"),
     }[kind]
-    return Settlement(opened.charge_id, kind, reason or usual, clause, "v", ending, "active", "s", opened.job_id, at)
+    return Settlement(
+        opened.charge_id, SettlementKind(kind), reason or usual, clause, "v", ending, "active", "s", opened.job_id, at
+    )
 
 
 def end(connection: sa.Connection, *charges: Charge, kind: str = "refunded", now: datetime | None = NOW) -> None:

@@ -29,7 +29,7 @@ from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
 from kino_refunds.intake.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
 from kino_refunds.intake.tripwire import PROBE_EVERY_S, Probe, Tripwire
 from kino_refunds.settlement.batch import keep_letters, settle_parts
-from kino_refunds.settlement.dead_letters import APPLY_ERROR, DeadLetter, poison_letter, unread_letter
+from kino_refunds.settlement.dead_letters import DeadLetter, LetterReason, poison_letter, unread_letter
 from kino_refunds.settlement.decide import Busy
 from kino_refunds.settlement.deliveries import Delivery, read_message
 from kino_refunds.settlement.outcomes import Disposition, Outcome
@@ -145,7 +145,7 @@ class Intake:
         deliveries, unreadable = read_claim(claim)
         work = Work(events=len(deliveries))
         # Failures to read count first: a build that reads nothing must not turn all that is queued into dead letters.
-        failed = sum(letter.reason == APPLY_ERROR for letter in unreadable)
+        failed = sum(letter.reason is LetterReason.APPLY_ERROR for letter in unreadable)
         word = self._after(settled=0, failed=failed, parts_left=0)
         if word is Word.CONTINUE and gate.paused:
             word = self._probe(claim, deliveries, work)

@@ -507,16 +507,16 @@ def read_books(record: Row) -> Books:
         for promise, violation in connection.execute(INTEGRITY.encode()):
             integrity[promise].append(violation)
         return Books(
-            {row["job_id"]: row for row in _rows(connection, "SELECT * FROM kino.charge")},
-            settlements,
-            transfers,
-            {row["reference"]: row for row in _rows(connection, "SELECT * FROM kino.credit_lot")},
-            inbox,
-            {(row["source"], row["event_id"]) for row in _rows(connection, "SELECT * FROM kino.pending_event")},
-            _rows(connection, "SELECT * FROM kino.dead_letter"),
-            _rows(connection, "SELECT * FROM kino.break"),
-            _waiting(record["redis_url"]),
-            integrity,
+            charges={row["job_id"]: row for row in _rows(connection, "SELECT * FROM kino.charge")},
+            settlements=settlements,
+            transfers=transfers,
+            lots={row["reference"]: row for row in _rows(connection, "SELECT * FROM kino.credit_lot")},
+            inbox=inbox,
+            pending={(row["source"], row["event_id"]) for row in _rows(connection, "SELECT * FROM kino.pending_event")},
+            letters=_rows(connection, "SELECT * FROM kino.dead_letter"),
+            breaks=_rows(connection, "SELECT * FROM kino.break"),
+            waiting=_waiting(record["redis_url"]),
+            integrity=integrity,
         )
 
 

@@ -105,7 +105,7 @@ def replay(
         worker = start_worker(settings_for(running, KINO_LOG_FORMAT="json"), running.data_dir / "worker.log")
         stack.callback(worker.stop)
         started = time.monotonic()
-        published = _submit(workload.jobs, product, running, client, worker, progress)
+        published = _submit(workload.jobs, product, running=running, client=client, worker=worker, progress=progress)
         _wait_until_drained(client, worker, published, progress)
         drained = time.monotonic()
         progress("asking about jobs without an event", 0, 0)

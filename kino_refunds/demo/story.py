@@ -148,13 +148,20 @@ def _job(number: int, twist: Twist, chance: random.Random) -> Job:
         case _:
             assert_never(twist)
     account_id = f"customer-{chance.randrange(ACCOUNTS):02d}"
-    return Job(f"demo-{number:05d}", account_id, chance.choice((1, 2, 4, 8)), twist, ending, other)
+    return Job(
+        job_id=f"demo-{number:05d}",
+        account_id=account_id,
+        credits=chance.choice((1, 2, 4, 8)),
+        twist=twist,
+        ending=ending,
+        other=other,
+    )
 
 
 def make_closed_jobs() -> list[Job]:
     """Make jobs of the two accounts that are closed while their jobs run."""
     return [
-        Job(f"{account_id}-{number}", account_id, 4, Twist.PLAIN, ending)
+        Job(job_id=f"{account_id}-{number}", account_id=account_id, credits=4, twist=Twist.PLAIN, ending=ending)
         for account_id in (TERMINATED, SUSPENDED)
         for number, ending in enumerate([*REFUNDABLE, "completed", "failed, user"], start=1)
     ]
@@ -169,9 +176,30 @@ def make_lots(jobs: Sequence[Job], chance: random.Random) -> Iterator[Lot]:
     for job in jobs:
         needed[job.account_id] += job.credits
     for account_id, credits in sorted(needed.items()):
-        yield Lot(f"{account_id}-welcome", account_id, 25, "promotional", 50, chance.choice((2, 5, 20)))
-        yield Lot(f"{account_id}-month", account_id, 75, "subscription", 100, 30)
-        yield Lot(f"{account_id}-pack", account_id, max(credits - 50, 25), "purchased", 100, None)
+        yield Lot(
+            reference=f"{account_id}-welcome",
+            account_id=account_id,
+            credits=25,
+            lot_class="promotional",
+            priority=50,
+            days=chance.choice((2, 5, 20)),
+        )
+        yield Lot(
+            reference=f"{account_id}-month",
+            account_id=account_id,
+            credits=75,
+            lot_class="subscription",
+            priority=100,
+            days=30,
+        )
+        yield Lot(
+            reference=f"{account_id}-pack",
+            account_id=account_id,
+            credits=max(credits - 50, 25),
+            lot_class="purchased",
+            priority=100,
+            days=None,
+        )
 
 
 def document(

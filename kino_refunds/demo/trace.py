@@ -90,7 +90,14 @@ def _trace_job(where: str, number: int, row: dict[str, Any]) -> Job:
                 raise BadTrace(f"{where}: predict_status {status!r} is not known")
     except (TypeError, ValueError, OverflowError) as error:
         raise BadTrace(f"{where}: {error}") from error
-    return Job(job_id, row["groupId"], credits, created + TRACE_DEADLINE, event, refunded=status != "SUCCEED")
+    return Job(
+        job_id=job_id,
+        account_id=row["groupId"],
+        credits=credits,
+        deadline_at=created + TRACE_DEADLINE,
+        event=event,
+        refunded=status != "SUCCEED",
+    )
 
 
 def _whole(name: str, text: str) -> int:

@@ -49,7 +49,14 @@ def message(
     event: dict[str, Any], *, reason: str | None = None, copied: bool = False, together: bool = False
 ) -> Message:
     """Put an event on the queue of its type."""
-    return Message(QUEUES[event["type"]].value, event, json.dumps(event).encode(), reason, copied, together)
+    return Message(
+        queue=QUEUES[event["type"]].value,
+        event=event,
+        bytes=json.dumps(event).encode(),
+        reason=reason,
+        copied=copied,
+        together=together,
+    )
 
 
 def unreadable(reason: MalformedReason, queue: Queue) -> Message:
@@ -86,12 +93,12 @@ class Traffic:
         now = datetime.now(UTC)
         grants = [
             Grant(
-                lot.reference,
-                lot.account_id,
-                lot.credits,
-                LotClass(lot.lot_class),
-                None if lot.days is None else now + timedelta(days=lot.days),
-                lot.priority,
+                reference=lot.reference,
+                account_id=lot.account_id,
+                credits=lot.credits,
+                lot_class=LotClass(lot.lot_class),
+                expires_at=None if lot.days is None else now + timedelta(days=lot.days),
+                priority=lot.priority,
             )
             for lot in lots
         ]

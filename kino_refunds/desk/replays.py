@@ -17,7 +17,13 @@ from kino_refunds.events.envelope import MalformedReason, split
 from kino_refunds.events.schema import EDITED_ID_LENGTH_MAX
 from kino_refunds.settlement.batch import keep_letters, settle_batch
 from kino_refunds.settlement.charges import read_charges
-from kino_refunds.settlement.dead_letters import APPLY_ERROR, event_letter, malformed_letter, record_dead_letters
+from kino_refunds.settlement.dead_letters import (
+    LetterReason,
+    LetterStatus,
+    event_letter,
+    malformed_letter,
+    record_dead_letters,
+)
 from kino_refunds.settlement.decide import decide
 from kino_refunds.settlement.deliveries import RECONCILER, Delivery, delivery_of, read_kept, read_message
 from kino_refunds.settlement.inbox import read_record
@@ -129,17 +135,17 @@ def _replay(
 ) -> Replay:
     with engine.connect() as connection:
         letter = require_letter(connection, dead_letter_id)
-    if edited is not None and letter.status == "replayed":
+    if edited is not None and letter.status == LetterStatus.REPLAYED:
         raise DeadLetterClosed(_closed(dead_letter_id, letter))
 
-    def close(status: str, **entry: Any) -> None:
+    def close(status: LetterStatus, **entry: Any) -> None:
         with engine.begin() as connection:
             set_letter_status(connection, dead_letter_id, status, actor=actor, entry=entry)
 
     if edited is None and letter.element_index is None and split(letter.raw) is not None:
         outcome = _settle_each(engine, letter, rules, dry_run=dry_run)
         if not dry_run:
-            close("replayed", outcome=outcome)
+            close(LetterStatus.REPLAYED, outcome=outcome)
         return Replay(dead_letter_id, None, None, outcome, closed=True)
 
     try:
@@ -154,20 +160,27 @@ def _replay(
             raise
         if not dry_run:
             replaced = _keep_again(engine, letter, error, rules)
-            if replaced or letter.status == "discarded":
-                close("replayed" if replaced else "open", outcome=error.code)
+            if replaced or letter.status == LetterStatus.DISCARDED:
+                close(LetterStatus.REPLAYED if replaced else LetterStatus.OPEN, outcome=error.code)
         return Replay(dead_letter_id, letter.event_id, letter.job_id, error.code, closed=False)
     outcome, closed = _would_settle(engine, delivery, rules) if dry_run else _settle(engine, delivery, rules)
     # A letter under another key has taken this one's place: the same message, read by another build.
-    replaced = not closed and event_letter(delivery, "", "").key != bytes(letter.message_key)
+    replaced = not closed and event_letter(delivery, LetterReason.APPLY_ERROR, "").key != bytes(letter.message_key)
     protects = () if edited is None else _open_jobs(engine, letter, delivery.event.job_id)
     if not dry_run:
         if closed or replaced:
             became = {} if edited is None else {"as": delivery.event.id}
-            close("open" if protects else "replayed", outcome=outcome, **became)
-        elif letter.status == "discarded":
-            close("open", outcome=outcome)
-    return Replay(dead_letter_id, delivery.event.id, delivery.event.job_id, outcome, closed and not protects, protects)
+            close(LetterStatus.OPEN if protects else LetterStatus.REPLAYED, outcome=outcome, **became)
+        elif letter.status == LetterStatus.DISCARDED:
+            close(LetterStatus.OPEN, outcome=outcome)
+    return Replay(
+        dead_letter_id=dead_letter_id,
+        event_id=delivery.event.id,
+        job_id=delivery.event.job_id,
+        outcome=outcome,
+        closed=closed and not protects,
+        protects=protects,
+    )
 
 
 def _open_jobs(engine: sa.Engine, letter: Any, settled_job: str) -> tuple[str, ...]:
@@ -227,13 +240,13 @@ def _settle_each(engine: sa.Engine, letter: Any, rules: Rules, *, dry_run: bool)
         keep_letters(engine, dead, build=rules.build)
     outcomes = Counter(ruling.outcome.value for ruling in rulings)
     outcomes.update(each.reason for each in dead)
-    outcomes[APPLY_ERROR] += len(deliveries) - len(rulings)
+    outcomes[LetterReason.APPLY_ERROR.value] += len(deliveries) - len(rulings)
     return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(outcomes.items()) if count)
 
 
 def _settle(engine: sa.Engine, delivery: Delivery, rules: Rules) -> tuple[str, bool]:
     rulings = settle_batch(engine, [delivery], rules)
-    return _came_to(rulings[0]) if rulings else (APPLY_ERROR, False)
+    return _came_to(rulings[0]) if rulings else (LetterReason.APPLY_ERROR.value, False)
 
 
 def _would_settle(engine: sa.Engine, delivery: Delivery, rules: Rules) -> tuple[str, bool]:
@@ -262,7 +275,7 @@ def _came_to(ruling: Ruling) -> tuple[str, bool]:
 def set_letter_status(
     connection: sa.Connection,
     dead_letter_id: int,
-    status: str,
+    status: LetterStatus,
     *,
     actor: str,
     entry: dict[str, Any],
@@ -291,9 +304,9 @@ def discard_letter(connection: sa.Connection, dead_letter_id: int, *, note: str,
     if not connection.execute(_TRY_LOCK_HERE, _lock_key(dead_letter_id)).scalar_one():
         raise DeadLetterClosed(_held(dead_letter_id))
     letter = require_letter(connection, dead_letter_id)
-    if letter.status != "open":
+    if letter.status != LetterStatus.OPEN:
         raise DeadLetterClosed(_closed(dead_letter_id, letter))
-    set_letter_status(connection, dead_letter_id, "discarded", actor=actor, entry={"note": note})
+    set_letter_status(connection, dead_letter_id, LetterStatus.DISCARDED, actor=actor, entry={"note": note})
 
 
 def _closed(dead_letter_id: int, letter: Any) -> str:

@@ -14,7 +14,7 @@ from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.envelope import contents, parse
-from kino_refunds.events.queues import QUEUE_KEYS, SERVED, depths, waiting
+from kino_refunds.events.queues import QUEUE_KEYS, SERVED, depths, read_queued
 from kino_refunds.events.schema import Queue
 from kino_refunds.settings import Settings, redacted
 
@@ -296,7 +296,7 @@ def _plain(name: str) -> str:
 
 
 def _queues(client: redis.Redis, now: datetime) -> Iterator[Finding]:
-    found = waiting(client)
+    found = read_queued(client)
     foreign = [*found.unreadable, *_foreign_bindings(client)]
     yield judge(
         "queue keys",

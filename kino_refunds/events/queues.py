@@ -80,7 +80,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
+class Recovery:
     """What one recovery did.
 
     `workers` are those that had messages in flight: an idle one that ended needs nobody's attention. `skipped`
@@ -93,7 +93,7 @@ class Recovered:
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class BindReport:
     """Queues whose kombu binding was missing and is back, and the keys of bindings that hold something foreign."""
 
     restored: tuple[str, ...]
@@ -101,7 +101,7 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class QueuedMessages:
     """Every message not yet decided, or, where not `complete`, only some of them.
 
     `unreadable` names keys of the wrong type. Nothing may be concluded from an incomplete reading.
@@ -178,34 +178,34 @@ class Queues:
         """Say that this worker lives, for another alive TTL; between sub-batches, and while it backs off."""
         self._run(self._refresh, self._alive_ms)
 
-    def bind(self) -> Bound:
+    def bind(self) -> BindReport:
         """Put back kombu's bindings of our queues that are missing; writes nothing where none is.
 
         Without its binding, which a FLUSHALL takes, a live kombu `SimpleQueue` drops what it is given without
         an error. A binding's key that holds something foreign is left alone and named.
         """
         restored, skipped = self._run(self._bind, self._alive_ms, parts=2)
-        return Bound(restored=_names(restored), skipped=_names(skipped))
+        return BindReport(restored=_names(restored), skipped=_names(skipped))
 
     def leave(self) -> None:
         """Say that this worker ends. What is still in flight is recovered at once and counts as no crash."""
         self._run(self._leave)
 
-    def recover(self) -> Recovered:
+    def recover(self) -> Recovery:
         """Move what dead workers had in flight to the recovered lists. Any worker may, at any time."""
         workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S, parts=3)
-        return Recovered(workers=_names(workers), messages=messages, skipped=_names(skipped))
+        return Recovery(workers=_names(workers), messages=messages, skipped=_names(skipped))
 
     def _run(self, script: Any, *arguments: str | int, parts: int = 0) -> Any:
         try:
             return _answer(script, self._worker_id, *arguments, parts=parts)
         except redis.ResponseError as error:
-            if str(error).startswith("FOREIGN "):
-                raise WrongKeyType(str(error).removeprefix("FOREIGN ")) from error
+            if str(error).startswith("WRONG TYPE "):
+                raise WrongKeyType(str(error).removeprefix("WRONG TYPE ")) from error
             raise
 
 
-def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2**20) -> Waiting:
+def read_queued(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2**20) -> QueuedMessages:
     """Read every message on the queues, in flight and recovered, at one instant; move nothing.
 
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
@@ -214,7 +214,7 @@ def waiting(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2
     complete, unreadable, lists = _answer(
         client.register_script(_script("names", "waiting")), limit, max_bytes, parts=3
     )
-    return Waiting(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
+    return QueuedMessages(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
 def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:

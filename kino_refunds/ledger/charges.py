@@ -68,4 +68,12 @@ def open_charges(
 def _charge(row: Any) -> Charge:
     charge_id, job_id, account_id, credits, deadline_us, opened_us, lot_ids, lot_credits = row
     lines = list(zip(lot_ids, lot_credits, strict=True))
-    return Charge(charge_id, job_id, account_id, credits, instant(deadline_us), instant(opened_us), lines)
+    return Charge(
+        charge_id=charge_id,
+        job_id=job_id,
+        account_id=account_id,
+        credits=credits,
+        deadline_at=instant(deadline_us),
+        opened_at=instant(opened_us),
+        lines=lines,
+    )

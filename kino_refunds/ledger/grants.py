@@ -55,15 +55,15 @@ def _item(grant: Grant, actor: str) -> dict[str, Any]:
 def _lot(row: Any) -> Lot:
     lot_id, reference, account_id, lot_class, granted, remaining, priority, expires_us, state = row
     return Lot(
-        lot_id,
-        reference,
-        account_id,
-        LotClass(lot_class),
-        granted,
-        remaining,
-        priority,
-        instant_or_none(expires_us),
-        LotState(state),
+        lot_id=lot_id,
+        reference=reference,
+        account_id=account_id,
+        lot_class=LotClass(lot_class),
+        granted=granted,
+        remaining=remaining,
+        priority=priority,
+        expires_at=instant_or_none(expires_us),
+        state=LotState(state),
     )
 
 

@@ -23,7 +23,9 @@ def hold_purchase(
 
     A frozen lot keeps its credits but nobody can draw them; refunds go back into it. What is due expires first.
     """
-    held: list[int] = _act(connection, "hold_purchase", purchase_id, cause_kind, cause_id, actor)
+    held: list[int] = _act(
+        connection, "hold_purchase", purchase_id=purchase_id, cause_kind=cause_kind, cause_id=cause_id, actor=actor
+    )
     return held
 
 
@@ -35,7 +37,9 @@ def release_purchase(
     None of them expires within the lot grace from now, nor earlier than the time that was left when it was frozen; one
     that had expired before and holds nothing is expired again.
     """
-    released: list[int] = _act(connection, "release_purchase", purchase_id, cause_kind, cause_id, actor)
+    released: list[int] = _act(
+        connection, "release_purchase", purchase_id=purchase_id, cause_kind=cause_kind, cause_id=cause_id, actor=actor
+    )
     return released
 
 
@@ -46,7 +50,9 @@ def void_purchase(
 
     Credits of these lots that are held by open jobs follow when those jobs are refunded.
     """
-    taken: int = _act(connection, "void_purchase", purchase_id, cause_kind, cause_id, actor)
+    taken: int = _act(
+        connection, "void_purchase", purchase_id=purchase_id, cause_kind=cause_kind, cause_id=cause_id, actor=actor
+    )
     return taken
 
 
@@ -57,7 +63,9 @@ def unvoid_purchase(
 
     The lots are frozen while a hold on them is open, else as at the end of a hold.
     """
-    returned: int = _act(connection, "unvoid_purchase", purchase_id, cause_kind, cause_id, actor)
+    returned: int = _act(
+        connection, "unvoid_purchase", purchase_id=purchase_id, cause_kind=cause_kind, cause_id=cause_id, actor=actor
+    )
     return returned
 
 

@@ -158,13 +158,13 @@ def statement(
         rows = connection.execute(_LINES, {"account_id": account_id, "after": after or 0, "limit": limit}).all()
     return [
         StatementLine(
-            row.transfer_id,
-            instant(row.created_us),
-            row.kind,
-            row.sign * row.credits,
-            row.lot_id,
-            row.job_id,
-            row.reason,
+            transfer_id=row.transfer_id,
+            at=instant(row.created_us),
+            kind=row.kind,
+            credits=row.sign * row.credits,
+            lot_id=row.lot_id,
+            job_id=row.job_id,
+            reason=row.reason,
         )
         for row in rows
     ]

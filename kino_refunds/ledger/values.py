@@ -128,12 +128,18 @@ class Charge:
     lines: list[tuple[int, int]]
 
 
+class SettlementKind(StrEnum):
+    """How a charge ends."""
+
+    CAPTURED = "captured"
+    REFUNDED = "refunded"
+
+
 class Settlement(NamedTuple):
     """How a charge ends, and what that was decided from; lots and amounts are the charge's own."""
 
     charge_id: int
-    kind: str
-    """`captured` or `refunded`."""
+    kind: SettlementKind
     reason: str
     clause: str
     policy_version: str

@@ -62,11 +62,11 @@ class _Row(BaseModel):
 
     def answer(self) -> Answer:
         return Answer(
-            self.state,
-            self.origin or ErrorOrigin.UNKNOWN,
-            self.stage or SafetyStage.DURING_GENERATION,
-            self.result_produced or False,
-            self.finished_at,
+            state=self.state,
+            origin=self.origin or ErrorOrigin.UNKNOWN,
+            stage=self.stage or SafetyStage.DURING_GENERATION,
+            result_produced=self.result_produced or False,
+            finished_at=self.finished_at,
         )
 
 

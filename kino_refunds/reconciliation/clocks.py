@@ -62,7 +62,13 @@ def read_clocks(connection: sa.Connection, redis_client: redis.Redis) -> Clocks:
     """Read the clocks of Postgres, this host and Redis; raises what Postgres raises."""
     row = connection.execute(_READ).one()
     host = datetime.now(UTC)  # one of the clocks that are compared
-    return Clocks(row.postgres, host, _redis_clock(redis_client), row.decides, row.newest_row)
+    return Clocks(
+        postgres=row.postgres,
+        host=host,
+        redis=_redis_clock(redis_client),
+        decides=row.decides,
+        newest_row=row.newest_row,
+    )
 
 
 def _redis_clock(client: redis.Redis) -> datetime | None:

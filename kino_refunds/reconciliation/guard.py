@@ -1,9 +1,10 @@
-"""The guard of our own verdicts: what forbids saying that a job timed out (P9; design, section 7)."""
+"""The guard of presumed timeouts: what forbids saying that a job timed out (P9; design, section 7)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import sqlalchemy as sa
 
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import contents, describe, parse
-from kino_refunds.events.queues import waiting
+from kino_refunds.events.queues import read_queued
 from kino_refunds.intake.gate import read_gate
 from kino_refunds.telemetry.log import get_logger
 
@@ -24,9 +25,26 @@ log = get_logger(__name__)
 NAMELESS_COUNTS_FOR = timedelta(hours=1)
 """A completion that we hold and cannot read is somebody's: for an hour it could be that of any charge older than it."""
 STUCK_AFTER = timedelta(days=1)
-"""A message that waits for longer than this is not late: one that nobody removes must not end all verdicts for good."""
+"""A message queued for longer than this is not late: one that is never removed must not end all presumed timeouts."""
 NOTED_MAX = 1_000
 """Rows of `waiting_message`. More than this waiting is a backlog; what is stuck in it is noted once it has drained."""
+
+
+class Withheld(StrEnum):
+    """Why a timeout is not presumed; counted in the sweep's report, so a word here never changes."""
+
+    INTAKE_PAUSED = "intake_paused"
+    REDIS_AWAY = "redis_away"
+    BACKLOG_TOO_LARGE = "backlog_too_large"
+    UNREADABLE_QUEUE = "unreadable_queue"
+    UNREADABLE_MESSAGE = "unreadable_message_waiting"
+    OLDER_MESSAGE = "older_message_waiting"
+    NAMED_BY_MESSAGE = "named_by_waiting_message"
+    NAMED_BY_EVENT = "named_by_waiting_event"
+    """An event of this job is pending, or an open dead letter names it."""
+    UNREADABLE_COMPLETION = "unreadable_completion"
+    CLOCK = "clock"
+    IDS = "ids_that_no_event_can_carry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,35 +63,35 @@ class OverdueCharge:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What forbids a timed-out verdict of our own, read at one point: P9, never because *we* were behind.
+    """What forbids to presume a timeout, read at one point: P9, never because *we* were behind.
 
     Redis is read first, Postgres after it: an event that leaves Redis in between has been committed, so
     Postgres shows what it did. The other way round it could be missed by both.
     """
 
-    refused: str | None
+    refused: Withheld | None
     """A reason that holds for every charge."""
-    oldest_waiting: datetime | None
-    """The earliest time of an event that waits in Redis, of those that have not waited for a day."""
-    waiting_jobs: Collection[str]
-    """Jobs that a message waiting in Redis names, whatever its time."""
+    oldest_queued: datetime | None
+    """The earliest time of an event queued in Redis, of those that have not been there for a day."""
+    queued_jobs: Collection[str]
+    """Jobs that a message queued in Redis names, whatever its time."""
     named_jobs: Collection[str]
-    """Jobs that an event waiting for a retry, or an open dead letter, speaks of."""
+    """Jobs that a pending event, or an open dead letter, names."""
     nameless: Sequence[datetime]
     """When open dead letters came that may hold the end of a job that they do not name: it could be any charge's."""
 
-    def reason(self, charge: OverdueCharge) -> str | None:
-        """Say why there must be no verdict on this charge; None if there may be one."""
+    def reason(self, charge: OverdueCharge) -> Withheld | None:
+        """Return why this charge's timeout must not be presumed; None if it may be."""
         if self.refused is not None:
             return self.refused
-        if self.oldest_waiting is not None and self.oldest_waiting <= charge.due_at:
-            return "older_message_waiting"
-        if charge.job_id in self.waiting_jobs:
-            return "named_by_waiting_message"
+        if self.oldest_queued is not None and self.oldest_queued <= charge.due_at:
+            return Withheld.OLDER_MESSAGE
+        if charge.job_id in self.queued_jobs:
+            return Withheld.NAMED_BY_MESSAGE
         if charge.job_id in self.named_jobs:
-            return "named_by_waiting_event"
+            return Withheld.NAMED_BY_EVENT
         if any(seen_at > charge.opened_at for seen_at in self.nameless):
-            return "unreadable_completion"
+            return Withheld.UNREADABLE_COMPLETION
         return None
 
 
@@ -85,24 +103,30 @@ def read_guard(
     now: datetime,
     source_configured: bool,
 ) -> Guard:
-    """Read what waits and what is paused, for these charges; raises what Postgres raises.
+    """Read what is queued, pending and paused, for these charges; raises what Postgres raises.
 
-    A Redis that cannot be read refuses every verdict.
+    A Redis that cannot be read forbids every presumed timeout.
     """
-    found = _read_waiting(redis_client)
+    found = _read_queued(redis_client)
     if found.error is not None:
-        log.warning("no verdict: Redis cannot be read", error=found.error)
+        log.warning("no timeout is presumed: Redis cannot be read", error=found.error)
     with engine.connect() as connection:
         stuck = set(connection.execute(_STUCK, {"since": now - STUCK_AFTER}).scalars())
-        refused, oldest = _judge(found, stuck)
+        refused, oldest = _oldest(found, stuck)
         if read_gate(connection).paused:
-            refused = "intake_paused"
+            refused = Withheld.INTAKE_PAUSED
         job_ids = {"job_ids": [charge.job_id for charge in charges]}
         named = set(connection.execute(_NAMED_JOBS, job_ids).scalars())
         nameless: Sequence[datetime] = ()
         if not source_configured:
             nameless = connection.execute(_NAMELESS, {"since": now - NAMELESS_COUNTS_FOR}).scalars().all()
-    return Guard(refused, oldest, {job_id for each in found.messages for job_id in each.job_ids}, named, nameless)
+    return Guard(
+        refused=refused,
+        oldest_queued=oldest,
+        queued_jobs={job_id for each in found.messages for job_id in each.job_ids},
+        named_jobs=named,
+        nameless=nameless,
+    )
 
 
 _NAMED_JOBS = sa.text("""
@@ -121,13 +145,13 @@ _NAMELESS = sa.text("""
 _STUCK = sa.text("SELECT digest FROM kino.waiting_message WHERE first_seen_at < :since")
 
 
-def note_waiting(engine: sa.Engine, redis_client: redis.Redis, *, now: datetime) -> None:
-    """Keep since when each message waits in Redis, and forget those that wait no longer; raises what Postgres raises.
+def note_queued(engine: sa.Engine, redis_client: redis.Redis, *, now: datetime) -> None:
+    """Keep since when each message is queued, and forget those that are gone; raises what Postgres raises.
 
-    Once a sweep, whether or not a verdict is due: a message that was stuck long before the first one must not end
-    that verdict for another day. Where not all of it can be read nothing is concluded, and nothing written.
+    Once a sweep, whether or not a timeout is due: a message that was stuck long before must not withhold the first
+    one for another day. Where not all of it can be read nothing is concluded, and nothing written.
     """
-    found = _read_waiting(redis_client)
+    found = _read_queued(redis_client)
     if found.refused is not None:
         return
     by_digest = {each.digest: each for each in found.messages}
@@ -153,7 +177,7 @@ _NOTE = sa.text("""
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What a message says that waits in Redis; `time` is the earliest of its events', None if one cannot be read."""
+    """What a queued message says; `time` is the earliest of its events', None if one cannot be read."""
 
     digest: bytes
     time: datetime | None
@@ -161,23 +185,23 @@ class _Message:
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
-    """Every message that waits in Redis, or why nothing can be said of that."""
+class _Queued:
+    """Every message queued in Redis, or why nothing can be said of them."""
 
-    refused: str | None
+    refused: Withheld | None
     messages: Sequence[_Message]
     error: str | None = None
     """What Redis, or the client, said."""
 
 
-def _read_waiting(redis_client: redis.Redis) -> _Waiting:
+def _read_queued(redis_client: redis.Redis) -> _Queued:
     try:
-        found = waiting(redis_client)
+        found = read_queued(redis_client)
     except redis.RedisError as error:
-        return _Waiting("redis_away", (), f"{type(error).__name__}: {error}")
+        return _Queued(Withheld.REDIS_AWAY, (), f"{type(error).__name__}: {error}")
     if not found.complete:
-        return _Waiting("backlog_too_large" if not found.unreadable else "unreadable_queue", ())
-    return _Waiting(None, [_read(message.raw) for message in found.messages])
+        return _Queued(Withheld.UNREADABLE_QUEUE if found.unreadable else Withheld.BACKLOG_TOO_LARGE, ())
+    return _Queued(None, [_read(message.raw) for message in found.messages])
 
 
 def _read(raw: bytes) -> _Message:
@@ -203,12 +227,12 @@ def _read(raw: bytes) -> _Message:
     return _Message(digest, min(times) if readable else None, job_ids)
 
 
-def _judge(found: _Waiting, stuck: Collection[bytes]) -> tuple[str | None, datetime | None]:
-    """Find the oldest event time that waits anywhere in Redis, or why nothing can be said."""
+def _oldest(found: _Queued, stuck: Collection[bytes]) -> tuple[Withheld | None, datetime | None]:
+    """Return the oldest event time queued anywhere in Redis, or why nothing can be said."""
     if found.refused is not None:
         return found.refused, None
     times = [each.time for each in found.messages if each.digest not in stuck]
     known = [time for time in times if time is not None]
     if len(known) < len(times):
-        return "unreadable_message_waiting", None
+        return Withheld.UNREADABLE_MESSAGE, None
     return None, min(known, default=None)

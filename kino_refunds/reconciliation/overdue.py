@@ -26,11 +26,11 @@ from kino_refunds.errors import (
 )
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
 from kino_refunds.reconciliation.clocks import read_clocks
-from kino_refunds.reconciliation.guard import OverdueCharge, note_waiting, read_guard
+from kino_refunds.reconciliation.guard import OverdueCharge, Withheld, note_queued, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 from kino_refunds.reconciliation.verified import read_verified
 from kino_refunds.settlement.batch import settle_batch
-from kino_refunds.settlement.breaks import Break, raise_breaks
+from kino_refunds.settlement.breaks import Break, BreakKind, raise_breaks
 from kino_refunds.settlement.deliveries import RECONCILER, delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.telemetry.log import get_logger
@@ -56,7 +56,6 @@ worker's two threads. The price: four slow jobs at a batch's head keep those beh
 LEFT_OUT = "the job source left out jobs that it was asked for: it must say `unknown` of those that it does not know"
 PROBLEM_MAX = 300
 """Characters of what a source raised: some raise a whole page."""
-RUNNING_PAST_CAP = "running_past_cap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ def sweep_overdue(
     now = clocks.decides
     skewed = clocks.redis is not None and clocks.disagreement() is not None
     if not dry_run:
-        note_waiting(engine, redis_client, now=now)
+        note_queued(engine, redis_client, now=now)
     # Without a source there is nobody whom three asks in a row could wake at a bad minute.
     asked_before = now if source is None else now - overdue.ask_spacing
     for page in _pages(engine, overdue, now, asked_before):
@@ -205,13 +204,13 @@ def _pages(
         after = (rows[-1].deadline_at, rows[-1].charge_id)
         page = [
             OverdueCharge(
-                row.charge_id,
-                row.job_id,
-                row.account_id,
-                row.credits,
-                row.opened_at,
-                row.deadline_at + overdue.grace,
-                row.asks,
+                charge_id=row.charge_id,
+                job_id=row.job_id,
+                account_id=row.account_id,
+                credits=row.credits,
+                opened_at=row.opened_at,
+                due_at=row.deadline_at + overdue.grace,
+                asks=row.asks,
             )
             for row in rows
             if row.askable
@@ -336,7 +335,7 @@ def _raise_running(
     """A job that runs on is given time, up to a cap; after that a person looks at it."""
     found = [
         Break(
-            kind=RUNNING_PAST_CAP,
+            kind=BreakKind.RUNNING_PAST_CAP,
             job_id=charge.job_id,
             charge_id=charge.charge_id,
             credits=charge.credits,
@@ -401,7 +400,7 @@ def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> li
         with stored_ids():  # the charge may be from before today's rule for ids, and must end all the same
             return [delivery_of(event_of(charge, answer))]
     except ValidationError as error:
-        report.withheld["ids_that_no_event_can_carry"] += 1
+        report.withheld[Withheld.IDS] += 1
         log.warning("no event can speak of this charge", charge_id=charge.charge_id, errors=error.error_count())
         return []
 
@@ -422,13 +421,13 @@ def _presumed_timeouts(
         clocks = read_clocks(connection, redis_client)
     disagreement = clocks.disagreement()
     if guard.refused is None and disagreement is not None:
-        report.withheld["clock"] += len(charges)
+        report.withheld[Withheld.CLOCK] += len(charges)
         log.error("presumed timeouts are withheld: the clocks disagree", why=disagreement, charges=len(charges))
         return []
     presumed = []
     for charge in charges:
         # The clock was read when the sweep began, and may have been set back since.
-        reason = guard.reason(charge) or ("clock" if charge.due_at >= clocks.decides else None)
+        reason = guard.reason(charge) or (Withheld.CLOCK if charge.due_at >= clocks.decides else None)
         if reason is None:
             presumed += _deliver(charge, Answer(JobState.TIMED_OUT), report)
         else:

@@ -86,7 +86,7 @@ def settle_parts(
                 parts += [(half, joined) for half in reversed(smaller)]
             else:
                 try:
-                    rulings = _settle_alone(engine, part[0], rules, fault, error)
+                    rulings = _settle_alone(engine, part[0], rules=rules, fault=fault, error=error)
                     failed = 1 - len(rulings)
                 except Exception as also:
                     if classify(also) is Fault.KEEP:

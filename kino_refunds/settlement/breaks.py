@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -17,11 +18,27 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.decide import Ruling
 
 
+class BreakKind(StrEnum):
+    """What disagrees; stored, so a word here never changes."""
+
+    COMPLETED_AFTER_REFUND = "completed_after_refund"
+    FAILED_AFTER_CAPTURE = "failed_after_capture"
+    RUNNING_PAST_CAP = "running_past_cap"
+
+
+class BreakStatus(StrEnum):
+    """What became of a break."""
+
+    OPEN = "open"
+    REPAIRED = "repaired"
+    ACCEPTED = "accepted"
+
+
 @dataclass(frozen=True, slots=True)
 class Break:
     """One disagreement; `kind` and `job_id` name it while it is open."""
 
-    kind: str
+    kind: BreakKind
     job_id: str
     charge_id: int | None
     credits: int
@@ -36,7 +53,7 @@ def break_of(ruling: Ruling) -> Break:
     stands = "refunded" if ruling.outcome is Outcome.COMPLETED_AFTER_REFUND else "captured"
     detail = f"event {event.id} of {event.source} says the job {said}; its charge was {stands} before, and stays so"
     return Break(
-        kind=ruling.outcome.value,
+        kind=BreakKind(ruling.outcome.value),
         job_id=event.job_id,
         charge_id=charge.charge_id,
         credits=charge.credits,
@@ -57,8 +74,8 @@ _RAISE = sa.text("""
 
 def raise_breaks(connection: sa.Connection, found: Iterable[Break]) -> None:
     """Write breaks in the caller's transaction; one that is open already is only seen again."""
-    first: dict[tuple[str, str], Break] = {}
-    seen: dict[tuple[str, str], int] = {}
+    first: dict[tuple[BreakKind, str], Break] = {}
+    seen: dict[tuple[BreakKind, str], int] = {}
     for each in found:
         key = (each.kind, each.job_id)
         first.setdefault(key, each)

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from kino_refunds.ledger.accounts import StatusHistory, read_status_histories
 from kino_refunds.ledger.endings import charges_with_held_lots
+from kino_refunds.ledger.values import SettlementKind
 from kino_refunds.settlement.decide import ChargeFacts
 from kino_refunds.settlement.outcomes import ChargeState
 
@@ -37,7 +38,7 @@ def read_charges(connection: sa.Connection, job_ids: Collection[str]) -> dict[st
     for job_id, charge_id, account_id, credits, opened_at, kind, corrected, _ in rows:
         if kind is None:
             state = ChargeState.OPEN
-        elif kind == "refunded" or corrected is not None:
+        elif kind == SettlementKind.REFUNDED or corrected is not None:
             state = ChargeState.REFUNDED
         else:
             state = ChargeState.CAPTURED

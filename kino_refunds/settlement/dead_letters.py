@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from hashlib import sha256
 from secrets import token_bytes
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,39 @@ if TYPE_CHECKING:
 DETAIL_LENGTH_MAX = 2_000
 EXCEPTION_LENGTH_MAX = 20_000
 
-APPLY_ERROR = "apply_error"
-POISON_CRASH = "poison_crash"
+
+class LetterReason(StrEnum):
+    """Why a message or an event is kept for a person; stored, so a word here never changes.
+
+    The first ten are those of a message that cannot be understood (`MalformedReason`), the next four outcomes.
+    """
+
+    TOO_LARGE = "too_large"
+    BAD_ENCODING = "bad_encoding"
+    BAD_JSON = "bad_json"
+    BAD_ENVELOPE = "bad_envelope"
+    WRONG_CONTENT_TYPE = "wrong_content_type"
+    COMPRESSED = "compressed"
+    BAD_BASE64 = "bad_base64"
+    UNKNOWN_VERSION = "unknown_version"
+    UNKNOWN_TYPE = "unknown_type"
+    INVALID_EVENT = "invalid_event"
+    CONFLICTING_DUPLICATE = "conflicting_duplicate"
+    ACCOUNT_MISMATCH = "account_mismatch"
+    CHARGE_NOT_FOUND = "charge_not_found"
+    BUSY = "busy"
+    APPLY_ERROR = "apply_error"
+    """Our own code, or the database, fails on this event."""
+    POISON_CRASH = "poison_crash"
+    """Workers ended while this was all that they had in work."""
+
+
+class LetterStatus(StrEnum):
+    """What became of a dead letter."""
+
+    OPEN = "open"
+    REPLAYED = "replayed"
+    DISCARDED = "discarded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +69,7 @@ class DeadLetter:
     key: bytes
     raw: bytes
     queue: str
-    reason: str
+    reason: LetterReason
     detail: str
     exception: str | None = None
     source: str | None = None
@@ -67,7 +99,7 @@ def malformed_letter(raw: bytes, queue: str, error: MalformedMessage, *, element
         key=message_key(raw, index),
         raw=raw,
         queue=queue,
-        reason=error.code,
+        reason=LetterReason(error.code),
         detail=error.text,
         source=about.source,
         event_id=about.event_id,
@@ -86,7 +118,7 @@ def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | 
         key=message_key(raw, element_index),
         raw=raw,
         queue=queue,
-        reason=POISON_CRASH,
+        reason=LetterReason.POISON_CRASH,
         detail=f"{crashes} workers ended while {what} all that they had in work",
         attempts=crashes,
         element_index=element_index,
@@ -95,7 +127,7 @@ def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | 
 
 
 def event_letter(
-    delivery: Delivery, reason: str, detail: str, *, exception: str | None = None, cause: str = ""
+    delivery: Delivery, reason: LetterReason, detail: str, *, exception: str | None = None, cause: str = ""
 ) -> DeadLetter:
     """An event that was understood and cannot be applied."""
     event = delivery.event
@@ -129,13 +161,13 @@ def ruled_letter(ruling: Ruling, record: Record) -> DeadLetter:
         why = f"the event names account {event.account_id}, the charge of job {event.job_id} is of {account_id}"
     else:
         why = f"{ruling.outcome.value}: tried for a day without another result"
-    return event_letter(ruling.delivery, ruling.outcome.value, why)
+    return event_letter(ruling.delivery, LetterReason(ruling.outcome.value), why)
 
 
 def failed_letter(delivery: Delivery, error: Exception) -> DeadLetter:
     """An event that our own code, or the database, fails on; the exception goes along."""
     trace = "".join(traceback.format_exception(error))
-    return event_letter(delivery, APPLY_ERROR, _said(error), exception=trace, cause=_origin(error))
+    return event_letter(delivery, LetterReason.APPLY_ERROR, _said(error), exception=trace, cause=_origin(error))
 
 
 def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
@@ -145,7 +177,7 @@ def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
         key=sha256(raw).digest(),
         raw=raw,
         queue=queue,
-        reason=APPLY_ERROR,
+        reason=LetterReason.APPLY_ERROR,
         detail=_said(error),
         exception=trace,
         cause=_origin(error),

@@ -86,7 +86,9 @@ def decide(
         if job_id in busy_jobs:
             ruling = _ruling(delivery, Outcome.BUSY, record.read_at)
         else:
-            ruling = _rule(delivery, charges.get(job_id), states.get(job_id), policy, record.read_at, busy)
+            ruling = _rule(
+                delivery, charges.get(job_id), state=states.get(job_id), policy=policy, now=record.read_at, busy=busy
+            )
         rulings[index] = ruling
         if ruling.outcome is Outcome.BUSY:
             busy_jobs.add(job_id)  # or a later event of this job would overtake it

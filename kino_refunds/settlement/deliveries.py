@@ -52,7 +52,7 @@ def read_delivery(raw: bytes, queue: str) -> Delivery:
 
     Whoever publishes one could take the place of a verdict of the reconciler's, which would then be a conflict.
     """
-    return _delivery(raw, raw, queue, None, parse, ours=False)
+    return _delivery(raw, raw, queue=queue, index=None, read=parse, ours=False)
 
 
 def read_message(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLetter]]:
@@ -67,7 +67,7 @@ def read_message(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLette
     deliveries, dead = [], []
     for element in elements:
         try:
-            deliveries.append(_delivery(element.content, raw, queue, element.index, parse, ours=False))
+            deliveries.append(_delivery(element.content, raw, queue=queue, index=element.index, read=parse, ours=False))
         except MalformedMessage as error:
             dead.append(malformed_letter(raw, queue, error, element=element))
     return deliveries, dead
@@ -86,7 +86,7 @@ def read_kept(raw: bytes, queue: str, element_index: int | None, *, ours: bool =
             found = f"the message has no event at index {element_index} that this build can read"
             raise MalformedMessage(MalformedReason.INVALID_EVENT, found, cause="array")
         content = elements[element_index].content
-    return _delivery(content, raw, queue, element_index, parse_stored, ours=ours)
+    return _delivery(content, raw, queue=queue, index=element_index, read=parse_stored, ours=ours)
 
 
 def _delivery(
@@ -103,4 +103,11 @@ def _delivery(
 
 def delivery_of(event: Event, *, pending_since: datetime | None = None, attempts: int = 0) -> Delivery:
     """Wrap an event that did not come by a queue: one that we wrote ourselves, or kept while it waited."""
-    return Delivery(event, fingerprint(event), to_json(event), queue_of(event).value, pending_since, attempts)
+    return Delivery(
+        event=event,
+        fingerprint=fingerprint(event),
+        raw=to_json(event),
+        queue=queue_of(event).value,
+        pending_since=pending_since,
+        attempts=attempts,
+    )

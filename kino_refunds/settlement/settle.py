@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import ChargeAlreadySettled, SettledElsewhere
 from kino_refunds.ledger.endings import settle_charges
-from kino_refunds.ledger.values import Settlement
+from kino_refunds.ledger.values import Settlement, SettlementKind
 from kino_refunds.settlement.breaks import break_of, raise_breaks
 from kino_refunds.settlement.charges import read_charges, read_held_charges
 from kino_refunds.settlement.dead_letters import record_dead_letters, ruled_letter
@@ -129,7 +129,7 @@ def _settlement(ruling: Ruling) -> Settlement:
     assert ruling.account_status is not None, "and the account had a status"
     return Settlement(
         charge_id=charge.charge_id,
-        kind="refunded" if coverage.refund else "captured",
+        kind=SettlementKind.REFUNDED if coverage.refund else SettlementKind.CAPTURED,
         reason=coverage.reason.value,
         clause=coverage.clause.value,
         policy_version=ruling.policy_version,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import time_machine
 
 from tests.clock import run_ahead
-from tests.faults.harness import World, require, scenario
-from tests.faults.oracle import TIMED_OUT
+from tests.faults.harness import scenario
+from tests.faults.workload import TIMED_OUT
+from tests.faults.world import World, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

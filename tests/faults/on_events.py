@@ -11,8 +11,9 @@ from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.intake.gate import pause_intake, resume_intake
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.sources import Answer, JobState
-from tests.faults.harness import World, require, scenario
-from tests.faults.oracle import CAPTURED, FAILED, KINDS, TIMED_OUT, Message
+from tests.faults.harness import scenario
+from tests.faults.workload import CAPTURED, FAILED, KINDS, TIMED_OUT, Message
+from tests.faults.world import World, require
 from tests.malformed import MALFORMED, envelope
 
 if TYPE_CHECKING:

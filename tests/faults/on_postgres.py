@@ -11,9 +11,10 @@ import psycopg
 import sqlalchemy as sa
 
 from kino_refunds.errors import KinoError
-from tests.faults.harness import World, require, scenario
-from tests.faults.oracle import CAPTURED, FAILED, OPEN, TIMED_OUT, Message
+from tests.faults.harness import scenario
 from tests.faults.proxy import Proxy
+from tests.faults.workload import CAPTURED, FAILED, OPEN, TIMED_OUT, Message
+from tests.faults.world import World, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,10 +16,11 @@ from redis.retry import Retry
 
 from kino_refunds.events.connection import redis_client
 from tests.failover import pair
-from tests.faults.harness import World, require, scenario
+from tests.faults.harness import scenario
 from tests.faults.on_events import Truth
-from tests.faults.oracle import TIMED_OUT
 from tests.faults.proxy import Proxy
+from tests.faults.workload import TIMED_OUT
+from tests.faults.world import World, require
 
 if TYPE_CHECKING:
     from kino_refunds.events.queues import Queues

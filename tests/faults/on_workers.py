@@ -12,9 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 from kino_refunds.desk.replays import replay_letter
-from tests.faults.harness import Edit, World, copy_project, require, scenario
-from tests.faults.oracle import OPEN, TIMED_OUT
+from tests.faults.harness import Edit, copy_project, scenario
 from tests.faults.proxy import Proxy
+from tests.faults.workload import OPEN, TIMED_OUT
+from tests.faults.world import World, require
 
 
 @scenario("worker killed", quick=True)

@@ -304,12 +304,12 @@ PLANTED = [
         Edit(
             CHARGES, "locked.priority, locked.expires_at NULLS LAST", "locked.priority, locked.expires_at NULLS FIRST"
         ),
-        tests=("tests/integration/ledger/test_charges.py::TestBurnOrder",),
+        tests=("tests/integration/ledger/test_burn_order.py",),
     ),
     Planted(
         "the grace is ignored",
         Edit(ENDINGS, "AND (l.expires_at > s.now + s.grace\n", "AND (l.expires_at > s.now\n"),
-        tests=("tests/integration/ledger/test_charges.py::TestRefund",),
+        tests=("tests/integration/ledger/test_endings.py::TestRefund",),
     ),
     Planted(
         "a charge locks no lot",

@@ -7,7 +7,7 @@ for _, queue in ipairs(queues) do
   if message and ARGV[4] ~= '' then counter = crashes(message, ARGV[4]) end
 end
 local key, found = foreign(counter and {[counter] = 'string'} or {})
-if key then return redis.error_reply('FOREIGN ' .. key .. ' holds a ' .. found) end
+if key then return redis.error_reply('WRONG TYPE ' .. key .. ' holds a ' .. found) end
 
 say_alive(ARGV[3])
 redis.call('SET', token_of(me), counter and token:gsub(':alone$', ':' .. ARGV[4] .. ':alone') or token)

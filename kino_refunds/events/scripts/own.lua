@@ -47,7 +47,7 @@ for _, queue in ipairs(queues) do
   end
 end
 local key, found = foreign(types)
-if key then return redis.error_reply('FOREIGN ' .. key .. ' holds a ' .. found) end
+if key then return redis.error_reply('WRONG TYPE ' .. key .. ' holds a ' .. found) end
 
 local token, element = read_token(me)
 

@@ -17,7 +17,7 @@ from kino_refunds.dev.processes import CeleryProcess, start_beat, start_worker
 from kino_refunds.errors import DependencyAway
 from kino_refunds.events.connection import NotPrimary, kombu_connection, redis_client
 from kino_refunds.events.publisher import EventPublisher
-from kino_refunds.events.queues import SERVED, Bound, Queues, Recovered, depths, waiting
+from kino_refunds.events.queues import SERVED, BindReport, Queues, Recovery, depths, read_queued
 from kino_refunds.outbox.relay import relay_refunds
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.rules import rules_of
@@ -74,9 +74,9 @@ WORTH: dict[str, object] = {
     "drop": True,
     "release": 1,
     "refresh": None,
-    "bind": Bound(tuple(sorted(SERVED)), ()),
+    "bind": BindReport(tuple(sorted(SERVED)), ()),
     "leave": None,
-    "recover": Recovered((), 0, ()),
+    "recover": Recovery((), 0, ()),
 }
 
 
@@ -101,7 +101,7 @@ def test_worker_s_command_goes_to_the_new_primary(redises: Pair, client: Redis, 
     assert client.info("replication")["role"] == "master"
 
 
-@pytest.mark.parametrize("read", [waiting, depths], ids=["waiting", "depths"])
+@pytest.mark.parametrize("read", [read_queued, depths], ids=["waiting", "depths"])
 def test_reading_goes_to_the_new_primary(redises: Pair, client: Redis, read: Callable[[Redis], Any]) -> None:
     """A demoted primary that hears nothing would say that nothing waits: no verdict may rest on it (P9)."""
     redises.fail_over(cut_off=True)
@@ -165,7 +165,7 @@ def test_publisher_raises_once_and_then_goes_to_the_new_primary(redises: Pair) -
         publisher.publish(event)
 
     with redises.client() as primary:
-        assert len(waiting(primary).messages) == 2
+        assert len(read_queued(primary).messages) == 2
 
 
 def test_kombu_publishes_to_the_new_primary_by_its_own_retry(redises: Pair) -> None:

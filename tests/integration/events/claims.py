@@ -1,0 +1,73 @@
+"""A worker at the queues, and everything that Redis holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from redis import Redis
+
+from kino_refunds.events.queues import SERVED, Claim, Message, Queues
+from kino_refunds.events.schema import Queue
+
+FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
+A, B = "worker-a", "worker-b"
+
+
+def worker(client: Redis, worker_id: str = A) -> Queues:
+    return Queues(client, worker_id, alive_ttl_s=60)
+
+
+def push(client: Redis, key: str, *raws: bytes) -> None:
+    """Publish in this order: the last one is the newest."""
+    client.lpush(key, *raws)
+
+
+def messages(queue: Queue, *raws: bytes) -> tuple[Message, ...]:
+    return tuple(Message(queue, raw) for raw in raws)
+
+
+def numbered(prefix: str, count: int) -> list[bytes]:
+    return [f"{prefix}-{number}".encode() for number in range(count)]
+
+
+def die(client: Redis, worker_id: str = A) -> None:
+    """As when the alive key expires."""
+    client.delete(f"kino:alive:{worker_id}")
+
+
+def contents(client: Redis) -> dict[bytes, object]:
+    """Every key with its whole value, whatever its type."""
+    read: dict[Any, Callable[[Any], object]] = {
+        b"string": client.get,
+        b"list": lambda key: client.lrange(key, 0, -1),
+        b"set": client.smembers,
+        b"hash": client.hgetall,
+    }
+    return {key: read[client.type(key)](key) for key in client.scan_iter()}
+
+
+def counts(*, in_flight: int = 0, recovered: int = 0, **waiting: int) -> dict[str, int]:
+    """Name what `depths` should count; what is not named is 0."""
+    names: dict[str, int] = {queue: waiting.get(queue.name, 0) for queue in SERVED}
+    return {**names, "in-flight": in_flight, "recovered": recovered}
+
+
+KINDS = ("_kombu.binding", "_kombu.binding_permanent")
+BINDINGS = [f"{kind}.{queue}" for kind in KINDS for queue in SERVED]
+
+
+def claim_alone(client: Redis, worker_id: str) -> Claim:
+    """Claim what waits, die with it, recover it, and claim one message of it."""
+    worker(client, "first").claim()
+    die(client, "first")
+    worker(client, worker_id).recover()
+    return worker(client, worker_id).claim()
+
+
+def claim_alone_of_one(client: Redis) -> Claim:
+    worker(client, "first").claim()
+    die(client, "first")
+    queues = worker(client)
+    queues.recover()
+    return queues.claim()
