@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     )
     intake_poll_s: Annotated[float, Field(gt=0, le=10)] = Field(
         0.1,
-        description="Pause between claims that found nothing: ten cheap looks a second, far below P9's 5 s.",
+        description="Pause between claims of a worker that is idle, and how old its reading of the gate may be: ten"
+        " cheap looks a second, far below P9's 5 s. For a second after an event it looks every 5 ms.",
     )
     retry_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         2.0, description="Pause between retry sweeps: an event whose charge has come settles well within 5 s."

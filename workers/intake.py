@@ -26,7 +26,8 @@ import sqlalchemy as sa
 from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import DependencyAway, WrongKeyType
 from kino_refunds.events.queues import POISON_CRASHES, Claim, Queues
-from kino_refunds.intake.gate import TRIPWIRE, pause_intake, read_gate, resume_intake
+from kino_refunds.intake.gate import TRIPWIRE, Gate, pause_intake, read_gate, resume_intake
+from kino_refunds.intake.poll import Poll
 from kino_refunds.intake.tripwire import PROBE_EVERY_S, Probe, Tripwire
 from kino_refunds.settlement.batch import keep_letters, settle_parts
 from kino_refunds.settlement.dead_letters import DeadLetter, LetterReason, poison_letter, unread_letter
@@ -109,6 +110,7 @@ class Intake:
         self._settings = settings
         self._name = name
         self._tripwire = Tripwire(probe_every_s=probe_every_s)
+        self._poll = Poll(settings.intake_poll_s)
         self._unfinished: str | None = None
         self._skipped: tuple[str, ...] = ()
         self.stopping = threading.Event()
@@ -117,24 +119,35 @@ class Intake:
 
     def run(self, *, chores: Callable[[], None] = lambda: None) -> None:
         """Settle batches until `stopping` is set, then release what is undecided and leave."""
-        wait_s = 0.0
+        poll, wait_s = self._poll, 0.0
+        gate = None
         while not self.stopping.wait(wait_s):
             try:
                 chores()
-                wait_s = 0.0 if self.run_once() else self._settings.intake_poll_s
+                if gate is None or poll.gate_is_old:
+                    gate = self._read_gate()
+                wait_s = poll.wait_s(self._take(gate))
             except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept and this thread lives
+                poll.forget_gate()
                 wait_s = min(BACK_OFF_MAX_S, max(BACK_OFF_FIRST_S, wait_s * 2))
                 self._report(error, wait_s)
         self._leave()
 
     def run_once(self) -> int:
-        """Settle one batch and return how many messages it had; 0 when nothing is queued or intake is paused.
+        """Read the gate, settle one batch and return how many messages it had; 0 where none is queued or may be taken.
 
         Raises what is transient, with the batch still in flight: calling again takes it up where it was.
         """
+        return self._take(self._read_gate())
+
+    def _read_gate(self) -> Gate:
         with self._engine.connect() as connection:
             # In no transaction: with the ROLLBACK of one, psycopg would forget every statement that it has prepared.
             gate = read_gate(connection.execution_options(isolation_level="AUTOCOMMIT"))
+        self._poll.gate_was_read()
+        return gate
+
+    def _take(self, gate: Gate) -> int:
         if gate.paused and not self._tripwire.may_probe(gate):
             self._release()
             return 0
@@ -264,6 +277,7 @@ class Intake:
             reason = f"an event settled in build {self._rules.build}"
             with self._engine.begin() as connection:
                 resumed = resume_intake(connection, reason=reason, actor=TRIPWIRE)
+            self._poll.forget_gate()
             log.warning("tripwire: intake goes on", resumed=resumed)
         # The event that was tried has its row, and is a duplicate when its message comes again for the next one.
         return Word.RELEASE if self._tripwire.goes_on(message, len(deliveries)) else Word.CONTINUE
@@ -273,6 +287,7 @@ class Intake:
         reason = f"{self._tripwire.trip()} in build {self._rules.build}"
         with self._engine.begin() as connection:
             paused = pause_intake(connection, reason=f"{reason} (worker {self._name})", actor=TRIPWIRE)
+        self._poll.forget_gate()
         released = self._release()
         log.error("tripwire: intake is paused", reason=reason, first=paused, released=released)
 

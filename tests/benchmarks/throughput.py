@@ -63,6 +63,8 @@ RIVAL_DB = 1
 REFERENCE = "ours_1_worker"
 """What the others are compared with."""
 ACTOR = "bench"
+PACES = (10, 100, 500)
+"""Events a second, for the latency."""
 WARM_UP = "(warm-up, not compared)"
 
 
@@ -224,7 +226,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         bench.ours(REFERENCE, "ours, 1 worker", large)
         bench.ours("mixed", "ours, 1 worker, mixed events", large, mixture)
         bench.ours("hot_1_worker", "ours, 1 worker, one hot account", hot, hot=True)
-        paces = {str(pace): bench.latency(pace, options.pace_s) for pace in (100, 500)}
+        paces = {str(pace): bench.latency(pace, options.pace_s) for pace in PACES}
         with bench.worker("second"):
             bench.ours("ours_2_workers", "ours, 2 workers", large)
             bench.ours("hot_2_workers", "ours, 2 workers, one hot account", hot, hot=True)

@@ -51,7 +51,7 @@ SHAPE = {
         )
     },
     "latency_ms": {
-        pace: {"per_second": float, "p50_ms": float, "p99_ms": float, "max_ms": float} for pace in ("100", "500")
+        pace: {"per_second": float, "p50_ms": float, "p99_ms": float, "max_ms": float} for pace in ("10", "100", "500")
     },
     "hot_account": {"one_worker_per_second": int, "two_workers_per_second": int},
     "settled_before": {"charges": int, "refunds_per_second": int, "ratio_to_none": float},
