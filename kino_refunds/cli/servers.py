@@ -23,7 +23,7 @@ from kino_refunds.db.faults import Fault, classify
 from kino_refunds.db.migrate import is_known_revision
 from kino_refunds.db.migrate import migrate as migrate_database
 from kino_refunds.dev.embedded import servers
-from kino_refunds.dev.processes import Restarted, passed_on, settings_for, start_beat, start_worker
+from kino_refunds.dev.processes import RestartingProcess, passed_on, settings_for, start_beat, start_worker
 from kino_refunds.errors import BadSettings, DependencyAway
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
@@ -207,7 +207,7 @@ def dev(
                 lambda: start_worker(settings),
                 lambda: start_beat(settings, running.data_dir / "beat-schedule"),
             ):
-                kept.append(Restarted(start, _tell))
+                kept.append(RestartingProcess(start, _tell))
                 stack.callback(kept[-1].stop)
             stack.callback(console.print, "stopping")
             _introduce(addresses, others, environment_file)

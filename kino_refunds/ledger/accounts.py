@@ -23,7 +23,7 @@ class AccountStatus(StrEnum):
     TERMINATED = "terminated"
 
 
-class JudgedStatus(StrEnum):
+class PastStatus(StrEnum):
     """What an account was at an instant, as far as a refund is concerned (clause 6)."""
 
     ACTIVE = "active"
@@ -38,22 +38,22 @@ class StatusHistory:
 
     changes: tuple[tuple[datetime, str, str], ...] = ()
 
-    def at(self, instant: datetime) -> JudgedStatus:
+    def at(self, instant: datetime) -> PastStatus:
         """Say what the account was at `instant`.
 
         A violation stands until the account is reinstated: one that is closed at its own request afterwards, or
         suspended, has been terminated for violation all the same.
         """
-        status, violation = JudgedStatus.ACTIVE, False
+        status, violation = PastStatus.ACTIVE, False
         for changed_at, to_status, reason in self.changes:
             if changed_at > instant:
                 break
-            status = JudgedStatus(to_status)
-            if status is JudgedStatus.ACTIVE:
+            status = PastStatus(to_status)
+            if status is PastStatus.ACTIVE:
                 violation = False
-            elif status is JudgedStatus.TERMINATED and reason == VIOLATION:
+            elif status is PastStatus.TERMINATED and reason == VIOLATION:
                 violation = True
-        return JudgedStatus.TERMINATED_FOR_VIOLATION if violation else status
+        return PastStatus.TERMINATED_FOR_VIOLATION if violation else status
 
 
 _HISTORIES = sa.text("""

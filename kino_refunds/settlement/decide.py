@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kino_refunds.ledger.accounts import JudgedStatus
+from kino_refunds.ledger.accounts import PastStatus
 from kino_refunds.policy.automatic import coverage_of
 from kino_refunds.policy.document import clamped
 from kino_refunds.settlement.outcomes import (
@@ -65,7 +65,7 @@ class Ruling(NamedTuple):
     charge: ChargeFacts | None = None
     coverage: Coverage | None = None
     policy_version: str | None = None
-    account_status: JudgedStatus | None = None
+    account_status: PastStatus | None = None
 
 
 def decide(
@@ -145,7 +145,7 @@ def _rule(
     document = policy.at(judged_at)
     # By the event's time, never by when we came to it: nobody forfeits because we were late.
     account_status = charge.history.at(judged_at)
-    violation = account_status is JudgedStatus.TERMINATED_FOR_VIOLATION
+    violation = account_status is PastStatus.TERMINATED_FOR_VIOLATION
     coverage = coverage_of(event, document, terminated_for_violation=violation)
     outcome = outcome_of(coverage, state)
     if outcome is Outcome.REFUNDED and charge.charge_id in busy.charges:
