@@ -51,7 +51,7 @@ OBJECTS: Final[Mapping[str, str]] = {
     "function for other functions": """
         hold_purchase(text,text,text,text) release_purchase(text,text,text,text)
         void_purchase(text,text,text,text) unvoid_purchase(text,text,text,text)
-        lock_purchase(text,text,text,text) place_lots(bigint[])
+        named(bigint) lock_purchase(text,text,text,text) place_lots(bigint[])
         refund_lines(bigint[],boolean) give_back(text,bigint[],text[],text[],timestamptz[])
         take_rest(bigint[],text,text,text,text,text) expire_due(bigint[]) lot_grace() keep_lot_change()
         require_items(jsonb,text[],text[]) require_id(text,text) refuse_constraint(text)
