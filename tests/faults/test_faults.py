@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.harness import ROOT, SCENARIOS, Arena, arena
+from tests.faults.harness import SCENARIOS, Arena, arena
 from tests.faults.on_workers import BAD_BUILD
 from tests.faults.planted import PLANTED, Planted
 from tests.faults.run import DEFAULT_SEED
+from tests.project import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,17 +16,15 @@ from kino_refunds.reconciliation.guard import OverdueCharge
 from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.reconciliation.overdue import OverdueReport, event_of
 from kino_refunds.reconciliation.sources import Answer, JobState
+from tests.clock import HOUR, SECOND, TICK
 from tests.integration.reconciliation.sweeps import (
     COMPLETED,
     DUE,
     GRACE,
-    HOUR,
     REFUNDED_ONE,
     RULES,
     RUNNING,
-    SECOND,
     SPACING,
-    TICK,
     UNKNOWN,
     Source,
     asks,
