@@ -8,10 +8,10 @@ from datetime import timedelta
 from redis import Redis
 
 from kino_refunds.events.queues import SERVED
-from kino_refunds.events.schema import Event, queue_of, to_json
+from kino_refunds.events.schema import ErrorOrigin, Event, SafetyStage, queue_of, to_json
 from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.reconciliation.integrity import violations
-from kino_refunds.reconciliation.sources import Answer
+from kino_refunds.reconciliation.sources import Answer, JobState
 from tests.scenario import NOW, Scene, make_event
 from workers.intake import Intake
 
@@ -20,6 +20,15 @@ FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
 REFUNDED, CAPTURED = [("refund", 10)], [("capture", 10)]
 """What `ledger` reads of a job of `open_jobs`."""
 EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
+
+
+ENDS = (
+    Answer(JobState.COMPLETED),
+    *(Answer(JobState.FAILED, origin=origin) for origin in ErrorOrigin),
+    *(Answer(JobState.REJECTED, stage=stage) for stage in SafetyStage),
+    *(Answer(JobState.TIMED_OUT, result_produced=produced) for produced in (False, True)),
+)
+"""Every answer of a job source that is the end of a job."""
 
 
 def numbered(prefix: str, count: int) -> list[str]:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kino_refunds.schedule import KEPT_FOR, Entry, Run, entries, finish_slot
+from kino_refunds.schedule import KEPT_FOR, Entry, Run, finish_slot
 from kino_refunds.settings import Settings, load_settings
 from tests.clock import HOUR, MINUTE, SECOND, claim_slot, read_schedule
 from tests.scenario import Scene, make_event
@@ -90,17 +90,6 @@ def test_each_entry_has_its_own_slots(scene: Scene) -> None:
     claimed = [claim(scene, SLOT), claim(scene, SLOT, entry=other)]
 
     assert claimed == [SLOT, SLOT]
-
-
-@pytest.mark.parametrize("every", [2.0, 5.0, 60.0, 7.5])
-def test_a_slot_begins_at_the_same_instant_everywhere(every: float) -> None:
-    """Slots are counted from the epoch, so that machines agree without talking; every instant lies in one."""
-    entry = Entry("any", timedelta(seconds=every), "any")
-
-    starts = [entry.slot(SLOT + SECOND * n / 4) for n in range(40)]
-
-    assert all(entry.slot(start) == start for start in starts)
-    assert all(start <= SLOT + SECOND * n / 4 < start + entry.every for n, start in enumerate(starts))
 
 
 def test_a_late_beat_runs_now_and_not_twice(scene: Scene) -> None:
@@ -233,24 +222,3 @@ def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as
 
     ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")
     assert before + alive_ttl <= leased_until <= after + alive_ttl
-
-
-def test_what_is_off_is_not_scheduled() -> None:
-    """Without a job source nobody is asked, and without a queue nobody is told; both are off by default."""
-    always = ["kino.sweep_retries", "kino.expire_lots", "kino.sample_clock"]
-
-    default = entries(Settings.model_construct())
-    everything = entries(Settings.model_construct(job_source="none", relay_queue="product.refunds"))
-
-    assert [entry.name for entry in default] == always
-    assert [entry.name for entry in everything] == [*always, "kino.sweep_overdue", "kino.relay_refunds"]
-    assert sorted(beat_schedule(Settings.model_construct())) == sorted(always)
-
-
-def test_an_empty_setting_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`KINO_RELAY_QUEUE=` in a compose file configures no queue: nothing must fill a Redis unread."""
-    monkeypatch.setenv("KINO_RELAY_QUEUE", "")
-
-    names = [entry.name for entry in entries(load_settings())]
-
-    assert "kino.relay_refunds" not in names
