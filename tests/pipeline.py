@@ -21,7 +21,6 @@ REFUNDED, CAPTURED = [("refund", 10)], [("capture", 10)]
 """What `ledger` reads of a job of `open_jobs`."""
 EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
 
-
 ENDS = (
     Answer(JobState.COMPLETED),
     *(Answer(JobState.FAILED, origin=origin) for origin in ErrorOrigin),
