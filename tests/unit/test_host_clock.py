@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.project import ROOT
+
 HOST_CLOCK = {
     ("datetime", "now"),
     ("datetime", "utcnow"),

@@ -20,9 +20,9 @@ from kino_refunds.events import connection as redis_connections
 from kino_refunds.events.queues import QUEUE_KEYS
 from kino_refunds.intake.gate import pause_intake
 from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE
-from tests.command_line import Run
+from tests.command_line import AWAY_PORT, Run
 from tests.conftest import Database
-from tests.integration.doctor.diagnosis import AWAY_PORT, Diagnosis, Doctor, Found
+from tests.integration.doctor.diagnosis import Diagnosis, Doctor, Found
 from tests.scenario import Scene
 
 # --- all is well

@@ -17,18 +17,7 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.dev.embedded import _package
 from kino_refunds.reconciliation.integrity import violations
 from tests.conftest import Database
-from tests.integration.ledger.items import (
-    ACCOUNTS,
-    CAPTURED,
-    OF_EVE,
-    OPEN,
-    REFUNDED,
-    a_charge,
-    a_grant,
-    a_settlement,
-    call,
-    session,
-)
+from tests.integration.ledger.items import ACCOUNTS, CAPTURED, OF_EVE, OPEN, REFUNDED, call
 from tests.integration.ledger.languages import (
     DEADLINE_S,
     NPM_AWAY,
@@ -40,16 +29,15 @@ from tests.integration.ledger.languages import (
     Said,
     example,
 )
+from tests.ledger_items import a_charge, a_grant, a_settlement, session
 from tests.scenario import PATIENT, Scene
 
 
 @pytest.fixture
 def superuser(database: Database) -> Iterator[sa.Connection]:
     """A connection as nobody who runs: it arranges what only time or an accident would."""
-    engine = create_engine(database.url("postgres"))
-    with engine.connect() as connection:
+    with database.connect("postgres") as connection:
         yield connection
-    engine.dispose()
 
 
 @pytest.fixture

@@ -11,22 +11,8 @@ import pytest
 
 from kino_refunds.ledger.values import CREDITS_MAX
 from tests.conftest import Database
-from tests.integration.ledger.items import (
-    DEADLINE,
-    FUNCTIONS,
-    Item,
-    Refusal,
-    a_charge,
-    a_grant,
-    a_reversal,
-    a_settlement,
-    a_status,
-    attempt,
-    call,
-    names,
-    nothing_left_behind,
-    session,
-)
+from tests.integration.ledger.items import FUNCTIONS, Refusal, attempt, call, names, nothing_left_behind
+from tests.ledger_items import DEADLINE, Item, a_charge, a_grant, a_reversal, a_settlement, a_status, session
 
 # --- what does not belong together -----------------------------------------------------------------------------
 
