@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated
 
-import sqlalchemy as sa
 import typer
 
 from kino_refunds import ledger
@@ -21,6 +20,9 @@ from kino_refunds.cli.options import (
     require_past,
 )
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_items, print_json
+from kino_refunds.db.clock import read_clock
+from kino_refunds.db.engine import Connection
+from kino_refunds.desk.accounts import account_exists, was_granted
 from kino_refunds.ledger import Grant, LotClass
 
 Account = Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")]
@@ -64,8 +66,8 @@ def grant(
         raise typer.BadParameter(str(error)) from error
     with product_connection() as connection:
         # The same grant again is fine for ever, and so also after it has expired.
-        if expiry is not None and not _was_granted(connection, reference):
-            require_future(connection, "--expires-at", expiry, although_past=although_past)
+        if expiry is not None and not was_granted(connection, reference):
+            require_future("--expires-at", expiry, now=read_clock(connection), although_past=although_past)
         lot = ledger.grant_lots(connection, [wanted], actor=by)[0]
     if as_json:
         print_json(lot)
@@ -85,7 +87,7 @@ def balance(
     instant = None if at is None else read_time(at, Edge.END)
     with ledger_connection() as connection:
         if instant is not None:
-            require_past(connection, "--at", instant)
+            require_past("--at", instant, now=read_clock(connection))
         if not _exists(connection, account):
             return 1
         found = ledger.balance(connection, account, at=instant)
@@ -129,15 +131,8 @@ def statement(
     return 0
 
 
-def _was_granted(connection: sa.Connection, reference: str) -> bool:
-    found = sa.text("SELECT EXISTS (SELECT FROM kino.credit_lot WHERE reference = :reference)")
-    return bool(connection.execute(found, {"reference": reference}).scalar_one())
-
-
-def _exists(connection: sa.Connection, account: str) -> bool:
-    found = connection.execute(
-        sa.text("SELECT true FROM kino.account WHERE account_id = :account_id"), {"account_id": account}
-    ).scalar_one_or_none()
-    if found is None:
-        print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds grant)")
-    return found is not None
+def _exists(connection: Connection, account: str) -> bool:
+    if account_exists(connection, account):
+        return True
+    print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds grant)")
+    return False

@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import redis
-import sqlalchemy as sa
 import structlog
 import typer
 
@@ -37,7 +35,7 @@ from kino_refunds.cli import (
 )
 from kino_refunds.cli.exit_codes import INTERRUPTED, USAGE, explained
 from kino_refunds.cli.output import errors, print_error, shown
-from kino_refunds.errors import KinoError, ServerFailed
+from kino_refunds.errors import ServerFailed
 from kino_refunds.settings import unknown_names
 
 app = typer.Typer(
@@ -138,8 +136,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
         _show_usage_error(error)
         return USAGE
-    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError) as error:
-        code, text = explained(error)
+    except Exception as error:
+        if (known := explained(error)) is None:
+            raise
+        code, text = known
         said = text.splitlines() if isinstance(error, ServerFailed) else [text]
         print_error(said[0])
         for line in said[1:][-LAST_WORDS_MAX:]:

@@ -21,6 +21,7 @@ from kino_refunds.cli.options import (
     written,
 )
 from kino_refunds.cli.output import console, print_json
+from kino_refunds.db.clock import read_clock
 from kino_refunds.outbox.relay import Rewind, rewind_relay
 
 
@@ -55,7 +56,7 @@ def rewind(
 
     def run(*, dry: bool) -> Rewind:
         with ledger_connection() as connection:
-            require_past(connection, "--to", instant)
+            require_past("--to", instant, now=read_clock(connection))
             return rewind_relay(connection, instant, dry_run=dry)
 
     if not dry_run and not yes:

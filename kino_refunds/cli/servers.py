@@ -13,24 +13,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import sqlalchemy as sa
 import typer
-from alembic.util import CommandError
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_json, shown
-from kino_refunds.db.faults import Fault, classify
-from kino_refunds.db.migrate import is_known_revision
-from kino_refunds.db.migrate import migrate as migrate_database
+from kino_refunds.desk.schema import migrate_schema
 from kino_refunds.dev.embedded import servers
 from kino_refunds.dev.processes import Restarted, passed_on, settings_for, start_beat, start_worker
-from kino_refunds.errors import BadSettings, DependencyAway
+from kino_refunds.errors import BadSettings
 from kino_refunds.reconciliation.adapters import source_of
-from kino_refunds.settings import PREFIX, Settings, load_settings, redacted
+from kino_refunds.settings import PREFIX, Settings, load_settings
 
 LOOK_EVERY_S = 0.5
-_ROLES_MISSING = frozenset({"42501", "42704"})
-"""No right to create the schema; no such role to grant to."""
 
 
 def register(app: typer.Typer) -> None:
@@ -115,24 +109,24 @@ def migrate(
 
     Example: kino-refunds migrate --lot-grace-days 14
     """
-    before, after = _migrated(
+    found = migrate_schema(
         load_settings().require_migration_database_url(),
         lot_grace_days=lot_grace_days,
         beside_older_builds=beside_older_builds,
     )
-    newer = not is_known_revision(after)
+    after = found.after
     if as_json:
-        print_json({"before": before, "after": after, "newer": newer})
-    elif newer:
+        print_json(found)
+    elif found.newer:
         console.print(
             f"the schema is at {after}, of a newer build than this one: nothing was changed, its functions included",
             soft_wrap=True,
         )
-    elif before == after:
+    elif found.before == after:
         console.print(f"the schema is at {after}, nothing to do")
     else:
-        console.print(f"the schema was at {before or 'nothing'} and is at {after} now")
-    if not newer and not as_json:
+        console.print(f"the schema was at {found.before or 'nothing'} and is at {after} now")
+    if not found.newer and not as_json:
         console.print(
             "the ledger's tables stay open to older builds: migrate again without --beside-older-builds when they have"
             " gone"
@@ -140,33 +134,6 @@ def migrate(
             else "the ledger's tables are written by its functions only",
             soft_wrap=True,
         )
-
-
-def _migrated(
-    url: str, *, lot_grace_days: int | None = None, beside_older_builds: bool = False
-) -> tuple[str | None, str]:
-    """Bring a database to this build's schema; raises what says in one line why that cannot be."""
-    try:
-        return migrate_database(url, lot_grace_days=lot_grace_days, beside_older_builds=beside_older_builds)
-    except CommandError as error:
-        raise BadSettings(f"{redacted(url)}: {error}; is this build older than that database's schema?") from error
-    except sa.exc.OperationalError as error:
-        if classify(error) is Fault.LOCK:
-            raise DependencyAway(
-                f"{redacted(url)}: a transaction holds a table of the ledger for longer than the migration waits;"
-                " nothing was changed: end it (`kino-refunds doctor` names who holds the horizon), and migrate again"
-            ) from error
-        text = str(error.orig).partition("\n")[0]
-        raise DependencyAway(
-            f"Postgres (KINO_MIGRATION_DATABASE_URL): {text}; check that it runs and can be reached"
-        ) from error
-    except sa.exc.ProgrammingError as error:
-        advice = "is kino.alembic_version there what a migration left?"
-        if getattr(error.orig, "sqlstate", None) in _ROLES_MISSING:
-            advice = "run kino_refunds/db/roles.sql there as a superuser first, and connect as kino_owner"
-        raise DependencyAway(
-            f"{redacted(url)}: {str(error.orig).partition(chr(10))[0]}; {advice}; nothing was changed"
-        ) from error
 
 
 def _folder(text: str) -> Path:
@@ -194,9 +161,11 @@ def dev(
             pass
     others = passed_on()
     with stopping() as stop, servers(data_dir, log=console.print) as running:
-        _, schema = _migrated(running.database_url(role="kino_owner"))
-        if not is_known_revision(schema):
-            raise BadSettings(f"{data_dir}: its schema is at {schema}, of a newer build; use that, or another folder")
+        schema = migrate_schema(running.database_url(role="kino_owner"))
+        if schema.newer:
+            raise BadSettings(
+                f"{data_dir}: its schema is at {schema.after}, of a newer build; use that, or another folder"
+            )
         addresses = settings_for(running)
         settings = addresses | {"KINO_JOB_SOURCE": "none"} | others
         environment_file = running.data_dir / "env"

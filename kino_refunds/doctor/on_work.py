@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from kino_refunds.desk.standing import Standing, counted, read_standing
+from kino_refunds.desk.status import Standing, counted, read_standing
 from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verified, horizon_holders
 from kino_refunds.settings import Settings
