@@ -16,17 +16,6 @@ from kino_refunds.settlement.breaks import BreakStatus, accept_break
 Number = Annotated[int, typer.Argument(help="The break's number.", metavar="NUMBER")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    breaks = typer.Typer(
-        help="Where somebody disagrees with the ledger.\n\nExample: kino-refunds breaks list", no_args_is_help=True
-    )
-    breaks.command("list")(list_breaks)
-    breaks.command("show")(show)
-    breaks.command("accept")(accept)
-    app.add_typer(breaks, name="breaks")
-
-
 def list_breaks(
     status: Annotated[
         Literal["open", "repaired", "accepted", "all"], typer.Option(help="Only breaks in this state.")

@@ -34,17 +34,6 @@ _LATER = datetime(9998, 1, 1, tzinfo=UTC)
 _ONLY_IN_JSON = frozenset({"opened_at"})
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    charges = typer.Typer(
-        help="What jobs have taken from their accounts.\n\nExample: kino-refunds charges list --open",
-        no_args_is_help=True,
-    )
-    charges.command("list")(list_charges)
-    charges.command("open")(open_charge)
-    app.add_typer(charges, name="charges")
-
-
 def list_charges(
     *,
     only_open: Annotated[bool, typer.Option("--open", help="Only charges that nothing has settled.")] = False,

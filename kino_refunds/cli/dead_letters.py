@@ -38,19 +38,6 @@ _ONLY_IN_JSON = frozenset({"detail", "queue", "group", "element_index"})
 _IN_A_TABLE = {"credits_at_stake": "at_stake"}
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    letters = typer.Typer(
-        help="Messages that a person has to look at.\n\nExample: kino-refunds dead-letters list", no_args_is_help=True
-    )
-    letters.command("list")(list_letters)
-    letters.command("show")(show)
-    letters.command("replay")(replay)
-    letters.command("discard")(discard)
-    letters.command("note")(note)
-    app.add_typer(letters, name="dead-letters")
-
-
 def list_letters(
     status: Annotated[
         Literal["open", "replayed", "discarded", "all"], typer.Option(help="Only letters in this state.")

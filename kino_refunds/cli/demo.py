@@ -18,10 +18,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kino_refunds.cli.dev import exports
 from kino_refunds.cli.exit_codes import explained_by_server
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, print_whole, shown
-from kino_refunds.cli.servers import exports, interrupted_by_signals, stopping
+from kino_refunds.cli.signals import interrupted_by_signals, stopping
 from kino_refunds.demo.figures import Snapshot, Told
 from kino_refunds.demo.run import Demo
 from kino_refunds.demo.stage import Stage
@@ -37,11 +38,6 @@ LAST_LOOK_S = 2.0
 FINDINGS_SHOWN = 5
 _WORDS = {"held": ("held", "green"), "late": ("late", "yellow"), "broken": ("BROKEN", "bold red")}
 _MARKS = {"broken": ("BROKEN", "bold red"), "healed": ("HEALED", "bold green"), "": ("      ", "")}
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("demo")(demo)
 
 
 def demo(

@@ -25,17 +25,6 @@ from kino_refunds.db.clock import read_clock
 from kino_refunds.outbox.relay import Rewind, rewind_relay
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    relay = typer.Typer(
-        help="How the product hears of refunds.\n\n"
-        "Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run",
-        no_args_is_help=True,
-    )
-    relay.command("rewind")(rewind)
-    app.add_typer(relay, name="relay")
-
-
 def rewind(
     to: Annotated[str, typer.Option(help="Tell again what was settled at or after this instant (RFC 3339).")],
     by: ByInTheLog,  # noqa: ARG001 - reading it puts it into the command's line in the log

@@ -16,17 +16,6 @@ from kino_refunds.settings import load_settings
 from kino_refunds.settlement.rules import rules_of
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    retries = typer.Typer(
-        help="Events that wait for another try.\n\nExample: kino-refunds retries list", no_args_is_help=True
-    )
-    retries.command("list")(list_pending)
-    retries.command("show")(show)
-    retries.command("run-now")(run_now)
-    app.add_typer(retries, name="retries")
-
-
 def list_pending(
     after: Annotated[str | None, typer.Option(help="Go on behind this event: the page's `next`, as it is.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,

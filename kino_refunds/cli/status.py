@@ -31,11 +31,6 @@ HANGS_AFTER_S = 3.0
 """Everything is read in milliseconds; what takes longer must not look as if it were now."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("status")(status)
-
-
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds until Ctrl-C.")] = False,
     as_json: AsJson = False,

@@ -93,7 +93,7 @@ class Standing:
             late = self.overdue_late
             text = f"overdue and not settled: {counted(late.charges, 'charge')}, {counted(late.credits, 'credit')}"
             one = f"kino-refunds why {shlex.quote(late.oldest_job or '')}"
-            yield Trouble(text, one if late.charges == 1 else "kino-refunds overdue run --dry-run")
+            yield Trouble(text, one if late.charges == 1 else "kino-refunds charges ask --dry-run")
         if self.letters.count:
             stake = counted(self.letters.credits_at_stake, "credit")
             one = f"kino-refunds dead-letters show {self.letters.oldest}"

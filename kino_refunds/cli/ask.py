@@ -1,4 +1,4 @@
-"""`overdue run`: ask about jobs whose event never came."""
+"""`charges ask`: ask about jobs whose event never came."""
 
 from __future__ import annotations
 
@@ -17,17 +17,7 @@ from kino_refunds.settings import load_settings
 from kino_refunds.settlement.rules import rules_of
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    overdue = typer.Typer(
-        help="Jobs past their deadline that nothing has settled.\n\nExample: kino-refunds overdue run --dry-run",
-        no_args_is_help=True,
-    )
-    overdue.command("run")(run)
-    app.add_typer(overdue, name="overdue")
-
-
-def run(
+def ask(
     by: By,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
@@ -42,7 +32,7 @@ def run(
     Exit code 1 means that the job source gave no answer for some jobs, or one that breaks its contract; `source
     problem` says what. 3 means that Redis or the job source is away.
 
-    Example: kino-refunds overdue run --dry-run --json
+    Example: kino-refunds charges ask --dry-run --json
     """
     settings = load_settings()
     with (

@@ -24,11 +24,6 @@ _ONLY_IN_JSON = {
 """What a person can do without in a table of 80 columns."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("why")(why)
-
-
 def why(job: Job, as_json: AsJson = False) -> int:
     """Explain what became of a job's credits.
 

@@ -1,4 +1,4 @@
-"""`grant`, `balance`, `statement`: what an account has and why."""
+"""`accounts`: what an account has and why."""
 
 from __future__ import annotations
 
@@ -28,13 +28,6 @@ from kino_refunds.ledger import Grant, LotClass
 Account = Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("grant")(grant)
-    app.command("balance")(balance)
-    app.command("statement")(statement)
-
-
 def grant(
     account: Account,
     credits: Annotated[int, typer.Argument(help="Whole credits, above zero.", metavar="CREDITS")],
@@ -57,7 +50,7 @@ def grant(
 
     The first grant creates the account. Connects to KINO_PRODUCT_DATABASE_URL if that is set.
 
-    Example: kino-refunds grant acme 500 --reference order-1234
+    Example: kino-refunds accounts grant acme 500 --reference order-1234
     """
     expiry = None if expires_at is None else read_time(expires_at, Edge.END)
     try:
@@ -75,14 +68,14 @@ def grant(
         print_facts(asdict(lot).items())
 
 
-def balance(
+def show(
     account: Account,
     at: Annotated[str | None, typer.Option(help="At an instant (RFC 3339) instead of now.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Show what an account can spend and what is held.
 
-    Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
+    Example: kino-refunds accounts show acme --at 2026-01-31T12:00:00Z
     """
     instant = None if at is None else read_time(at, Edge.END)
     with ledger_connection() as connection:
@@ -110,7 +103,7 @@ def statement(
     Credits are signed by their effect on the wallet. What a transaction that is still open may precede is
     not listed yet, and said on standard error.
 
-    Example: kino-refunds statement acme --limit 20
+    Example: kino-refunds accounts statement acme --limit 20
     """
     with ledger_connection() as connection:
         if not _exists(connection, account):
@@ -134,5 +127,5 @@ def statement(
 def _exists(connection: Connection, account: str) -> bool:
     if account_exists(connection, account):
         return True
-    print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds grant)")
+    print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds accounts grant)")
     return False

@@ -1,22 +1,19 @@
-"""`migrate` and `dev`: the database's schema, and everything at once on this machine."""
+"""`dev`: servers, worker and beat on this machine."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from kino_refunds.cli.options import AsJson
-from kino_refunds.cli.output import console, errors, print_json, shown
+from kino_refunds.cli.output import console, errors, shown
+from kino_refunds.cli.signals import stopping
 from kino_refunds.desk.schema import migrate_schema
 from kino_refunds.dev.embedded import servers
 from kino_refunds.dev.processes import Restarted, passed_on, settings_for, start_beat, start_worker
@@ -27,12 +24,6 @@ from kino_refunds.settings import PREFIX, Settings, load_settings
 LOOK_EVERY_S = 0.5
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("migrate")(migrate)
-    app.command("dev")(dev)
-
-
 def exports(settings: Mapping[str, str]) -> str:
     """Write what a shell must read (`. FILE`) so that `kino-refunds` there is this one, with these settings."""
     # What another ledger's file left in that shell (the demo's, then `dev`'s) must not be mixed with these.
@@ -40,100 +31,6 @@ def exports(settings: Mapping[str, str]) -> str:
     lines = [f"unset {' '.join(others)}\n"]
     lines += [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
     return "".join([*lines, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n'])
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C, SIGTERM and a closed terminal set while the block runs, instead of ending us."""
-    told = threading.Event()
-
-    def tell(_signal: int, _frame: FrameType | None) -> None:
-        told.set()
-
-    with _handled(STOPS, tell):
-        yield told
-
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """While the block runs SIGTERM and a closed terminal are as Ctrl-C: what was started is put away in order."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handled(STOPS[1:], interrupt):
-        yield
-
-
-@contextmanager
-def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, old in before.items():
-        if old is not signal.SIG_IGN:  # under nohup a closed terminal is nobody's business
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def migrate(
-    *,
-    lot_grace_days: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=365,
-            help="How long credits that a refund returns can be spent for at least (a new ledger: 7 days).",
-            show_default="as it is",
-        ),
-    ] = None,
-    beside_older_builds: Annotated[
-        bool,
-        typer.Option(
-            "--beside-older-builds",
-            help="Leave the ledger's tables open to builds of before 0006, for an upgrade or a rollback without"
-            " a pause; migrate again without this when they have gone.",
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Bring the database to the schema of this build.
-
-    Connects to KINO_MIGRATION_DATABASE_URL, as kino_owner. The roles must exist: a superuser
-    runs kino_refunds/db/roles.sql in that database first. A schema of a newer build is left as it is.
-
-    Example: kino-refunds migrate --lot-grace-days 14
-    """
-    found = migrate_schema(
-        load_settings().require_migration_database_url(),
-        lot_grace_days=lot_grace_days,
-        beside_older_builds=beside_older_builds,
-    )
-    after = found.after
-    if as_json:
-        print_json(found)
-    elif found.newer:
-        console.print(
-            f"the schema is at {after}, of a newer build than this one: nothing was changed, its functions included",
-            soft_wrap=True,
-        )
-    elif found.before == after:
-        console.print(f"the schema is at {after}, nothing to do")
-    else:
-        console.print(f"the schema was at {found.before or 'nothing'} and is at {after} now")
-    if not found.newer and not as_json:
-        console.print(
-            "the ledger's tables stay open to older builds: migrate again without --beside-older-builds when they have"
-            " gone"
-            if beside_older_builds
-            else "the ledger's tables are written by its functions only",
-            soft_wrap=True,
-        )
 
 
 def _folder(text: str) -> Path:
