@@ -23,7 +23,7 @@ from kino_refunds.cli.exit_codes import explained_by_server
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, print_whole, shown
 from kino_refunds.cli.signals import interrupted_by_signals, stopping
-from kino_refunds.demo.figures import Snapshot, Told
+from kino_refunds.demo.figures import Snapshot, StoryReport
 from kino_refunds.demo.run import Demo
 from kino_refunds.demo.stage import Stage
 from kino_refunds.demo.traffic import Traffic
@@ -142,7 +142,7 @@ def picture(now: Snapshot) -> Group:
         "ended": _counts(now.settled),
         "latency": f"event to commit: {latency}",
         "queues": _counts({name.removeprefix("generation."): count for name, count in now.queues.items()}),
-        "beside": f"{now.waiting:,} wait for a retry, {now.dead_letters:,} dead letters, {now.breaks:,} breaks",
+        "beside": f"{now.pending:,} wait for a retry, {now.dead_letters:,} dead letters, {now.breaks:,} breaks",
     }
     for name, text in rows.items():
         facts.add_row(name, shown(text))
@@ -153,7 +153,7 @@ def _counts(counts: dict[str, int]) -> str:
     return " · ".join(f"{name} {count:,}" for name, count in counts.items()) or "-"
 
 
-def show(told: Told) -> None:
+def show(told: StoryReport) -> None:
     """Print how the story ended."""
     console.print(f"\n{told.jobs:,} jobs, {told.messages:,} messages: what their events came to", style="bold")
     print_table(told.outcomes)

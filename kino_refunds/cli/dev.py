@@ -16,7 +16,7 @@ from kino_refunds.cli.output import console, errors, shown
 from kino_refunds.cli.signals import stopping
 from kino_refunds.desk.schema import migrate_schema
 from kino_refunds.dev.embedded import servers
-from kino_refunds.dev.processes import Restarted, passed_on, settings_for, start_beat, start_worker
+from kino_refunds.dev.processes import RestartingProcess, passed_on, settings_for, start_beat, start_worker
 from kino_refunds.errors import BadSettings
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.settings import PREFIX, Settings, load_settings
@@ -73,7 +73,7 @@ def dev(
                 lambda: start_worker(settings),
                 lambda: start_beat(settings, running.data_dir / "beat-schedule"),
             ):
-                kept.append(Restarted(start, _tell))
+                kept.append(RestartingProcess(start, _tell))
                 stack.callback(kept[-1].stop)
             stack.callback(console.print, "stopping")
             _introduce(addresses, others, environment_file)

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
 from kino_refunds.cli.signals import interrupted_by_signals
-from kino_refunds.demo import replay as runs
-from kino_refunds.demo.replay import Replayed
+from kino_refunds.demo import trace_run as runs
 from kino_refunds.demo.trace import Workload, read_trace
+from kino_refunds.demo.trace_run import TraceReport
 from kino_refunds.settings import Settings
 
 DISAGREEMENTS_SHOWN = 10
@@ -47,7 +47,7 @@ def _run(workload: Workload, *, as_json: bool) -> int:
     with interrupted_by_signals(), _progress() as report:
         report("starting Postgres, Valkey and a worker", 0, 0)
         with runs.scratch() as running:
-            replayed = runs.replay(workload, running, progress=report)
+            replayed = runs.run_trace(workload, running, progress=report)
     if as_json:
         print_json(replayed.figures)
     else:
@@ -59,7 +59,7 @@ def _run(workload: Workload, *, as_json: bool) -> int:
     return 1 if replayed.disagreements else 0
 
 
-def _show(workload: Workload, replayed: Replayed) -> None:
+def _show(workload: Workload, replayed: TraceReport) -> None:
     print_table(replayed.reasons, title=f"{workload.name}: how {replayed.figures.jobs:,} jobs ended")
     console.print()
     print_facts((name.replace("_", " "), value) for name, value in asdict(replayed.figures).items())

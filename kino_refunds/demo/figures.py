@@ -27,13 +27,13 @@ class Snapshot(NamedTuple):
     p50_ms: float | None
     p99_ms: float | None
     queues: dict[str, int]
-    waiting: int
+    pending: int
     dead_letters: int
     breaks: int
 
 
 @dataclass(frozen=True)
-class Told:
+class StoryReport:
     """How the story ended; credits are whole, latencies in milliseconds from event (or its charge) to COMMIT."""
 
     jobs: int
@@ -69,7 +69,7 @@ def standing(connection: sa.Connection) -> dict[str, Any]:
 
 
 def ending(connection: sa.Connection, *, events: Sequence[str], killed_at: datetime) -> dict[str, Any]:
-    """Read the part of `Told` that the ledger knows; `events` are those that the killed worker held."""
+    """Read the part of `StoryReport` that the ledger knows; `events` are those that the killed worker held."""
     batch = {"events": list(events), "killed_at": killed_at, "reconciler": RECONCILER}
 
     def rows(query: sa.TextClause, **values: Any) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ _STANDING = sa.text(f"""
                         FROM kino.settlement GROUP BY 1 ORDER BY 1) s),
         'p50_ms', (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY ms) FROM latency),
         'p99_ms', (SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY ms) FROM latency),
-        'waiting', (SELECT count(*) FROM kino.pending_event),
+        'pending', (SELECT count(*) FROM kino.pending_event),
         'dead_letters', (SELECT count(*) FROM kino.dead_letter),
         'breaks', (SELECT count(*) FROM kino.break))
 """)  # noqa: S608 - a constant

@@ -103,7 +103,7 @@ TIMED_OUT = ("kino.generation.timeout.v1", {"result_produced": False})
 
 
 @dataclass
-class Verdict:
+class Judgement:
     """What was found of one promise; one for which there was nothing to look at has not been checked."""
 
     promise: str
@@ -115,7 +115,7 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """The verdict in one word: `held`, `late` or `broken`."""
+        """The judgement in one word: `held`, `late` or `broken`."""
         if not self.findings:
             return "held"
         return "late" if self.late else "broken"
@@ -152,17 +152,17 @@ class Books(NamedTuple):
     pending: set[tuple[str, str]]
     letters: list[Row]
     breaks: list[Row]
-    waiting: dict[str, int]
+    queued: dict[str, int]
     integrity: dict[str, list[str]]
 
 
 class Referee:
-    """Judges one record; `judge` returns a verdict for each promise."""
+    """Judges one record; `judge` returns a judgement for each promise."""
 
     def __init__(self, record: Row, books: Books) -> None:
         self._record = record
         self._books = books
-        self._verdicts = {name: Verdict(name, says) for name, says in PROMISES.items()}
+        self._judgements = {name: Judgement(name, says) for name, says in PROMISES.items()}
         self._jobs: dict[str, Row] = {job["job_id"]: job for job in record["jobs"]}
         terminated = set(record["terminated_for_violation"])
         self._terminated = {job_id for job_id, job in self._jobs.items() if job["account_id"] in terminated}
@@ -176,7 +176,7 @@ class Referee:
                 self._events[message["event"]["data"]["job_id"]].setdefault(identity, message["event"])
         self._raws = [(m, base64.b64decode(m["raw"])) for m in record["messages"] if m["reason"] is not None]
 
-    def judge(self) -> list[Verdict]:
+    def judge(self) -> list[Judgement]:
         """Look at everything."""
         self._settled_once()
         self._same_event_again()
@@ -189,12 +189,12 @@ class Referee:
         self._every_refund()
         self._explained()
         for name, texts in self._books.integrity.items():
-            self._verdicts[name].findings += texts
-        for verdict in self._verdicts.values():
-            if not verdict.looked_at or not all(verdict.looked_at.values()):
-                verdict.late = False
-                verdict.say(f"not checked: there was nothing to look at in {dict(verdict.looked_at)}")
-        return list(self._verdicts.values())
+            self._judgements[name].findings += texts
+        for judgement in self._judgements.values():
+            if not judgement.looked_at or not all(judgement.looked_at.values()):
+                judgement.late = False
+                judgement.say(f"not checked: there was nothing to look at in {dict(judgement.looked_at)}")
+        return list(self._judgements.values())
 
     def _readings(self, job_id: str) -> dict[Reading, Row]:
         """Every way in which this job's charge may be settled, with the event that would settle it so."""
@@ -217,7 +217,7 @@ class Referee:
         return sum(each["credits"] for each in transfers if each["kind"] in kinds)
 
     def _settled_once(self) -> None:
-        p1 = self._verdicts["P1"]
+        p1 = self._judgements["P1"]
         p1.looked_at["charges"] = len(self._books.charges)
         for job_id in self._books.charges.keys() - self._jobs.keys():
             p1.say(f"{job_id} was charged, and nobody asked for it")
@@ -237,7 +237,7 @@ class Referee:
             p1.require(ended == charge["credits"], f"{job_id} took {charge['credits']} credits, {ended} were settled")
 
     def _same_event_again(self) -> None:
-        p2 = self._verdicts["P2"]
+        p2 = self._judgements["P2"]
         p2.looked_at["events that came again"] = p2.looked_at["conflicts"] = 0
         letters = {bytes(letter["raw"]) for letter in self._books.letters}
         for job_id, events in self._events.items():
@@ -258,7 +258,7 @@ class Referee:
                 p2.require(standing in allowed, f"{job_id} is {'/'.join(standing)}, by an event in conflict")
 
     def _one_refund_a_job(self) -> None:
-        p3 = self._verdicts["P3"]
+        p3 = self._judgements["P3"]
         p3.looked_at["jobs with several events"] = 0
         told = Counter((each["kind"], each["job_id"]) for each in self._books.breaks)
         for job_id, events in self._events.items():
@@ -280,7 +280,7 @@ class Referee:
             p3.require(open_ and several, f"{each['job_id']}: a break {each['kind']} that nobody can explain")
 
     def _lots(self) -> None:
-        p4 = self._verdicts["P4"]
+        p4 = self._judgements["P4"]
         p4.looked_at["lots"] = len(self._record["grants"])
         p4.looked_at["refunds"] = sum(self._standing(job_id).kind == "refunded" for job_id in self._jobs)
         p4.looked_at["successors"] = sum(lot["successor_of"] is not None for lot in self._books.lots.values())
@@ -304,7 +304,7 @@ class Referee:
             p4.require(asked_for, f"{each['credits']} credits of {each['account_id']} were taken: {each['kind']}")
 
     def _append_only(self) -> None:
-        p5, halfway = self._verdicts["P5"], self._record["transfers"]
+        p5, halfway = self._judgements["P5"], self._record["transfers"]
         p5.looked_at["transfers halfway"] = halfway["count"]
         with _connect(self._record["database_url"]) as superuser:
             found = digest_transfers(superuser, halfway["below"])
@@ -324,9 +324,9 @@ class Referee:
             p5.require(_refused(self._record["worker_url"], statement), f"a worker may {statement}")
 
     def _nothing_lost(self) -> None:
-        p6 = self._verdicts["P6"]
+        p6 = self._judgements["P6"]
         p6.looked_at["events"] = len(self._published)
-        for key, count in self._books.waiting.items():
+        for key, count in self._books.queued.items():
             p6.say(f"{count} messages are left in Redis under {key}")
         kept = {(letter["source"], letter["event_id"]) for letter in self._books.letters}
         for identity in self._published:
@@ -334,7 +334,7 @@ class Referee:
             p6.require(decided, f"event {identity} is gone")
 
     def _kept_whole(self) -> None:
-        p7 = self._verdicts["P7"]
+        p7 = self._judgements["P7"]
         letters = {bytes(letter["raw"]): letter for letter in self._books.letters}
         times = Counter(raw for _, raw in self._raws)
         p7.looked_at["dead letters"] = len(times)
@@ -351,7 +351,7 @@ class Referee:
             p7.require(letter["seen"] >= times[raw], f"{name} came {times[raw]} times, counted is {letter['seen']}")
 
     def _neighbours(self) -> None:
-        p8 = self._verdicts["P8"]
+        p8 = self._judgements["P8"]
         p8.looked_at["events pushed together with a bad one"] = 0
         bad = {bytes(raw) for _, raw in self._raws}
         for letter in self._books.letters:
@@ -367,7 +367,7 @@ class Referee:
                 p8.require(identity in self._books.inbox, f"event {identity} came with a bad one, and is not decided")
 
     def _every_refund(self) -> None:
-        p9 = self._verdicts["P9"]
+        p9 = self._judgements["P9"]
         for job_id in self._jobs:
             standing, allowed = self._standing(job_id), self._readings(job_id)
             due = {reading.kind for reading in allowed}
@@ -416,7 +416,7 @@ class Referee:
         return [*found, ("of the killed worker", killed, slow)] if settles else found
 
     def _explained(self) -> None:
-        p10 = self._verdicts["P10"]
+        p10 = self._judgements["P10"]
         for job_id, charge in self._books.charges.items():
             for row in self._books.settlements.get(charge["charge_id"], []):
                 p10.looked_at["settlements"] += 1
@@ -433,7 +433,7 @@ class Referee:
                 word = row["outcome"]
                 p10.require(mine or word not in SETTLING.values(), f"event {identity} is {word}, and settled nothing")
 
-    def _explain(self, p10: Verdict, job_id: str, charge: Row, row: Row) -> None:
+    def _explain(self, p10: Judgement, job_id: str, charge: Row, row: Row) -> None:
         identity = (row["event_source"], row["event_id"])
         said = self._books.inbox.get(identity, [])
         outcomes = [(each["job_id"], each["outcome"]) for each in said]
@@ -515,7 +515,7 @@ def read_books(record: Row) -> Books:
             pending={(row["source"], row["event_id"]) for row in _rows(connection, "SELECT * FROM kino.pending_event")},
             letters=_rows(connection, "SELECT * FROM kino.dead_letter"),
             breaks=_rows(connection, "SELECT * FROM kino.break"),
-            waiting=_waiting(record["redis_url"]),
+            queued=_queued(record["redis_url"]),
             integrity=integrity,
         )
 
@@ -525,7 +525,7 @@ def _rows(connection: psycopg.Connection[Any], query: str) -> list[Row]:
         return cursor.execute(query.encode()).fetchall()
 
 
-def _waiting(url: str) -> dict[str, int]:
+def _queued(url: str) -> dict[str, int]:
     """Count what is under every key that can hold an event: queues with their priorities, in flight, recovered."""
     with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
         keys = [
@@ -545,23 +545,23 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
-        verdicts = Referee(record, read_books(record)).judge()
+        judgements = Referee(record, read_books(record)).judge()
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{arguments.record} is no record: {type(error).__name__}: {error}")
     except (psycopg.Error, redis.RedisError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # noqa: T201 - a program's output
         return 3
     if arguments.json:
-        print(json.dumps({"items": [verdict.as_dict() for verdict in verdicts], "next": None}))  # noqa: T201
+        print(json.dumps({"items": [judgement.as_dict() for judgement in judgements], "next": None}))  # noqa: T201
     else:
-        for verdict in verdicts:
-            looked = ", ".join(f"{count:,} {what}" for what, count in verdict.looked_at.items())
-            print(f"{verdict.promise:<4}{verdict.word:<6}  {verdict.says}  ({looked})")  # noqa: T201
-            for text in verdict.findings[:SHOWN_MAX]:
+        for judgement in judgements:
+            looked = ", ".join(f"{count:,} {what}" for what, count in judgement.looked_at.items())
+            print(f"{judgement.promise:<4}{judgement.word:<6}  {judgement.says}  ({looked})")  # noqa: T201
+            for text in judgement.findings[:SHOWN_MAX]:
                 print(f"      {text}")  # noqa: T201
-            if len(verdict.findings) > SHOWN_MAX:
-                print(f"      and {len(verdict.findings) - SHOWN_MAX:,} more")  # noqa: T201
-    return int(any(verdict.word == "broken" for verdict in verdicts))
+            if len(judgement.findings) > SHOWN_MAX:
+                print(f"      and {len(judgement.findings) - SHOWN_MAX:,} more")  # noqa: T201
+    return int(any(judgement.word == "broken" for judgement in judgements))
 
 
 if __name__ == "__main__":

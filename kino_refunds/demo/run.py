@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kino_refunds.demo import figures, promises
-from kino_refunds.demo.figures import Snapshot, Told
+from kino_refunds.demo.figures import Snapshot, StoryReport
 from kino_refunds.demo.stage import OVERDUE_GRACE_S, Stage, alive_ttl_s, events_in
 from kino_refunds.demo.story import Job, Twist, document, make_closed_jobs, make_jobs, make_lots
 from kino_refunds.demo.traffic import Message, Traffic, ends, message, unreadable
@@ -59,7 +59,7 @@ class View(Protocol):
 
 
 @dataclass
-class _Wound:
+class _InjectedFault:
     """Something that was broken on purpose, and the question whether it has healed."""
 
     healed: str
@@ -67,7 +67,7 @@ class _Wound:
 
 
 @dataclass
-class _Killed:
+class _Kill:
     at: datetime
     events: list[str] = field(default_factory=list)
 
@@ -84,14 +84,14 @@ class Demo:
         self._jobs = make_jobs(jobs - len(self._closed), self._chance)
         self._everybody = [*self._closed, *self._jobs]
         self._traffic = Traffic(stage)
-        self._wounds: list[_Wound] = []
-        self._killed: _Killed | None = None
+        self._injected: list[_InjectedFault] = []
+        self._killed: _Kill | None = None
         self._chapter = "starting"
         self._submitted = 0
         self._looked = 0.0
         self._lately: deque[tuple[float, int]] = deque([(started, 0)])
 
-    def run(self) -> Told:
+    def run(self) -> StoryReport:
         """Tell the story to its end and judge it; raises ServerFailed if a process ends by itself."""
         self._begin()
         self._submit_all()
@@ -100,7 +100,7 @@ class Demo:
         seconds = time.monotonic() - self._started
         self._chapter = "checking the promises"
         self._look(now=True)
-        return self._told(seconds)
+        return self._report(seconds)
 
     # --- the story -------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class Demo:
         number, held = caught or (1, [])
         self._stage.kill(number)
         events = events_in(held)
-        self._killed = _Killed(datetime.now(UTC), events)
+        self._killed = _Kill(datetime.now(UTC), events)
         self._note_transfers()
         self._break(
             f"worker {number} is killed by SIGKILL with {len(held)} messages in its hands",
@@ -250,7 +250,7 @@ class Demo:
     def _break(self, broken: str, healed: str, query: str, wanted: int, **values: Any) -> None:
         """Say what is broken now; it has healed when `query` counts `wanted`."""
         self._say("broken", broken)
-        self._wounds.append(_Wound(healed, lambda: bool(self._stage.one(query, **values) >= wanted)))
+        self._injected.append(_InjectedFault(healed, lambda: bool(self._stage.one(query, **values) >= wanted)))
 
     def _say(self, what: str, text: str) -> None:
         self._view.say(time.monotonic() - self._started, what, text)
@@ -264,11 +264,11 @@ class Demo:
         while True:
             with self._stage.operator.connect() as connection:
                 unsettled = figures.unsettled(connection)
-            open_or_waiting = unsettled + self._stage.waiting() + len(self._wounds)
-            if not open_or_waiting or time.monotonic() - moved > STANDSTILL_S:
+            undecided = unsettled + self._stage.queued() + len(self._injected)
+            if not undecided or time.monotonic() - moved > STANDSTILL_S:
                 return
-            if open_or_waiting != stood:
-                moved, stood = time.monotonic(), open_or_waiting
+            if undecided != stood:
+                moved, stood = time.monotonic(), undecided
             self._look()
             time.sleep(WAIT_S)
 
@@ -285,9 +285,9 @@ class Demo:
             return
         self._looked = time.monotonic()
         self._stage.require_alive()
-        for wound in list(self._wounds):
+        for wound in list(self._injected):
             if wound.is_healed():
-                self._wounds.remove(wound)
+                self._injected.remove(wound)
                 self._say("healed", wound.healed)
         with self._stage.operator.connect() as connection:
             standing = figures.standing(connection)
@@ -310,11 +310,11 @@ class Demo:
 
     # --- the end ---------------------------------------------------------------------------------------------
 
-    def _told(self, seconds: float) -> Told:
-        killed = self._killed or _Killed(datetime.now(UTC), [])
+    def _report(self, seconds: float) -> StoryReport:
+        killed = self._killed or _Kill(datetime.now(UTC), [])
         with self._stage.operator.connect() as connection:
             found = figures.ending(connection, events=killed.events, killed_at=killed.at)
-        return Told(
+        return StoryReport(
             jobs=len(self._everybody),
             messages=len(self._traffic.messages),
             duplicates_absorbed=self._stage.duplicates(),
@@ -323,7 +323,7 @@ class Demo:
             **found,
         )
 
-    def _judge(self, killed: _Killed) -> list[dict[str, Any]]:
+    def _judge(self, killed: _Kill) -> list[dict[str, Any]]:
         """Have the promises checked by a process that knows nothing of this one but the record."""
         self._traffic.record |= {
             "database_url": _plain(self._stage.servers.superuser_url()),

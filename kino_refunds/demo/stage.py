@@ -141,7 +141,7 @@ class Stage:
         with self.operator.connect() as connection:
             return connection.execute(sa.text(query), values).scalar_one()
 
-    def waiting(self) -> int:
+    def queued(self) -> int:
         """Count the messages anywhere in Redis."""
         return sum(depths(self.redis).values())
 
@@ -158,7 +158,7 @@ class Stage:
                 if held and self._is_undecided(held):
                     return number, held
                 os.kill(worker.pid, signal.SIGCONT)
-            if not self.waiting():
+            if not self.queued():
                 return None
         return None
 

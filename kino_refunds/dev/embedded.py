@@ -125,7 +125,7 @@ class _Server:
             raise ServerFailed(f"{self.name} ended by itself{self._last_words()}")
 
     @property
-    def guard_pid(self) -> int:
+    def supervisor_pid(self) -> int:
         """The process id of the guard."""
         if self._guard is None:
             raise ServerFailed(f"{self.name} is not running")

@@ -99,7 +99,7 @@ class CeleryProcess:
         return f"; it said last:\n{said}" if said else ""
 
 
-class Restarted:
+class RestartingProcess:
     """A process that is started again when it ends, as a supervisor in production does.
 
     One that dies soon after its start is waited for, longer each time: a worker that cannot start must be seen, and not

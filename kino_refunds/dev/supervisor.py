@@ -79,7 +79,7 @@ class Orders:
         return json.dumps({**vars(self), "stop": [vars(step) for step in self.stop]})
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """The server cannot be run like this; the text says why."""
 
 
@@ -165,7 +165,7 @@ def copy_of(binaries: list[str], folder: Path, identity: Identity) -> dict[str, 
 
 
 def choose(orders: Orders, folder: Path) -> tuple[Identity, Orders]:
-    """Find an identity under which the server runs here; raises Refused when there is none.
+    """Find an identity under which the server runs here; raises Refusal when there is none.
 
     Returns it with the orders, in which the paths are those of the copy if one was needed.
     """
@@ -186,7 +186,7 @@ def choose(orders: Orders, folder: Path) -> tuple[Identity, Orders]:
         f"as root, the server must run as an ordinary user, and none can enter {folder}: "
         "choose a data folder that everybody may enter, or do not run as root"
     )
-    raise Refused(text)
+    raise Refusal(text)
 
 
 def with_paths(orders: Orders, moved: dict[str, str]) -> Orders:
@@ -237,7 +237,7 @@ def locked(folder: Path) -> Iterator[int]:
         holder = os.pread(descriptor, 32, 0).decode()
         if time.monotonic() > deadline or (holder != str(os.getppid()) and is_alive(holder)):
             os.close(descriptor)
-            raise Refused(f"{folder} is in use by the servers of process {holder or '?'}, which are running")
+            raise Refusal(f"{folder} is in use by the servers of process {holder or '?'}, which are running")
         time.sleep(0.05)
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getppid()).encode(), 0)
@@ -376,7 +376,7 @@ def prepare(orders: Orders, identity: Identity, lock: int) -> None:
     shutil.rmtree(half, ignore_errors=True)
     code = spawn(orders.prepare, identity, lock, signal.SIGKILL).wait()
     if code != 0:
-        raise Refused(f"{Path(orders.prepare[0]).name} ended with {code}")
+        raise Refusal(f"{Path(orders.prepare[0]).name} ended with {code}")
     half.rename(whole)
 
 
@@ -399,7 +399,7 @@ def guard(orders: Orders) -> int:
             # Reaped above, by the loop that reaps everything.
             server.returncode = children.codes.get(server.pid, 0)
             report(f"ended {server.returncode}")
-    except (Refused, OSError, subprocess.SubprocessError) as error:
+    except (Refusal, OSError, subprocess.SubprocessError) as error:
         report(f"failed {error}")
         return 1
     if word == "orphaned" and orders.scratch:

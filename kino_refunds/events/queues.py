@@ -211,9 +211,7 @@ def read_queued(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
     asks needs to know no more.
     """
-    complete, unreadable, lists = _answer(
-        client.register_script(_script("names", "waiting")), limit, max_bytes, parts=3
-    )
+    complete, unreadable, lists = _answer(client.register_script(_script("names", "queued")), limit, max_bytes, parts=3)
     return QueuedMessages(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 

@@ -1,4 +1,8 @@
-"""The credit ledger; every function here runs in the caller's transaction (design, section 4)."""
+"""The credit ledger: grants, charges, settlements, reversals, holds and balances (design, section 4).
+
+Every function runs in the caller's transaction and commits nothing. The caller's rows and the movement of credits are
+committed together, or neither is.
+"""
 
 from kino_refunds.ledger.accounts import VIOLATION, AccountStatus, set_account_status
 from kino_refunds.ledger.charges import open_charge, open_charges

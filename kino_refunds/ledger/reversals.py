@@ -1,4 +1,4 @@
-"""Reversals: captured charges that are refunded after all."""
+"""Reversals: refund charges that were captured, because the capture was wrong."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ _REVERSE_CHARGES = sa.text("SELECT o_charge_id FROM kino.reverse_charges(CAST(:i
 
 
 def reverse_charges(connection: sa.Connection, reversals: Sequence[Reversal]) -> None:
-    """Correct captured charges in the caller's transaction, all or none, once a charge (P1); as kino_oncall.
+    """Refund captured charges in the caller's transaction, all or none, each charge once (P1). Connect as kino_oncall.
 
-    The charge stays captured; its credits go back by the refund's lot rules. Idempotent on the reference. Raises
-    ChargeNotCaptured, ChargeConflict (corrected before, with another reason, clause or reference), LedgerInconsistent.
+    The settlement stays `captured`; a correction row is added, and the credits go back by the lot rules of a refund.
+    Idempotent on the reference: the same reversal again moves nothing. Raises ChargeNotCaptured, ChargeConflict
+    (corrected before, with another reason, clause or reference), LedgerInconsistent, and RefusedInput if a field breaks
+    the rules or a charge stands twice in the call.
     """
+    # The correction's key is the charge, not the reference: under a second reference the same charge raises
+    # ChargeConflict. Otherwise two people who each correct one capture would give its credits back twice.
     if reversals:
         call(connection, _REVERSE_CHARGES, [reversal._asdict() for reversal in reversals])

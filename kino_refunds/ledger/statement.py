@@ -1,4 +1,4 @@
-"""What an account has, and every movement that led there."""
+"""Balances and statements: what an account has, now or at a past instant, and the transfers that led there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """Whole credits: `available` can be spent now, `held` belongs to jobs that are still open."""
+    """A balance in whole credits: `available` can be spent now, `held` is taken by charges that are still open."""
 
     available: int
     held: int
@@ -25,7 +25,7 @@ class Balance:
 
 @dataclass(frozen=True, slots=True)
 class StatementLine:
-    """One transfer as the account's owner sees it; `credits` is signed, by its effect on the wallet."""
+    """One transfer as the account's owner sees it; the sign of `credits` is its effect on the wallet."""
 
     transfer_id: int
     at: datetime
@@ -37,13 +37,15 @@ class StatementLine:
 
 
 def balance(connection: sa.Connection, account_id: str, *, at: datetime | None = None) -> Balance:
-    """Say what an account has now, or had at an instant; zero for an account that nobody knows.
+    """Return what an account has now, or had at an instant; zero for an account that does not exist.
 
-    Now: the remaining credits of active, unexpired lots, and of open charges. `at`: the transfers posted
-    by then, without lots that had expired by then as their expiry was then; a freeze leaves no transfer, so it is not
-    seen. The answer for an instant never changes: one that a transaction which is still open could change is refused.
-    More than Postgres' bigint holds (2^63 - 1, over 1,024 of the largest lots) is given as that. Raises UnfitSession,
-    and InstantNotFinal, which names the latest instant that can be asked for.
+    Now: the remaining credits of active, unexpired lots, and the credits of open charges. `at`: the transfers posted
+    by then, without the lots that had expired by then, by the expiry that they had then. A freeze leaves no transfer,
+    so a past balance ignores it. A sum above Postgres' bigint (2^63 - 1, over 1,024 of the largest lots) is returned as
+    that number.
+
+    The answer for an instant never changes. Raises InstantNotFinal, whose text names the latest instant that can be
+    asked for, if an open transaction could still change it; ValueError if `at` has no offset; UnfitSession.
     """
     with fit(connection):
         if at is None:
@@ -60,23 +62,25 @@ def balance(connection: sa.Connection, account_id: str, *, at: datetime | None =
 
 
 def final_through(connection: sa.Connection) -> datetime | None:
-    """Return the latest instant of which the ledger can say for good what was by then; None: none yet.
+    """Return the latest instant whose balance cannot change any more; None if there is none yet.
 
-    Rows are stamped with an instant after their transaction has its number. So once every transaction below a sample's
-    number has ended, no row can appear that is as old as the sample. A sweep takes a sample every minute. A moment in
-    which no other session of this database has a number is as good: what it writes later is younger.
+    A row gets its instant after its transaction has its number. So once every transaction below the number of a sample
+    has ended, no row can appear that is as old as the sample. A sweep takes a sample every minute. A moment in which no
+    other session of this database has a number is as good: a row that such a session writes later is younger.
     """
     clock_us = connection.execute(_CLOCK).scalar_one()
     return instant_or_none(connection.execute(_FINAL, {"clock_us": clock_us}).scalar_one())
 
 
-# Not where the next statement's snapshot is older than this; nor on a standby, which does not see who writes.
+# Null where the next statement's snapshot would be older than this instant (every level but READ COMMITTED), and on a
+# standby, which does not see the sessions that write. There only samples count; else an answer could change later.
 _CLOCK = sa.text(f"""
     SELECT CASE WHEN current_setting('transaction_isolation') = 'read committed' AND NOT pg_is_in_recovery()
                 THEN {microseconds("kino.clock()")} END
 """)
-# Every transaction that has a number holds a lock of that number until it has ended for everybody. Postgres' own
-# workers (an ANALYZE) belong to no user, and write no row of ours; a prepared transaction has no session.
+# Every transaction that has a number holds a lock on that number until its end is visible to all sessions. Postgres'
+# own workers (an ANALYZE) belong to no user and write no row of ours; a prepared transaction has no session, and
+# counts.
 _FINAL = sa.text(f"""
     SELECT greatest(
         (SELECT {microseconds("c.sampled_at")} FROM kino.xid_clock c
@@ -100,6 +104,8 @@ def _not_final(latest: datetime | None) -> str:
     )
 
 
+# From transfers, never from `remaining`: that number is of now. A transfer with two lots (a refund into a successor)
+# counts for the second, in which the credits arrived; counted for the first they would seem to have expired.
 _BALANCE_AT = sa.text("""
     WITH posted AS (
         SELECT t.* FROM kino.transfer t WHERE t.account_id = :account_id AND t.created_at <= :at
@@ -126,6 +132,8 @@ _BALANCE_AT = sa.text("""
 
 _OF_ACCOUNT = sa.text("SELECT true FROM kino.transfer WHERE transfer_id = :transfer_id AND account_id = :account_id")
 
+# Ordered by transaction, then by transfer id; read only below the horizon, where every transaction has ended. In the
+# order of ids alone, a transaction that commits late would put lines behind a reader's cursor, which never sees them.
 _LINES = sa.text(f"""
     SELECT t.transfer_id, {microseconds("t.created_at")} AS created_us, t.kind, t.credits, t.reason, c.job_id,
            (CASE 'wallet' WHEN t.to_book THEN 1 WHEN t.from_book THEN -1 ELSE 0 END) AS sign,
@@ -142,16 +150,16 @@ _LINES = sa.text(f"""
 def statement(
     connection: sa.Connection, account_id: str, *, after: int | None = None, limit: int = 100
 ) -> list[StatementLine]:
-    """List an account's transfers, oldest first, up to `limit`, from behind transfer id `after`.
+    """Return up to `limit` transfers of an account, oldest first, from behind transfer id `after`.
 
-    Only what lies below the transaction horizon, in the order of transactions and within one of transfer
-    ids: a transaction that is still open has a higher id than every one below the horizon, but its
-    transfers may have lower ids than theirs, and a reader that pages by those alone would never see them.
-    `later_lines_exist` tells whether there are such transfers. Raises UnfitSession, and TransferNotFound if `after`
-    is no transfer of this account: to begin anew would count lines twice.
+    The lines are those below the transaction horizon, in the order of transactions and, within one, of transfer ids. A
+    transaction that is still open has a higher number than every one below the horizon, but its transfers may have
+    lower ids than theirs: a reader that pages by ids alone would never see them. `later_lines_exist` tells whether
+    there are such transfers. Raises UnfitSession, and TransferNotFound if `after` is no transfer of this account: to
+    start again from the beginning would count lines twice.
     """
     with fit(connection):
-        if after:  # 0 never was a transfer: a reader whose cursor is a number begins with it
+        if after:  # no transfer has id 0: a reader whose cursor is a number starts with it
             wanted = {"transfer_id": after, "account_id": account_id}
             if connection.execute(_OF_ACCOUNT, wanted).scalar_one_or_none() is None:
                 raise TransferNotFound(f"account {account_id!r} has no transfer {after} to go on behind")
@@ -177,10 +185,10 @@ _LATER = sa.text("""
 
 
 def later_lines_exist(connection: sa.Connection, account_id: str) -> bool:
-    """Tell whether the account has transfers that `statement` does not list yet: a transaction before them is open.
+    """Tell whether the account has transfers that `statement` does not list yet, because an older transaction is open.
 
-    Ask before you call `statement`: when that transaction ends in between, the other order says no, and the lines
-    that were read lack them all the same.
+    Call this before `statement`. In the other order, that transaction may end in between: this says no, and the lines
+    that were read lack those transfers all the same.
     """
     with fit(connection):
         return bool(connection.execute(_LATER, {"account_id": account_id}).scalar_one())

@@ -1,4 +1,8 @@
-"""What the ledger takes and gives: lots, grants, charges, settlements; and the rules of their fields."""
+"""The values that the ledger takes and returns (lots, grants, charges, settlements), and the rules of their fields.
+
+The functions in ledger/*.sql check the same rules for every language. They are checked here as well, so that a wrong
+value is refused where it was made, before a transaction is open.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,15 @@ LAST_YEAR = 9998
 """East of UTC the end of 9999 is in the year 10000, which neither Python nor many another language can read."""
 
 SUCCESSOR_PREFIX = "successor:"
-"""Begins the reference of a lot that took what another could not: nobody's grant may stand in its way."""
+"""How the reference of a successor lot begins. No grant may use it: it would take the reference that a refund needs,
+and the refund would fail."""
 
 PRIORITIES = range(-(2**31), 2**31)
-"""Postgres' integer."""
+"""The values of Postgres' integer."""
 
 
 class LotClass(StrEnum):
-    """Where a lot's credits came from, in burn order: what cost the customer nothing burns first."""
+    """Where a lot's credits came from, in burn order: credits that cost the customer nothing burn first."""
 
     PROMOTIONAL = "promotional"
     COURTESY = "courtesy"
@@ -36,7 +41,7 @@ class LotClass(StrEnum):
 
 
 class LotState(StrEnum):
-    """What may happen to a lot; where more than one holds, voided > frozen > expired."""
+    """What may be done with a lot's credits; where more than one state applies, voided > frozen > expired."""
 
     ACTIVE = "active"
     FROZEN = "frozen"
@@ -45,7 +50,7 @@ class LotState(StrEnum):
 
 
 class CauseKind(StrEnum):
-    """What holds or voids a purchase's lots (design-policy, "Holds and causes")."""
+    """The kind of act that holds or voids a purchase's lots (design-policy, "Holds and causes")."""
 
     DISPUTE = "dispute"
     PAYOUT = "payout"
@@ -54,10 +59,10 @@ class CauseKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Credits to be given; `reference` makes giving them idempotent.
+    """Credits to give to an account; `reference` makes the grant idempotent.
 
-    `credits` are whole and above zero. `priority` burns low numbers first. Raises ValueError where a
-    field cannot be.
+    `credits` are whole and above zero. Lots with a low `priority` burn first. `expires_at` None: never. Raises
+    ValueError for a field that breaks the rules.
     """
 
     reference: str
@@ -69,6 +74,7 @@ class Grant:
     purchase_id: str | None = None
 
     def __post_init__(self) -> None:
+        # A class by its plain word is taken too, and a wrong word is refused here: the class decides the burn order.
         object.__setattr__(self, "lot_class", LotClass(self.lot_class))
         require_id("reference", self.reference)
         require_id("account_id", self.account_id)
@@ -86,7 +92,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Lot:
-    """A lot as it stands in the database; `remaining` is what can still be drawn, in credits."""
+    """A lot as it is in the database; `granted` and `remaining` are whole credits, `remaining` is what is left."""
 
     lot_id: int
     reference: str
@@ -101,7 +107,10 @@ class Lot:
 
 @dataclass(frozen=True, slots=True)
 class ChargeRequest:
-    """What a job is about to take: whole `credits`, zero allowed; `deadline_at` may lie in the past."""
+    """A request to charge a job: whole `credits`, zero allowed; `deadline_at` may lie in the past.
+
+    Raises ValueError for a field that breaks the rules.
+    """
 
     job_id: str
     account_id: str
@@ -117,7 +126,7 @@ class ChargeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """An opened charge; `lines` are (lot id, credits) in the order they were drawn."""
+    """A charge that was opened; `lines` are (lot id, whole credits), in the order in which they were drawn."""
 
     charge_id: int
     job_id: str
@@ -129,14 +138,14 @@ class Charge:
 
 
 class SettlementKind(StrEnum):
-    """How a charge ends."""
+    """How a charge ends: its credits are consumed (captured) or returned (refunded)."""
 
     CAPTURED = "captured"
     REFUNDED = "refunded"
 
 
 class Settlement(NamedTuple):
-    """How a charge ends, and what that was decided from; lots and amounts are the charge's own."""
+    """How to settle one charge, and what that was decided from (P10); lots and amounts are the charge's own."""
 
     charge_id: int
     kind: SettlementKind
@@ -144,16 +153,16 @@ class Settlement(NamedTuple):
     clause: str
     policy_version: str
     ending: str
-    """What the event said of the job's end, in short."""
+    """How the event says that the job ended, in short: `completed`, `failed.provider`."""
     account_status: str
-    """The account's status at the event's time."""
+    """The account's status at the event's time (`PastStatus`): clause 6 goes by it."""
     event_source: str
     event_id: str
     event_time: datetime
 
 
 class Reversal(NamedTuple):
-    """Why a captured charge is refunded after all; `reference` makes reversing it idempotent."""
+    """Why a captured charge is refunded; `reference` makes the reversal idempotent."""
 
     charge_id: int
     reason: str
@@ -164,9 +173,9 @@ class Reversal(NamedTuple):
 
 
 def require_id(name: str, value: str) -> None:
-    """Raise ValueError unless `value` is 1 to 128 printable characters without white space at its ends, as ids are.
+    """Raise ValueError unless `value` is an id: 1 to 128 printable characters, no white space at either end.
 
-    `order-1 ` beside `order-1` would be two orders, and credit one purchase twice.
+    `order-1 ` beside `order-1` would be two orders, and one purchase would be credited twice.
     """
     if not 1 <= len(value) <= ID_LENGTH_MAX or not value.isprintable() or value.strip() != value:
         message = f"{name} must be 1 to 128 printable characters, without white space at either end"
@@ -174,17 +183,18 @@ def require_id(name: str, value: str) -> None:
 
 
 def require_credits(credits: int, *, at_least: int) -> None:
-    """Raise ValueError unless `credits` is a whole number that the ledger can hold."""
+    """Raise ValueError unless `credits` is a whole number from `at_least` to CREDITS_MAX."""
+    # By type and not isinstance: True is an int, and would be charged as one credit.
     if type(credits) is not int or not at_least <= credits <= CREDITS_MAX:
         message = f"credits must be a whole number from {at_least} to {CREDITS_MAX}"
         raise ValueError(message)
 
 
 def require_instant(name: str, value: datetime) -> datetime:
-    """Return `value` in UTC; raise ValueError if it has no offset, or lies beyond the calendar there.
+    """Return `value` in UTC; raise ValueError if it has no offset or, in UTC, lies outside the years 1 to 9998.
 
-    In UTC, because in its own zone an hour that comes twice equals no instant anywhere else (PEP 495),
-    and because what is stored must be readable again, in every language and time zone.
+    In UTC, because in its own zone an hour that occurs twice equals no instant in another zone (PEP 495), and because
+    every language and time zone must be able to read the stored value again.
     """
     if value.utcoffset() is None:
         message = f"{name} must carry an offset"

@@ -30,7 +30,7 @@ NOTED_MAX = 1_000
 """Rows of `waiting_message`. More than this waiting is a backlog; what is stuck in it is noted once it has drained."""
 
 
-class Withheld(StrEnum):
+class WithheldReason(StrEnum):
     """Why a timeout is not presumed; counted in the sweep's report, so a word here never changes."""
 
     INTAKE_PAUSED = "intake_paused"
@@ -69,7 +69,7 @@ class Guard:
     Postgres shows what it did. The other way round it could be missed by both.
     """
 
-    refused: Withheld | None
+    refused: WithheldReason | None
     """A reason that holds for every charge."""
     oldest_queued: datetime | None
     """The earliest time of an event queued in Redis, of those that have not been there for a day."""
@@ -80,18 +80,18 @@ class Guard:
     nameless: Sequence[datetime]
     """When open dead letters came that may hold the end of a job that they do not name: it could be any charge's."""
 
-    def reason(self, charge: OverdueCharge) -> Withheld | None:
+    def reason(self, charge: OverdueCharge) -> WithheldReason | None:
         """Return why this charge's timeout must not be presumed; None if it may be."""
         if self.refused is not None:
             return self.refused
         if self.oldest_queued is not None and self.oldest_queued <= charge.due_at:
-            return Withheld.OLDER_MESSAGE
+            return WithheldReason.OLDER_MESSAGE
         if charge.job_id in self.queued_jobs:
-            return Withheld.NAMED_BY_MESSAGE
+            return WithheldReason.NAMED_BY_MESSAGE
         if charge.job_id in self.named_jobs:
-            return Withheld.NAMED_BY_EVENT
+            return WithheldReason.NAMED_BY_EVENT
         if any(seen_at > charge.opened_at for seen_at in self.nameless):
-            return Withheld.UNREADABLE_COMPLETION
+            return WithheldReason.UNREADABLE_COMPLETION
         return None
 
 
@@ -114,7 +114,7 @@ def read_guard(
         stuck = set(connection.execute(_STUCK, {"since": now - STUCK_AFTER}).scalars())
         refused, oldest = _oldest(found, stuck)
         if read_gate(connection).paused:
-            refused = Withheld.INTAKE_PAUSED
+            refused = WithheldReason.INTAKE_PAUSED
         job_ids = {"job_ids": [charge.job_id for charge in charges]}
         named = set(connection.execute(_NAMED_JOBS, job_ids).scalars())
         nameless: Sequence[datetime] = ()
@@ -188,7 +188,7 @@ class _Message:
 class _Queued:
     """Every message queued in Redis, or why nothing can be said of them."""
 
-    refused: Withheld | None
+    refused: WithheldReason | None
     messages: Sequence[_Message]
     error: str | None = None
     """What Redis, or the client, said."""
@@ -198,9 +198,9 @@ def _read_queued(redis_client: redis.Redis) -> _Queued:
     try:
         found = read_queued(redis_client)
     except redis.RedisError as error:
-        return _Queued(Withheld.REDIS_AWAY, (), f"{type(error).__name__}: {error}")
+        return _Queued(WithheldReason.REDIS_AWAY, (), f"{type(error).__name__}: {error}")
     if not found.complete:
-        return _Queued(Withheld.UNREADABLE_QUEUE if found.unreadable else Withheld.BACKLOG_TOO_LARGE, ())
+        return _Queued(WithheldReason.UNREADABLE_QUEUE if found.unreadable else WithheldReason.BACKLOG_TOO_LARGE, ())
     return _Queued(None, [_read(message.raw) for message in found.messages])
 
 
@@ -227,12 +227,12 @@ def _read(raw: bytes) -> _Message:
     return _Message(digest, min(times) if readable else None, job_ids)
 
 
-def _oldest(found: _Queued, stuck: Collection[bytes]) -> tuple[Withheld | None, datetime | None]:
+def _oldest(found: _Queued, stuck: Collection[bytes]) -> tuple[WithheldReason | None, datetime | None]:
     """Return the oldest event time queued anywhere in Redis, or why nothing can be said."""
     if found.refused is not None:
         return found.refused, None
     times = [each.time for each in found.messages if each.digest not in stuck]
     known = [time for time in times if time is not None]
     if len(known) < len(times):
-        return Withheld.UNREADABLE_MESSAGE, None
+        return WithheldReason.UNREADABLE_MESSAGE, None
     return None, min(known, default=None)

@@ -26,7 +26,7 @@ from kino_refunds.errors import (
 )
 from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
 from kino_refunds.reconciliation.clocks import read_clocks
-from kino_refunds.reconciliation.guard import OverdueCharge, Withheld, note_queued, read_guard
+from kino_refunds.reconciliation.guard import OverdueCharge, WithheldReason, note_queued, read_guard
 from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 from kino_refunds.reconciliation.verified import read_verified
 from kino_refunds.settlement.batch import settle_batch
@@ -400,7 +400,7 @@ def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> li
         with stored_ids():  # the charge may be from before today's rule for ids, and must end all the same
             return [delivery_of(event_of(charge, answer))]
     except ValidationError as error:
-        report.withheld[Withheld.IDS] += 1
+        report.withheld[WithheldReason.IDS] += 1
         log.warning("no event can speak of this charge", charge_id=charge.charge_id, errors=error.error_count())
         return []
 
@@ -421,13 +421,13 @@ def _presumed_timeouts(
         clocks = read_clocks(connection, redis_client)
     disagreement = clocks.disagreement()
     if guard.refused is None and disagreement is not None:
-        report.withheld[Withheld.CLOCK] += len(charges)
+        report.withheld[WithheldReason.CLOCK] += len(charges)
         log.error("presumed timeouts are withheld: the clocks disagree", why=disagreement, charges=len(charges))
         return []
     presumed = []
     for charge in charges:
         # The clock was read when the sweep began, and may have been set back since.
-        reason = guard.reason(charge) or (Withheld.CLOCK if charge.due_at >= clocks.decides else None)
+        reason = guard.reason(charge) or (WithheldReason.CLOCK if charge.due_at >= clocks.decides else None)
         if reason is None:
             presumed += _deliver(charge, Answer(JobState.TIMED_OUT), report)
         else:

@@ -1,4 +1,4 @@
-"""Breaks: two parties that say different things about one job; a person decides, the ledger stands."""
+"""Breaks: two sources disagree about one job. The first settlement stands, and a person looks at the break."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BreakKind(StrEnum):
-    """What disagrees; stored, so a word here never changes."""
+    """What disagrees. The words are stored, so a word here never changes."""
 
     COMPLETED_AFTER_REFUND = "completed_after_refund"
     FAILED_AFTER_CAPTURE = "failed_after_capture"
@@ -27,7 +27,7 @@ class BreakKind(StrEnum):
 
 
 class BreakStatus(StrEnum):
-    """What became of a break."""
+    """Where a break stands. The words are stored, so a word here never changes."""
 
     OPEN = "open"
     REPAIRED = "repaired"
@@ -36,7 +36,7 @@ class BreakStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """One disagreement; `kind` and `job_id` name it while it is open."""
+    """One disagreement; `kind` and `job_id` identify it while it is open; `credits` are those of the charge."""
 
     kind: BreakKind
     job_id: str
@@ -46,12 +46,12 @@ class Break:
 
 
 def break_of(ruling: Ruling) -> Break:
-    """Write the break that an ending raises which contradicts how its charge was settled."""
+    """Return the break for a ruling that contradicts how its charge was settled (an outcome of `BREAKS`)."""
     charge, event = ruling.charge, ruling.delivery.event
     assert charge is not None, "an ending contradicts a charge"
     said = "completed" if isinstance(event, JobCompleted) else f"ended as {event.type}"
     stands = "refunded" if ruling.outcome is Outcome.COMPLETED_AFTER_REFUND else "captured"
-    detail = f"event {event.id} of {event.source} says the job {said}; its charge was {stands} before, and stays so"
+    detail = f"event {event.id} of {event.source} says the job {said}; the charge stays {stands}, as settled before"
     return Break(
         kind=BreakKind(ruling.outcome.value),
         job_id=event.job_id,
@@ -61,6 +61,9 @@ def break_of(ruling: Ruling) -> Break:
     )
 
 
+# One open break for each kind and job. Two sessions that raise the same one meet at its key: (1) A inserts, (2) B
+# waits, (3) A commits, (4) B counts it as seen again. Without the key a redelivered event would fill the list that
+# people read. A break that a person has closed is no longer in the key: the same disagreement then opens a new one.
 _RAISE = sa.text("""
     INSERT INTO kino.break AS b (kind, job_id, charge_id, credits, detail, seen, first_seen_at, last_seen_at)
     SELECT kind, job_id, charge_id, credits, detail, seen, kino.clock(), kino.clock()
@@ -73,7 +76,9 @@ _RAISE = sa.text("""
 
 
 def raise_breaks(connection: sa.Connection, found: Iterable[Break]) -> None:
-    """Write breaks in the caller's transaction; one that is open already is only seen again."""
+    """Write breaks in the caller's transaction; for a break that is open already only its count and time change."""
+    # No credits move here: the first settlement stands until a person has looked. A break that was lost would leave the
+    # customer with a wrong charge that no report shows.
     first: dict[tuple[BreakKind, str], Break] = {}
     seen: dict[tuple[BreakKind, str], int] = {}
     for each in found:
@@ -82,6 +87,8 @@ def raise_breaks(connection: sa.Connection, found: Iterable[Break]) -> None:
         seen[key] = seen.get(key, 0) + 1
     if not first:
         return
+    # Sorted by the key, as every writer does: two sessions wait for each other in one direction only, never in a
+    # circle. One row a key, because ON CONFLICT DO UPDATE refuses to touch a row twice in one statement.
     keys = sorted(first)
     connection.execute(
         _RAISE,
@@ -97,9 +104,9 @@ def raise_breaks(connection: sa.Connection, found: Iterable[Break]) -> None:
 
 
 def accept_break(connection: sa.Connection, break_id: int, *, note: str, actor: str) -> None:
-    """Close an open break as it stands: somebody has looked, and nothing is to be repaired.
+    """Close an open break without a repair: a person has looked at it, and says so in `note`.
 
-    Raises BreakNotFound if no open break has this number.
+    Moves no credits. Raises BreakNotFound if no open break has this number.
     """
     changed = connection.execute(
         sa.text("""

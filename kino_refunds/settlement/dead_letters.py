@@ -1,4 +1,4 @@
-"""Dead letters: what cannot be understood or applied is kept whole, and counted when it comes again (P7)."""
+"""Dead letters: a message that cannot be understood or applied is kept whole, and counted when it comes again (P7)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ EXCEPTION_LENGTH_MAX = 20_000
 
 
 class LetterReason(StrEnum):
-    """Why a message or an event is kept for a person; stored, so a word here never changes.
+    """Why a message or an event is kept for a person. The words are stored, so a word here never changes.
 
-    The first ten are those of a message that cannot be understood (`MalformedReason`), the next four outcomes.
+    The first ten are the reasons of a message that cannot be understood (`MalformedReason`), the next four are
+    outcomes.
     """
 
     TOO_LARGE = "too_large"
@@ -49,13 +50,13 @@ class LetterReason(StrEnum):
     CHARGE_NOT_FOUND = "charge_not_found"
     BUSY = "busy"
     APPLY_ERROR = "apply_error"
-    """Our own code, or the database, fails on this event."""
+    """Our own code, or the database, failed on this event."""
     POISON_CRASH = "poison_crash"
-    """Workers ended while this was all that they had in work."""
+    """Workers ended while this message or event was all that they worked on."""
 
 
 class LetterStatus(StrEnum):
-    """What became of a dead letter."""
+    """Where a dead letter stands. The words are stored, so a word here never changes."""
 
     OPEN = "open"
     REPLAYED = "replayed"
@@ -64,7 +65,10 @@ class LetterStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One message, or one element of it, that a person has to look at; `key` finds the row of the same one again."""
+    """One message, or one element of it, that a person must look at; the same message again has the same `key`.
+
+    `raw` is the whole message as it was on the wire, or for an event that had waited its known fields as JSON.
+    """
 
     key: bytes
     raw: bytes
@@ -77,22 +81,28 @@ class DeadLetter:
     job_id: str | None = None
     attempts: int = 0
     cause: str = ""
-    """What tells letters of one reason apart: the wrong fields' paths, a task's name, where an exception came from."""
+    """What letters of one reason differ by: the paths of wrong fields, a task's name, the origin of an exception."""
     element_index: int | None = None
     """The place of the event in a message that holds several; None: the whole message."""
     other_job_ids: tuple[str, ...] = ()
-    """Further jobs that the message names, which it must protect as it does `job_id`."""
+    """Further jobs that the message names. While the letter is open, no timeout is presumed for them or `job_id`."""
     may_hold_others: bool = False
-    """The message may hold the end of a job that it does not name here."""
+    """Whether the message may hold the end of a job that it does not name here: then it withholds other presumed
+    timeouts as well (`reconciliation/guard.py`)."""
 
     @property
     def group_fingerprint(self) -> str:
-        """What the desk groups by: reason and cause. Not the queue: one mistake of a publisher's comes by several."""
+        """The key of the letter's group: a digest of reason and cause, 16 hex digits.
+
+        Without the queue, because one mistake of a publisher can arrive by several queues.
+        """
         return sha256(f"{self.reason}\0{self.cause}".encode()).hexdigest()[:16]
 
 
 def malformed_letter(raw: bytes, queue: str, error: MalformedMessage, *, element: Element | None = None) -> DeadLetter:
-    """A message, or an element of it, that does not parse, under the ids that can be read from it."""
+    """Return the letter of a message, or of an element, that does not parse; with the ids that can be found in it."""
+    # The ids are searched in the broken bytes: a letter that names its job keeps the overdue sweep from refunding that
+    # job as timed out while its completion may lie in this letter.
     about = describe(raw if element is None else element.content)
     index = None if element is None else element.index
     return DeadLetter(
@@ -112,16 +122,21 @@ def malformed_letter(raw: bytes, queue: str, error: MalformedMessage, *, element
 
 
 def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | None = None) -> DeadLetter:
-    """A message, or an element, that ended workers while it was alone with them; not even its ids are read from it."""
+    """Return the letter of a message or element that ended `crashes` workers while they worked on it alone.
+
+    Nothing is read from it, not even its ids: reading it may be what ends a worker.
+    """
     what = "this message was" if element_index is None else f"element {element_index} of this message was"
     return DeadLetter(
         key=message_key(raw, element_index),
         raw=raw,
         queue=queue,
         reason=LetterReason.POISON_CRASH,
-        detail=f"{crashes} workers ended while {what} all that they had in work",
+        detail=f"{crashes} workers ended while {what} all that they worked on",
         attempts=crashes,
         element_index=element_index,
+        # Its jobs are not known, so it may hold any job's completion. Where no job source is configured, presumed
+        # timeouts are withheld for an hour: otherwise a completed job could be refunded.
         may_hold_others=True,
     )
 
@@ -129,8 +144,9 @@ def poison_letter(raw: bytes, queue: str, crashes: int, *, element_index: int | 
 def event_letter(
     delivery: Delivery, reason: LetterReason, detail: str, *, exception: str | None = None, cause: str = ""
 ) -> DeadLetter:
-    """An event that was understood and cannot be applied."""
+    """Return the letter of an event that was understood and cannot be applied."""
     event = delivery.event
+    # The fingerprint is part of the key: of two contents under one id both are kept, and neither hides the other.
     key = sha256(f"{event.source}\0{event.id}\0{delivery.fingerprint}".encode()).digest()
     return DeadLetter(
         key=key,
@@ -149,7 +165,7 @@ def event_letter(
 
 
 def ruled_letter(ruling: Ruling, record: Record) -> DeadLetter:
-    """An event whose ruling is that no further try of ours changes anything."""
+    """Return the letter of an event whose ruling is that no retry of ours changes anything."""
     event = ruling.delivery.event
     if ruling.outcome is Outcome.CONFLICTING_DUPLICATE:
         known = record.first(ruling.delivery.identity)
@@ -160,18 +176,18 @@ def ruled_letter(ruling: Ruling, record: Record) -> DeadLetter:
         account_id = ruling.charge.account_id
         why = f"the event names account {event.account_id}, the charge of job {event.job_id} is of {account_id}"
     else:
-        why = f"{ruling.outcome.value}: tried for a day without another result"
+        why = f"{ruling.outcome.value}: retried for 24 hours without another outcome"
     return event_letter(ruling.delivery, LetterReason(ruling.outcome.value), why)
 
 
 def failed_letter(delivery: Delivery, error: Exception) -> DeadLetter:
-    """An event that our own code, or the database, fails on; the exception goes along."""
+    """Return the letter of an event that our own code, or the database, failed on, with the exception."""
     trace = "".join(traceback.format_exception(error))
     return event_letter(delivery, LetterReason.APPLY_ERROR, _said(error), exception=trace, cause=_origin(error))
 
 
 def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
-    """A message on which our own reading of messages fails: nothing but its bytes is known."""
+    """Return the letter of a message that our own parser failed on: only its bytes are known."""
     trace = "".join(traceback.format_exception(error))
     return DeadLetter(
         key=sha256(raw).digest(),
@@ -186,9 +202,10 @@ def unread_letter(raw: bytes, queue: str, error: Exception) -> DeadLetter:
 
 
 def _origin(error: Exception) -> str:
-    """Name an exception by its type and the function of ours that it came from, never by its text or a line number.
+    """Return an exception's type and the function of ours that it came from, never its text or a line number.
 
-    What the driver or Postgres raised is named by its own type, which SQLAlchemy's wrapper would hide.
+    Letters are grouped by this, and texts and line numbers differ from event to event and from build to build. An error
+    of the driver or of Postgres is named by its own type, which SQLAlchemy's wrapper would hide.
     """
     raised = getattr(error, "orig", None) or error
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -200,14 +217,15 @@ def _origin(error: Exception) -> str:
 def _said(error: Exception) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - an exception that cannot say what it is must not keep its letter away
+    except Exception:  # noqa: BLE001 - the letter must be written even if its exception has no readable text
         return type(error).__name__
 
 
 def bare_letter(letter: DeadLetter) -> DeadLetter:
-    """The same letter with nothing in it that a database could refuse: the bytes, and why, in ASCII.
+    """Return the letter reduced to what every database takes: its bytes, and the reason in ASCII.
 
-    Without its jobs it may be any job's end, and protects them all for its hour.
+    It no longer names its jobs, so it may hold any job's end: where no job source is configured, it withholds presumed
+    timeouts for an hour.
     """
     detail = letter.detail.encode("ascii", "backslashreplace").decode()
     return replace(
@@ -223,15 +241,18 @@ def bare_letter(letter: DeadLetter) -> DeadLetter:
 
 
 def storable(text: str, length_max: int) -> str:
-    """Escape what a text column or a terminal cannot take, and cut to `length_max` characters."""
+    """Return `text` with the characters escaped that a text column or a terminal cannot take, cut to `length_max`."""
     # Surrogates and NUL are refused by Postgres; other control characters would act on the reader's screen.
     safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return safe if len(safe) <= length_max else safe[: length_max - 1] + "…"
 
 
-# A discarded letter that comes again is counted and stays discarded: a person has judged this message.
-# Poison names nobody, because it is not read: then the jobs stay that an earlier reading found.
-# One that was replayed and is back has failed again: it opens.
+# The same message again finds its row by the key. (1) A inserts the letter, (2) B's insert waits, (3) A commits, (4) B
+# raises the count. Without the key every redelivery would be a new letter, and people could not see the different ones.
+#
+# A discarded letter that comes again is counted and stays discarded: a person has decided about this message. A
+# replayed letter that comes again has failed again: it opens, or its event would be forgotten. A poison letter names no
+# job, because it is not read: then the jobs stay that an earlier reading found, and stay protected.
 _RECORD = sa.text("""
     INSERT INTO kino.dead_letter AS d
         (message_key, raw, queue, reason, detail, group_fingerprint, exception, source, event_id, job_id, attempts,
@@ -262,6 +283,7 @@ _RECORD = sa.text("""
 """)
 
 
+# SKIP LOCKED waits for no row: the rows that exist and are not returned by the inner SELECT are held by other sessions.
 _HELD = sa.text("""
     SELECT message_key FROM kino.dead_letter WHERE message_key = ANY(CAST(:keys AS bytea[]))
     EXCEPT
@@ -271,10 +293,10 @@ _HELD = sa.text("""
 
 
 def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter], *, build: str) -> None:
-    """Write dead letters in the caller's transaction; the same message again raises its row's count.
+    """Write dead letters in the caller's transaction; for a message that has a row already, raise the row's count.
 
-    A row that somebody holds for longer than the lock time-out (a person at the desk) holds up nobody: the
-    message is kept in a row of its own instead.
+    If another session (a person at the desk) holds a letter's row for longer than the lock timeout, the message is kept
+    in a second row: a person must not stop a worker.
     """
     seen: dict[bytes, int] = {}
     latest: dict[bytes, DeadLetter] = {}
@@ -283,7 +305,11 @@ def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter]
         latest[letter.key] = letter
     if not latest:
         return
+    # Sorted by the key, and last in the write order, as everywhere: two sessions cannot wait for each other in a
+    # circle.
     rows = [_row(latest[key], seen[key], build) for key in sorted(latest)]
+    # In a savepoint, because a lock timeout would otherwise lose the whole transaction, and with it the settlements of
+    # the events beside this letter.
     try:
         with connection.begin_nested():
             connection.execute(_RECORD, rows)
@@ -292,6 +318,8 @@ def record_dead_letters(connection: sa.Connection, letters: Iterable[DeadLetter]
             raise
         held = set(connection.execute(_HELD, {"keys": sorted(latest)}).scalars())
         for row in rows:
+            # A random key, so that the bytes are kept at once. The count of the first row stays too low, which costs a
+            # person a second look; to lose the message would cost a customer the refund in it.
             if row["key"] in held:
                 row["key"] = sha256(row["key"] + token_bytes(16)).digest()
         connection.execute(_RECORD, rows)

@@ -1,14 +1,14 @@
 """Rule on a batch, from values alone: no database, no clock (design, section 5).
 
-In this order: identity (of two messages under one id the first is the event), the job's other events by their own
-times, the account, the policy, where the charge stands.
+The order of the questions is fixed: identity (of two messages under one id the first is the event), then the job's
+other events by their times, the account, the policy, and the state of the charge.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kino_refunds.ledger.accounts import JudgedStatus
+from kino_refunds.ledger.accounts import PastStatus
 from kino_refunds.policy.automatic import coverage_of
 from kino_refunds.policy.document import clamped
 from kino_refunds.settlement.outcomes import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class ChargeFacts(NamedTuple):
-    """What is known of a job's charge before its events are ruled on."""
+    """The facts of a job's charge, read before its events are ruled on; `credits` are whole."""
 
     charge_id: int
     account_id: str
@@ -41,31 +41,31 @@ class ChargeFacts(NamedTuple):
     opened_at: datetime
     state: ChargeState
     history: StatusHistory
-    """The account's: whether it forfeits refunds (clause 6) is asked of the event's time."""
+    """The status history of the account: whether it forfeits a refund (clause 6) is read at the event's time."""
 
 
 class Busy(NamedTuple):
-    """What other sessions hold at this instant: it waits for another try, and nothing else does."""
+    """What other sessions hold at this instant: the events of these jobs and charges are put off, and no others."""
 
     jobs: frozenset[str] = frozenset()
-    """Jobs that are put off whatever their events say."""
+    """Jobs whose events are all put off, whatever they say."""
     charges: frozenset[int] = frozenset()
-    """Charges that drew from a held lot: they can be captured, and not refunded."""
+    """Charges that drew from a held lot: they can be captured, which changes no lot, but not refunded."""
 
 
 class Ruling(NamedTuple):
-    """What one delivery came to, and what becomes of it."""
+    """What was decided for one delivery, and what becomes of it."""
 
     delivery: Delivery
     outcome: Outcome
     disposition: Disposition
-    """The outcome's, except that trying again ends some day."""
+    """The disposition of the outcome, except that retries end after a day: then it is DEAD_LETTER."""
     first: Outcome | None = None
-    """What the event was told before, if this is a duplicate."""
+    """The first outcome of the event, if this is a duplicate."""
     charge: ChargeFacts | None = None
     coverage: Coverage | None = None
     policy_version: str | None = None
-    account_status: JudgedStatus | None = None
+    account_status: PastStatus | None = None
 
 
 def decide(
@@ -76,10 +76,15 @@ def decide(
     *,
     busy: Busy = Busy(),  # noqa: B008 - a value that cannot change
 ) -> list[Ruling]:
-    """Return one ruling for each delivery, in their order."""
+    """Return one ruling for each delivery, in their order.
+
+    `record` and `charges` were read in the transaction that writes the rulings.
+    """
     rulings, firsts, copies = _identify(deliveries, record)
     states = {job_id: charge.state for job_id, charge in charges.items()}
     busy_jobs = set(busy.jobs)
+    # By the events' own times, then by their place: the order of arrival must not decide whether a customer pays. In
+    # one batch, a failure that was queued behind a later completion still refunds.
     for index in sorted(firsts, key=lambda index: (deliveries[index].event.time, index)):
         delivery = deliveries[index]
         job_id = delivery.event.job_id
@@ -91,10 +96,14 @@ def decide(
             )
         rulings[index] = ruling
         if ruling.outcome is Outcome.BUSY:
-            busy_jobs.add(job_id)  # or a later event of this job would overtake it
+            # Otherwise a later event of this job would overtake the one that is put off, and settle the charge first.
+            busy_jobs.add(job_id)
         elif ruling.outcome in SETTLING:
+            # The next event of this job in the batch meets a settled charge: it must not be refunded twice (P3).
             states[job_id] = state_after(ruling.outcome)
 
+    # A copy of an event in the same batch follows its event. Ruled on by itself it would get an inbox row of its own,
+    # which the key refuses, and the whole batch would be rolled back again and again.
     for index, first in copies.items():
         ruling = rulings[first]
         if disposition(ruling.outcome) is Disposition.FINAL:
@@ -106,15 +115,17 @@ def decide(
 
 
 def _identify(deliveries: Sequence[Delivery], record: Record) -> tuple[dict[int, Ruling], list[int], dict[int, int]]:
-    """Compare identities; return rulings by index, whose event is ruled on next, and which copies follow which of them.
+    """Return the rulings that identity alone decides, the indexes to rule on, and for each copy the index of its event.
 
-    An event that is pending is ruled on again.
+    Rulings are by index. An event that is pending is ruled on again.
     """
     rulings: dict[int, Ruling] = {}
     copies: dict[int, int] = {}
     firsts: dict[Identity, int] = {}
     for index, delivery in enumerate(deliveries):
         known = record.first(delivery.identity)
+        # Other content under a known id is never applied: one id names one fact, and the first content counts. Applied,
+        # it would undo what the customer has seen; taken for a duplicate, a failure that is due a refund would be lost.
         if known is not None and known.fingerprint != delivery.fingerprint:
             rulings[index] = _ruling(delivery, Outcome.CONFLICTING_DUPLICATE, record.read_at)
         elif known is not None and known.outcome is not None:
@@ -137,17 +148,21 @@ def _rule(
     busy: Busy,
 ) -> Ruling:
     event = delivery.event
+    # The event may have overtaken its charge. It is retried for a day: without a charge there is nothing to refund yet.
     if charge is None or state is None:
         return _ruling(delivery, Outcome.CHARGE_NOT_FOUND, now)
+    # A mix-up in the pipeline: the ending may be another job's. Applied, it would refund or capture the wrong charge.
     if event.account_id is not None and event.account_id != charge.account_id:
         return _ruling(delivery, Outcome.ACCOUNT_MISMATCH, now, charge=charge)
-    judged_at = clamped(event.time, opened_at=charge.opened_at, now=now)
-    document = policy.at(judged_at)
-    # By the event's time, never by when we came to it: nobody forfeits because we were late.
-    account_status = charge.history.at(judged_at)
-    violation = account_status is JudgedStatus.TERMINATED_FOR_VIOLATION
+    as_of = clamped(event.time, opened_at=charge.opened_at, now=now)
+    document = policy.at(as_of)
+    # The status at the event's time, not at ours: no customer forfeits a refund because we settled late.
+    account_status = charge.history.at(as_of)
+    violation = account_status is PastStatus.TERMINATED_FOR_VIOLATION
     coverage = coverage_of(event, document, terminated_for_violation=violation)
     outcome = outcome_of(coverage, state)
+    # Only a refund changes lots. Put off, it is late by a few seconds; settled now, it would wait for the held lot and
+    # end the whole batch by the lock timeout.
     if outcome is Outcome.REFUNDED and charge.charge_id in busy.charges:
         return _ruling(delivery, Outcome.BUSY, now, charge=charge)
     return Ruling(
@@ -169,11 +184,11 @@ def _ruling(
     first: Outcome | None = None,
     charge: ChargeFacts | None = None,
 ) -> Ruling:
-    """Rule on an event without the policy."""
+    """Return a ruling that needs no policy."""
     return Ruling(delivery, outcome, _fate(outcome, delivery, now), first=first, charge=charge)
 
 
 def _fate(outcome: Outcome, delivery: Delivery, now: datetime) -> Disposition:
-    """Return the outcome's disposition; an event that was tried for a day without another result is not tried again."""
+    """Return the outcome's disposition, or DEAD_LETTER where an event was retried for a day without another outcome."""
     fate = disposition(outcome)
     return Disposition.DEAD_LETTER if fate is Disposition.RETRY and delivery.exhausted(now) else fate

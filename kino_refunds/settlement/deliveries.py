@@ -1,4 +1,4 @@
-"""An event together with how it came to us."""
+"""Deliveries: an event together with the bytes and the queue that it came by."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 
 
 GIVE_UP_AFTER = timedelta(hours=24)
-"""A charge that has not come a day after its job ended is not late, it is missing: a person looks."""
+"""How long an event is retried. A charge that is not there a day after its job ended is not late but missing: the event
+becomes a dead letter, and a person looks at it."""
 RECONCILER = "kino-reconciler"
-"""The source of the events that we write ourselves, where nobody else says how a job ended."""
+"""The source of the events that this system writes itself, for jobs whose own event never came."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One event, its fingerprint, and the exact bytes that it came in."""
+    """One event, its fingerprint, and the exact bytes that it came in (`raw`)."""
 
     event: Event
     fingerprint: str
     raw: bytes
     queue: str
     pending_since: datetime | None = None
-    """Set by the retry sweep: when the event was first seen, and that this is another attempt at it."""
+    """When the event was first seen, if it has a pending row; None for an event that came by a queue just now."""
     attempts: int = 0
-    """How often it was tried again, this attempt included."""
+    """How often the event was retried, this attempt included."""
     element_index: int | None = None
     """The event's place in a message that holds several; `raw` is that whole message."""
 
@@ -43,20 +44,21 @@ class Delivery:
         return self.event.identity
 
     def exhausted(self, now: datetime) -> bool:
-        """Say whether this event has been tried for as long as we try."""
+        """Tell whether the event has been retried for GIVE_UP_AFTER; `now` is the ledger's clock."""
         return self.pending_since is not None and now - self.pending_since >= GIVE_UP_AFTER
 
 
 def read_delivery(raw: bytes, queue: str) -> Delivery:
-    """Parse a message of one event; raises MalformedMessage, also for an event under our own name.
+    """Parse a message of one event; raises MalformedMessage, also for an event whose source is RECONCILER.
 
-    Whoever publishes one could take the place of a verdict of the reconciler's, which would then be a conflict.
+    A published event under that source could take the id of an event that the reconciler writes. The reconciler's event
+    would then be a conflicting duplicate, never be applied, and the charge would stay open.
     """
     return _delivery(raw, raw, queue=queue, index=None, read=parse, ours=False)
 
 
 def read_message(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLetter]]:
-    """Parse a message of one event or of several; what cannot be understood is a dead letter, each by itself."""
+    """Parse a message of one event or several; return its events, and a dead letter for each that does not parse."""
     try:
         return [read_delivery(raw, queue)], []
     except MalformedMessage as error:
@@ -74,10 +76,10 @@ def read_message(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLette
 
 
 def read_kept(raw: bytes, queue: str, element_index: int | None, *, ours: bool = False) -> Delivery:
-    """Parse a message that a dead letter has kept, or its element; raises MalformedMessage.
+    """Parse the message that a dead letter keeps, or its element at `element_index`; raises MalformedMessage.
 
-    Its ids are read by the rule for what is stored: the charge that it is about may be from before today's rule.
-    `ours` says that we wrote it.
+    Its ids are read by the rule for stored ids: the charge that it is about may be older than today's rule. `ours` says
+    that this system wrote the event.
     """
     content = raw
     if element_index is not None:
@@ -93,7 +95,7 @@ def _delivery(
     content: bytes, raw: bytes, queue: str, index: int | None, read: Callable[[bytes], Event], *, ours: bool
 ) -> Delivery:
     event = read(content)
-    # Also with white space at its ends, which a stored id may have.
+    # Stripped, because a stored id may have white space at its ends and would pass for another source.
     if not ours and event.source.strip() == RECONCILER:
         raise MalformedMessage(
             MalformedReason.INVALID_EVENT, f"source {RECONCILER!r} is this system's own", cause="source"
@@ -102,7 +104,7 @@ def _delivery(
 
 
 def delivery_of(event: Event, *, pending_since: datetime | None = None, attempts: int = 0) -> Delivery:
-    """Wrap an event that did not come by a queue: one that we wrote ourselves, or kept while it waited."""
+    """Return the delivery of an event that did not come by a queue: this system wrote it, or kept it as pending."""
     return Delivery(
         event=event,
         fingerprint=fingerprint(event),

@@ -1,4 +1,4 @@
-"""The inbox: what was decided for which event, so that the same event again changes nothing (P2)."""
+"""The inbox: the final outcome of each event, so that the same event again changes nothing (P2)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.decide import Ruling
 
 TOGETHER_MAX = 100
-"""So many waiting events of a job, the oldest, are decided together with a new one: a flood delays its own job only."""
+"""How many pending events of a job, the oldest first, are decided together with a new one. A flood of events about one
+job then delays that job only."""
 
 
+# One statement, so that clock, inbox and pending rows are of one snapshot. With two, an event that another session
+# moves from pending to the inbox in between could be seen in neither; ruled on as new, its inbox row would be refused.
+# Only pending events of open charges join: where the charge is settled, their order changes no outcome that moves
+# credits.
 _READ = sa.text("""
     SELECT kino.clock(), NULL, NULL, NULL, NULL
     UNION ALL
@@ -41,6 +46,9 @@ _READ = sa.text("""
     WHERE p.nth <= :together_max
 """)
 
+# Two workers have one event id, for two jobs: (1) both read no inbox row, (2) A settles its job and inserts the row,
+# (3) B settles its own job, and its insert waits, (4) A commits, (5) B's insert does nothing, B counts one row too few
+# and rolls its refund back. Read again, the event is a conflict at B. Without (5) both jobs are refunded by one event.
 _INSERT = sa.text("""
     INSERT INTO kino.inbox_event (source, event_id, job_id, fingerprint, outcome, event_at)
     SELECT * FROM unnest(CAST(:sources AS text[]), CAST(:event_ids AS text[]), CAST(:job_ids AS text[]),
@@ -51,7 +59,7 @@ _INSERT = sa.text("""
 
 
 def read_record(connection: sa.Connection, events: Collection[Event]) -> Record:
-    """Read what was said before of these events."""
+    """Return what is recorded about these events, and the instant of the reading by the ledger's clock."""
     identities = {event.identity for event in events}
     parameters = {
         "sources": [source for source, _ in identities],
@@ -75,12 +83,13 @@ def read_record(connection: sa.Connection, events: Collection[Event]) -> Record:
 
 
 def insert_inbox(connection: sa.Connection, final: Sequence[Ruling]) -> None:
-    """Write final outcomes; raises SettledElsewhere if one of the events was decided since we read.
+    """Write final outcomes; raises SettledElsewhere if another session decided one of the events since it was read.
 
-    Without that check two jobs under one event id, in the hands of two workers, are both refunded.
+    Without that check, two jobs under one event id that are settled by two workers are both refunded.
     """
     if not final:
         return
+    # Sorted by the key, as every writer does: two sessions that share events wait in one direction only.
     rows = sorted(final, key=lambda ruling: ruling.delivery.identity)
     events = [ruling.delivery.event for ruling in rows]
     inserted = connection.execute(
@@ -94,6 +103,7 @@ def insert_inbox(connection: sa.Connection, final: Sequence[Ruling]) -> None:
             "event_ats": [event.time for event in events],
         },
     ).all()
+    # The error rolls back the whole transaction, with the credits that settle_charges has moved in it.
     if len(inserted) < len(rows):
-        message = "one of these events was decided by another session"
+        message = "another session decided an event of this batch; nothing was written, the batch is read again"
         raise SettledElsewhere(message)

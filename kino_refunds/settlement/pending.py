@@ -1,4 +1,4 @@
-"""Pending rows: the events that another try can help wait in Postgres, and come back through `settle` (section 6)."""
+"""Pending rows: events that a retry can help are kept in Postgres, and settled again later (design, section 6)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.record import Identity
 
 FIRST_DELAY = timedelta(seconds=5)
-"""An event usually overtakes its charge by the length of one product transaction."""
+"""How long before the first retry, at most: an event usually overtakes its charge by one product transaction."""
 LONGEST_DELAY = timedelta(minutes=15)
 HISTORY_LENGTH_MAX = 50
+"""Attempts kept in a row's history; the oldest is dropped first."""
 
 
 def retry_delay(attempts: int) -> timedelta:
-    """Draw the wait before the next try: full jitter below a ceiling that doubles from 5 s to 15 min."""
+    """Return a random delay before the next retry: full jitter below a ceiling that doubles from 5 s to 15 min."""
+    # The jitter spreads the retries of a batch: retried all at once, they would meet at the same held lots again.
     ceiling = min(LONGEST_DELAY, FIRST_DELAY * (1 << min(attempts, 16)))
     return ceiling * random.random()  # noqa: S311 - spreads load, guards nothing
 
 
+# `event` has the known fields only, without `message` (design, section 2), and is what is settled later. Its time stays
+# the event's own, so a refund that waited is ruled on as if it had been settled at once.
 _PARK = sa.text("""
     INSERT INTO kino.pending_event
         (source, event_id, job_id, fingerprint, event, queue, outcome, first_seen_at, next_attempt_at)
@@ -48,9 +52,10 @@ _PARK = sa.text("""
 
 
 def park(connection: sa.Connection, new: Sequence[Ruling]) -> None:
-    """Write pending rows for events that had none; raises SettledElsewhere if one of them has by now."""
+    """Write pending rows for events that had none; raises SettledElsewhere if another session wrote one meanwhile."""
     if not new:
         return
+    # Sorted by the key, as every writer does: two sessions that share events wait in one direction only.
     rows = sorted(new, key=lambda ruling: ruling.delivery.identity)
     deliveries = [ruling.delivery for ruling in rows]
     inserted = connection.execute(
@@ -66,11 +71,16 @@ def park(connection: sa.Connection, new: Sequence[Ruling]) -> None:
             "delays_s": [retry_delay(0).total_seconds() for _ in rows],
         },
     ).all()
+    # Two workers have one event id with two contents, before the charge is there: (1) both read no row, (2) A inserts
+    # its content, (3) B's insert waits, (4) A commits, (5) B's insert does nothing, and B reads again: its content is a
+    # conflict. Without (5) B would drop its message from Redis although its content has no row, and lose it.
     if len(inserted) < len(rows):
-        message = "one of these events was parked by another session"
+        message = "another session wrote a pending row for an event of this batch; nothing was written here"
         raise SettledElsewhere(message)
 
 
+# The attempt is counted in the transaction that makes it. If Postgres goes away, neither is committed: an outage spends
+# no attempt, and does not move an event's next retry towards 15 min (design, section 6).
 _POSTPONE = sa.text("""
     UPDATE kino.pending_event p SET
         attempts = p.attempts + 1, outcome = again.outcome, leased_until = NULL,
@@ -84,10 +94,10 @@ _POSTPONE = sa.text("""
 
 
 def postpone(connection: sa.Connection, again: Sequence[Ruling]) -> None:
-    """Give events that were tried once more their next time, and keep what this attempt came to.
+    """Set the next retry of events that were retried without success, and keep the outcome of this attempt.
 
-    Their rows are locked since `lock_pending`, in the order of their keys. One that is gone was decided by a live
-    duplicate while this attempt was under way.
+    `lock_pending` has locked their rows, in the order of their keys. An event without a row was decided by a live
+    duplicate during this attempt, and needs none.
     """
     if not again:
         return
@@ -113,9 +123,10 @@ _LOCK = sa.text("""
 
 
 def lock_pending(connection: sa.Connection, deliveries: Sequence[Delivery]) -> None:
-    """Lock the rows of those events that have waited, in the order of their keys; before anything else is locked.
+    """Lock the rows of those deliveries that are pending, in the order of their keys, before anything else is locked.
 
-    A sweep and a new event of the same job have the same rows in hand, each in an order of its own.
+    A sweep and a new event of the same job work on the same rows, each in an order of its own. Without one order (1) a
+    sweep locks row 1, (2) a live batch locks row 2, (3) each waits for the other's row until the lock timeout.
     """
     keys = [delivery.identity for delivery in deliveries if delivery.pending_since is not None]
     if keys:
@@ -132,24 +143,26 @@ _BESIDE = sa.text("""
 
 
 def read_pending(connection: sa.Connection, identities: Collection[Identity]) -> list[Delivery]:
-    """Read events that wait, as deliveries of their own; a sweep's lease on them hinders nobody.
+    """Return the pending events of these identities as deliveries, whether or not a sweep has leased them.
 
-    One that this build cannot read stays where it is: the sweep makes a dead letter of it.
+    An event that this build cannot read is left out and keeps its row: the sweep makes a dead letter of it.
     """
     wanted = {"sources": [source for source, _ in identities], "event_ids": [event_id for _, event_id in identities]}
-    waiting = []
+    pending = []
     for row in connection.execute(_BESIDE, wanted):
         with suppress(MalformedMessage):
             event = parse_stored(row.event.encode())
-            waiting.append(delivery_of(event, pending_since=row.first_seen_at, attempts=row.attempts + 1))
-    return waiting
+            pending.append(delivery_of(event, pending_since=row.first_seen_at, attempts=row.attempts + 1))
+    return pending
 
 
 def unpark(connection: sa.Connection, done: Mapping[Identity, str]) -> None:
-    """Delete the waiting rows of events that need no other try; `done` is identity -> fingerprint."""
+    """Delete the pending rows of events that need no retry; `done` is identity -> fingerprint."""
     if not done:
         return
     keys = sorted(done)
+    # By the fingerprint too: a conflict has the same id, and would delete the row of the event that still needs a
+    # retry.
     connection.execute(
         sa.text("""
             DELETE FROM kino.pending_event p

@@ -1,4 +1,4 @@
-"""The record: what was said of an event before, and what else waits for its job."""
+"""The record: what was decided about an event before, and which other events of its job are pending."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Identity = tuple[str, str]
 
 
 class KnownEvent(NamedTuple):
-    """What an event said and came to before; `outcome` is None while it is pending."""
+    """The content of an event as its fingerprint, and its final outcome; `outcome` is None while it is pending."""
 
     fingerprint: str
     outcome: Outcome | None
@@ -23,22 +23,24 @@ class KnownEvent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known of a batch's events: decided for good, or pending. An event can be in both for a moment.
+    """What is recorded about a batch's events: final outcomes (`decided`) and pending rows; an event can have both.
 
-    `read_at` is when it was read, by the ledger's clock: the present time of a batch, without a round trip of its own.
+    `read_at` is the instant of the reading by the ledger's clock: it serves as the present time of the batch, without a
+    round trip of its own.
     """
 
     decided: dict[Identity, KnownEvent]
     pending: dict[Identity, KnownEvent]
     beside: frozenset[Identity]
-    """Other pending events of the same jobs, where the job's charge is open: they are decided together."""
+    """Other pending events of the same jobs, if the job's charge is open: they are decided together."""
     read_at: datetime
 
     def first(self, identity: Identity) -> KnownEvent | None:
-        """Return what counts: the decision if there is one."""
+        """Return what is known of an event: its final outcome if it has one, else its pending row, else None."""
+        # The final outcome first: it has moved credits, or says why none move. A pending row beside it is out of date.
         return self.decided.get(identity) or self.pending.get(identity)
 
     def is_pending(self, identity: Identity, fingerprint: str) -> bool:
-        """Say whether this event, with this content, has a pending row."""
+        """Tell whether this event, with this content, has a pending row."""
         known = self.pending.get(identity)
         return known is not None and known.fingerprint == fingerprint

@@ -1,4 +1,4 @@
-"""The retry sweep: pending events whose time has come go through `settle` once more (section 6)."""
+"""The retry sweep: pending events whose time has come are settled again, by the same `settle` (design, section 6)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.rules import Rules
 
 LONGEST_LEASE = timedelta(hours=1)
-"""An event pending or leased for longer than this was so by a clock that has been set back since: it is due."""
+"""The longest lease that is believed. A later end was written by a clock that has been set back since: such an event is
+due now. Otherwise its refund would wait until the clock has come that far again."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryReport:
-    """What a sweep came to: events tried, and how many of each outcome."""
+    """The result of a sweep: how many events were retried, and how many ended in each outcome."""
 
     tried: int
     outcomes: Mapping[str, int]
@@ -37,17 +38,26 @@ class RetryReport:
 def sweep_retries(
     engine: sa.Engine, rules: Rules, *, lease: timedelta, limit: int = 500, event_id: str | None = None
 ) -> RetryReport:
-    """Try due events once more, by the same way as live ones; one round of at most `limit` jobs.
+    """Settle due events again, as live events are settled; one round of at most `limit` jobs. Return what came of it.
 
-    If Postgres goes away in between, the leases run out and no attempt is spent.
+    For the time of `lease` no other sweep takes these events. `event_id` limits the round to events with that id.
+    Raises what Postgres raises: then the leases run out, and no attempt is spent.
     """
+    # The lease is committed before anything is settled: settle has transactions of its own, and a row lock held across
+    # them would make live events of the same jobs wait for this session.
     with engine.begin() as connection:
         due = lease_due(connection, lease=lease, build=rules.build, limit=limit, event_id=event_id)
     rulings = settle_batch(engine, due, rules) if due else []
     return RetryReport(len(due), Counter(ruling.outcome.value for ruling in rulings))
 
 
-# A job's pending events are taken together, or the later one would be decided without the earlier.
+# A job's pending events are taken together. Otherwise the later one would be decided without the earlier, and a
+# completion would capture a charge whose failure is still pending.
+#
+# Two sweeps at once: (1) A locks the due rows, (2) B skips them, for it waits for no lock, (3) A commits its leases,
+# (4) B's next round sees them leased. A live duplicate needs no lease: it is decided at once, and the row goes with it.
+#
+# An event whose charge is there by now is due at once: P9 gives 5 s, and its next retry may be minutes away.
 _LEASE = sa.text("""
     WITH clock AS MATERIALIZED (
         SELECT now, now + make_interval(secs => :longest_wait_s) AS longest_wait,
@@ -86,12 +96,11 @@ def lease_due(
     limit: int = 500,
     event_id: str | None = None,
 ) -> list[Delivery]:
-    """Take events whose time has come, and those whose charge has come, for the length of `lease`.
+    """Lease events whose time has come, and events whose charge has come, and return them as deliveries.
 
-    In the caller's transaction, which must be committed before they are settled: the lease, not a lock,
-    keeps a second sweep away from them. It runs out with the alive TTL of a worker, so what a sweep had in hand
-    when it was killed comes back as soon as its worker's batch (P9). An event that this build cannot read, of a
-    newer one that was taken back, becomes a dead letter: it must not stop the sweep for all others (P8).
+    Runs in the caller's transaction, which must be committed before they are settled: the lease, not a lock, keeps a
+    second sweep away from them. A lease is as long as the alive TTL of a worker, so events of a sweep that was killed
+    are due again as soon as its worker's batch (P9).
     """
     rows = connection.execute(
         _LEASE,
@@ -109,8 +118,11 @@ def lease_due(
         try:
             due.append(delivery_of(parse_stored(raw), pending_since=row.first_seen_at, attempts=row.attempts + 1))
         except MalformedMessage as error:
+            # Written by a newer build that was rolled back. As a letter it waits for a build that reads it; raised
+            # here, it would stop the retries of all other events (P8).
             unread[row.source, row.event_id] = row.fingerprint
             letters.append(malformed_letter(raw, row.queue, error))
+    # In the same transaction as the lease: the event has its row or its letter at every instant (P6).
     unpark(connection, unread)
     record_dead_letters(connection, letters, build=build)
     return due

@@ -1,4 +1,4 @@
-"""What a settlement goes by beside the events and the ledger."""
+"""The rules of a settlement: all that it depends on beside the events and the ledger."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The policy that rules on endings, and the build that dead letters name."""
+    """The policy that says which endings are refunded, and the name of the build, which dead letters carry."""
 
     policy: Policy
     build: str
 
 
 def rules_of(settings: Settings) -> Rules:
-    """Return the rules of this build: the published policy, under the settings' build."""
+    """Return the rules of this build: its published policy, and the build's name from the settings."""
     return Rules(policy=published_policy(), build=settings.build)

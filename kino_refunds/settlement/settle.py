@@ -1,14 +1,14 @@
-"""The spine: events in, outcomes out, one Postgres transaction (promises P1 to P5, P10).
+"""The spine: events in, rulings out, one Postgres transaction (promises P1 to P5, P10).
 
-Nothing else settles a charge. Live events, retries, replays and what reconciliation finds all come through `settle`,
-so reading this file is reading the system:
+Nothing else settles a charge. Live events, retries, replays and the events that reconciliation writes all go through
+`settle`, so reading this file is reading the system:
 
-    read what was said before, and the charges  ->  decide (pure)  ->  kino.settle_charges(), and what was said
+    read the record and the charges  ->  decide (pure)  ->  kino.settle_charges(), and write the record
 
-Credits move in that one function (kino_refunds/ledger/endings.sql). Writes go in one order everywhere, each sorted by
-its key: settlements, lots, transfers, inbox, pending, breaks, dead letters. Two sessions therefore meet at the first
-key that they share, one waits, and the lock timeout (below Postgres' deadlock timeout) ends the wait. The pending rows
-of the batch's own events are locked before all of these.
+Credits move in that one function (kino_refunds/ledger/endings.sql). The order of writes is the same everywhere, each
+table sorted by its key: settlements, lots, transfers, inbox, pending, breaks, dead letters. Two sessions therefore meet
+at the first key that they share, one waits, and the lock timeout (below Postgres' deadlock timeout) ends the wait. The
+pending rows of the batch's own events are locked before all of these.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.rules import Rules
 
 ROUNDS_MAX = 5
-"""Each lost round means that another session decided one of our events; five in a row is a broken clock or a loop."""
+"""Each lost round means that another session decided one of our events; five in a row are a broken clock or a loop."""
 
 
 class OthersPending(Exception):
-    """Other events of these jobs are pending, and must be decided together with the new ones."""
+    """Other events of these jobs are pending, and must be decided together with the new ones; nothing was written."""
 
     def __init__(self, identities: Collection[Identity]) -> None:
         super().__init__(f"{len(identities)} other events of these jobs are pending")
@@ -56,13 +56,14 @@ def settle(
     busy: Busy = Busy(),  # noqa: B008 - a value that cannot change
     alone: bool = True,
 ) -> list[Ruling]:
-    """Settle a batch in a transaction of its own, all or nothing; return one ruling a delivery, in their order.
+    """Settle a batch in a transaction of its own, all or nothing; return one ruling for each delivery, in their order.
 
-    Jobs in `busy` are put off unread. Unless `alone`, raises OthersPending where other events of these jobs are
-    pending; nothing was written then. If another session holds a lot for longer than the lock timeout, this asks once
-    which charges need it, puts their refunds off and settles the rest. Raises SettledElsewhere if other sessions keep
-    deciding our events, and whatever Postgres raises; `kino_refunds.db.faults.classify` says what that means for the
-    batch.
+    Jobs in `busy` are put off without a look at their events. If another session holds a lot for longer than the lock
+    timeout, this asks once which charges need such a lot, puts their refunds off and settles the rest.
+
+    Raises OthersPending, unless `alone`, if other events of these jobs are pending; SettledElsewhere if other sessions
+    decide events of this batch ROUNDS_MAX times in a row; and what Postgres raises (`kino_refunds.db.faults.classify`
+    says what that means for the batch). Nothing was written then, unless only the answer to the COMMIT was lost.
     """
     asked = False
     for _ in range(ROUNDS_MAX):
@@ -70,6 +71,7 @@ def settle(
             with connection.begin():
                 return _settle_once(connection, deliveries, rules, busy, alone=alone)
         except SettledElsewhere:
+            # Rolled back, with every credit that it moved; read again, the charge is settled or the event decided.
             continue
         except sa.exc.OperationalError as error:
             if asked or classify(error) is not Fault.LOCK:
@@ -77,17 +79,20 @@ def settle(
             with connection.begin():
                 held = read_held_charges(connection, {delivery.event.job_id for delivery in deliveries})
             if not held:
-                raise  # another row is held: only parting the batch finds out whose
+                raise  # no lot but another row is held: only splitting the batch finds which job it concerns
+            # One customer's slow transaction must not hold up the refunds of all others in the batch (P8).
             asked, busy = True, busy._replace(charges=held)
-    message = f"other sessions decided events of this batch {ROUNDS_MAX} times in a row"
+    message = f"other sessions decided events of this batch {ROUNDS_MAX} times in a row; the batch is split"
     raise SettledElsewhere(message)
 
 
 def _settle_once(
     connection: sa.Connection, deliveries: Sequence[Delivery], rules: Rules, busy: Busy, *, alone: bool
 ) -> list[Ruling]:
+    # Before anything else: a session that retries an event holds its pending row until the outcome is committed.
     lock_pending(connection, deliveries)
     record = read_record(connection, [delivery.event for delivery in deliveries])
+    # A failure may be pending because a lot was held: a completion settled without it would let the customer pay.
     if record.beside and not alone:
         raise OthersPending(record.beside)
     charges = read_charges(connection, {delivery.event.job_id for delivery in deliveries})
@@ -101,16 +106,18 @@ def _write(connection: sa.Connection, rulings: Sequence[Ruling], record: Record,
         [ruling for ruling in rulings if ruling.disposition is fate]
         for fate in (Disposition.FINAL, Disposition.RETRY, Disposition.DEAD_LETTER)
     )
+    # Two batches with one job meet here, and the later one reads again: otherwise both would return its credits (P1).
     try:
         settle_charges(connection, [_settlement(ruling) for ruling in final if ruling.outcome in SETTLING])
-    except ChargeAlreadySettled as error:  # another session was first since we read (P1)
+    except ChargeAlreadySettled as error:
         raise SettledElsewhere(str(error)) from error
+    # In the transaction of the transfers: an outcome without them would make the event a duplicate and lose its refund.
     insert_inbox(connection, [ruling for ruling in final if ruling.outcome is not Outcome.DUPLICATE])
-
-    waiting = {ruling.delivery.identity: ruling for ruling in retry}
-    park(connection, [ruling for identity, ruling in waiting.items() if identity not in record.pending])
-    postpone(connection, [ruling for ruling in waiting.values() if ruling.delivery.pending_since is not None])
-    # A pending row is that of one content: a conflict under the same id must not delete it.
+    # By identity: copies of an event in one batch share one pending row, which is all that is left after the drop.
+    again = {ruling.delivery.identity: ruling for ruling in retry}
+    park(connection, [ruling for identity, ruling in again.items() if identity not in record.pending])
+    postpone(connection, [ruling for ruling in again.values() if ruling.delivery.pending_since is not None])
+    # A pending row belongs to one content: a conflict under the same id must not delete it, and with it a refund.
     done = [ruling.delivery for ruling in (*final, *dead)]
     unpark(
         connection,
@@ -118,15 +125,17 @@ def _write(connection: sa.Connection, rulings: Sequence[Ruling], record: Record,
     )
 
     raise_breaks(connection, [break_of(ruling) for ruling in rulings if ruling.outcome in BREAKS])
+    # Last of all: a person may hold a letter's row, and no row that moves credits may wait behind it.
     record_dead_letters(connection, [ruled_letter(ruling, record) for ruling in dead], build=build)
 
 
 def _settlement(ruling: Ruling) -> Settlement:
     charge, coverage, event = ruling.charge, ruling.coverage, ruling.delivery.event
     assert charge is not None, "an outcome that settles has a charge"
-    assert coverage is not None, "an outcome that settles was ruled on by the policy"
-    assert ruling.policy_version is not None, "so a version of it ruled"
-    assert ruling.account_status is not None, "and the account had a status"
+    assert coverage is not None, "an outcome that settles has the policy's coverage"
+    assert ruling.policy_version is not None, "an outcome that settles names the policy version"
+    assert ruling.account_status is not None, "an outcome that settles names the account's status"
+    # No amount and no lot: settle_charges reads both from the charge's lines, so no refund exceeds what was taken (P4).
     return Settlement(
         charge_id=charge.charge_id,
         kind=SettlementKind.REFUNDED if coverage.refund else SettlementKind.CAPTURED,

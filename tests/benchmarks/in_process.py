@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from kino_refunds.db.migrate import migrate
-from kino_refunds.demo.replay import scratch
+from kino_refunds.demo.trace_run import scratch
 from kino_refunds.dev.embedded import Servers
 from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.settings import Settings

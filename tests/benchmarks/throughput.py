@@ -35,7 +35,7 @@ from typing import Any
 import redis
 import sqlalchemy as sa
 
-from kino_refunds.demo.replay import scratch
+from kino_refunds.demo.trace_run import scratch
 from kino_refunds.dev.embedded import DATABASE, Servers
 from kino_refunds.dev.processes import CeleryProcess, settings_for, start_worker
 from kino_refunds.events.connection import redis_client

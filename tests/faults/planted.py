@@ -240,7 +240,7 @@ PLANTED = [
     ),
     Planted(
         "sweep does not look at the gate",
-        Edit(GUARD, "refused = Withheld.INTAKE_PAUSED", "refused = None"),
+        Edit(GUARD, "refused = WithheldReason.INTAKE_PAUSED", "refused = None"),
         ("paused_past_every_deadline",),
     ),
     Planted(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kino_refunds.events.schema import to_json
-from kino_refunds.reconciliation.guard import Guard, OverdueCharge, Withheld, _Message, _oldest, _Queued, _read
+from kino_refunds.reconciliation.guard import Guard, OverdueCharge, WithheldReason, _Message, _oldest, _Queued, _read
 from tests.clock import HOUR, TICK
 from tests.malformed import envelope
 from tests.pipeline import several
@@ -25,7 +25,7 @@ CHARGE = OverdueCharge(
 
 def guard(
     *,
-    refused: Withheld | None = None,
+    refused: WithheldReason | None = None,
     oldest_queued: datetime | None = None,
     queued_jobs: tuple[str, ...] = (),
     named_jobs: tuple[str, ...] = (),
@@ -40,23 +40,26 @@ def guard(
     )
 
 
-FOUND: dict[str, tuple[Guard, Withheld | None]] = {
+FOUND: dict[str, tuple[Guard, WithheldReason | None]] = {
     "nothing": (guard(), None),
-    "an event of before the timeout is queued": (guard(oldest_queued=DUE - TICK), Withheld.OLDER_MESSAGE),
-    "an event of the timeout's instant is queued": (guard(oldest_queued=DUE), Withheld.OLDER_MESSAGE),
+    "an event of before the timeout is queued": (guard(oldest_queued=DUE - TICK), WithheldReason.OLDER_MESSAGE),
+    "an event of the timeout's instant is queued": (guard(oldest_queued=DUE), WithheldReason.OLDER_MESSAGE),
     "only later events are queued": (guard(oldest_queued=DUE + TICK), None),
-    "a queued message names the job": (guard(queued_jobs=("job-1",)), Withheld.NAMED_BY_MESSAGE),
+    "a queued message names the job": (guard(queued_jobs=("job-1",)), WithheldReason.NAMED_BY_MESSAGE),
     "a queued message names another job": (guard(queued_jobs=("job-2",)), None),
-    "an event of the job is pending": (guard(named_jobs=("job-1",)), Withheld.NAMED_BY_EVENT),
+    "an event of the job is pending": (guard(named_jobs=("job-1",)), WithheldReason.NAMED_BY_EVENT),
     "an event of another job is pending": (guard(named_jobs=("job-2",)), None),
-    "a nameless letter is newer than the charge": (guard(nameless=(OPENED_AT + TICK,)), Withheld.UNREADABLE_COMPLETION),
+    "a nameless letter is newer than the charge": (
+        guard(nameless=(OPENED_AT + TICK,)),
+        WithheldReason.UNREADABLE_COMPLETION,
+    ),
     "a nameless letter came as the charge was opened": (guard(nameless=(OPENED_AT,)), None),
     "a nameless letter is older than the charge": (guard(nameless=(OPENED_AT - TICK,)), None),
     "one of many nameless letters is newer": (
         guard(nameless=(OPENED_AT - HOUR, NOW, OPENED_AT - TICK)),
-        Withheld.UNREADABLE_COMPLETION,
+        WithheldReason.UNREADABLE_COMPLETION,
     ),
-    **{f"{reason} holds for every charge": (guard(refused=reason), reason) for reason in Withheld},
+    **{f"{reason} holds for every charge": (guard(refused=reason), reason) for reason in WithheldReason},
 }
 
 
@@ -70,12 +73,12 @@ def test_what_is_found_withholds_a_presumed_timeout(found: str) -> None:
 
 def test_of_several_reasons_the_widest_is_told() -> None:
     """On-call reads the reason that holds for the most charges first: mending it may mend the others."""
-    order: tuple[tuple[Withheld, dict[str, Any]], ...] = (
-        (Withheld.REDIS_AWAY, {"refused": Withheld.REDIS_AWAY}),
-        (Withheld.OLDER_MESSAGE, {"oldest_queued": DUE}),
-        (Withheld.NAMED_BY_MESSAGE, {"queued_jobs": ("job-1",)}),
-        (Withheld.NAMED_BY_EVENT, {"named_jobs": ("job-1",)}),
-        (Withheld.UNREADABLE_COMPLETION, {"nameless": (NOW,)}),
+    order: tuple[tuple[WithheldReason, dict[str, Any]], ...] = (
+        (WithheldReason.REDIS_AWAY, {"refused": WithheldReason.REDIS_AWAY}),
+        (WithheldReason.OLDER_MESSAGE, {"oldest_queued": DUE}),
+        (WithheldReason.NAMED_BY_MESSAGE, {"queued_jobs": ("job-1",)}),
+        (WithheldReason.NAMED_BY_EVENT, {"named_jobs": ("job-1",)}),
+        (WithheldReason.UNREADABLE_COMPLETION, {"nameless": (NOW,)}),
     )
 
     for chosen in product((False, True), repeat=len(order)):
@@ -99,20 +102,22 @@ EARLY, LATE, UNREADABLE = message(b"early", DUE), message(b"late", NOW), message
         ((LATE, EARLY), (), (None, DUE)),
         ((LATE, EARLY), (b"early",), (None, NOW)),
         ((EARLY,), (b"early",), (None, None)),
-        ((LATE, UNREADABLE), (), (Withheld.UNREADABLE_MESSAGE, None)),
+        ((LATE, UNREADABLE), (), (WithheldReason.UNREADABLE_MESSAGE, None)),
         ((LATE, UNREADABLE), (b"unreadable",), (None, NOW)),
     ],
     ids=["empty", "one", "two", "one is stuck", "all is stuck", "one is unreadable", "the unreadable one is stuck"],
 )
 def test_the_oldest_event_of_what_is_not_stuck_decides(
-    messages: tuple[_Message, ...], stuck: tuple[bytes, ...], expected: tuple[Withheld | None, datetime | None]
+    messages: tuple[_Message, ...], stuck: tuple[bytes, ...], expected: tuple[WithheldReason | None, datetime | None]
 ) -> None:
     """What has been queued for a day holds back its own jobs only; the oldest of the rest holds back all."""
     assert _oldest(_Queued(refused=None, messages=messages), stuck) == expected
 
 
-@pytest.mark.parametrize("reason", [Withheld.REDIS_AWAY, Withheld.UNREADABLE_QUEUE, Withheld.BACKLOG_TOO_LARGE])
-def test_what_cannot_be_read_whole_says_nothing_of_its_oldest_event(reason: Withheld) -> None:
+@pytest.mark.parametrize(
+    "reason", [WithheldReason.REDIS_AWAY, WithheldReason.UNREADABLE_QUEUE, WithheldReason.BACKLOG_TOO_LARGE]
+)
+def test_what_cannot_be_read_whole_says_nothing_of_its_oldest_event(reason: WithheldReason) -> None:
     """Of messages that were not read none can be said to be newer than a timeout."""
     assert _oldest(_Queued(refused=reason, messages=()), ()) == (reason, None)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.demo.replay import scratch
+from kino_refunds.demo.trace_run import scratch
 from kino_refunds.dev.embedded import Servers
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.schema import Event

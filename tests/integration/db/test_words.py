@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.events.envelope import MalformedReason
-from kino_refunds.ledger.accounts import AccountStatus, JudgedStatus
+from kino_refunds.ledger.accounts import AccountStatus, PastStatus
 from kino_refunds.ledger.values import CauseKind, LotClass, LotState, SettlementKind
 from kino_refunds.policy.automatic import Clause, Reason
 from kino_refunds.settlement.breaks import BreakKind, BreakStatus
@@ -27,7 +27,7 @@ COLUMNS: dict[str, type[StrEnum]] = {
     "settlement.kind": SettlementKind,
     "settlement.reason": Reason,
     "settlement.clause": Clause,
-    "settlement.account_status": JudgedStatus,
+    "settlement.account_status": PastStatus,
     "dead_letter.status": LetterStatus,
     "break.status": BreakStatus,
 }

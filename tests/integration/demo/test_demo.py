@@ -24,7 +24,7 @@ from rich.console import Console
 from kino_refunds.cli import demo as command
 from kino_refunds.cli.output import plain
 from kino_refunds.demo import promises
-from kino_refunds.demo.figures import Snapshot, Told
+from kino_refunds.demo.figures import Snapshot, StoryReport
 from kino_refunds.demo.run import Demo, judge
 from kino_refunds.demo.stage import Stage
 from kino_refunds.dev.embedded import Servers, servers
@@ -54,7 +54,7 @@ class Seen:
 
 class Run(NamedTuple):
     servers: Servers
-    told: Told
+    told: StoryReport
     seen: Seen
     record: dict[str, Any]
 

@@ -18,7 +18,7 @@ from kino_refunds.cli.main import app
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.reconciliation.adapters import read_answers, source_of
-from kino_refunds.reconciliation.guard import Withheld
+from kino_refunds.reconciliation.guard import WithheldReason
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.breaks import BreakKind
@@ -66,7 +66,7 @@ def test_runbook_knows_every_reason() -> None:
     """Each reason of a dead letter, each kind of break and each withheld verdict has a line in the runbook."""
     rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
 
-    assert set(LetterReason) | set(BreakKind) | set(Withheld) <= rows
+    assert set(LetterReason) | set(BreakKind) | set(WithheldReason) <= rows
 
 
 def test_runbook_links_lead_somewhere() -> None:

@@ -39,7 +39,7 @@ with servers(Path(sys.argv[1]) if sys.argv[1] else None) as running:
     print(json.dumps({
         "folder": str(running.data_dir),
         "processes": [
-            running.postgres.pid, running.postgres.guard_pid, running.redis.pid, running.redis.guard_pid
+            running.postgres.pid, running.postgres.supervisor_pid, running.redis.pid, running.redis.supervisor_pid
         ],
         "child": child,
     }), flush=True)
@@ -187,7 +187,7 @@ def test_killed_guard_takes_its_server_with_it(running: Servers) -> None:
     """A guard that ends by SIGKILL ends its server, and both can be started again."""
     before = (running.postgres.pid, running.redis.pid)
     for server in (running.postgres, running.redis):
-        os.kill(server.guard_pid, signal.SIGKILL)
+        os.kill(server.supervisor_pid, signal.SIGKILL)
         until(lambda pid=server.pid: not Path("/proc", str(pid)).exists())  # type: ignore[misc]
 
         server.restart()

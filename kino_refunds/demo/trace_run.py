@@ -63,7 +63,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
+class TraceReport:
     """The figures, where the ledger disagrees with the workload, and what was settled for which reason."""
 
     figures: Figures
@@ -71,7 +71,7 @@ class Replayed:
     reasons: list[dict[str, Any]]
 
 
-class NobodyKnows:
+class AllUnknown:
     """The job source of a trace: for a job whose end was never recorded it knows nothing."""
 
     def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
@@ -87,15 +87,15 @@ def scratch() -> Iterator[Servers]:
         yield running
 
 
-def replay(
+def run_trace(
     workload: Workload, running: Servers, *, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> Replayed:
+) -> TraceReport:
     """Run `workload` through a real worker on these servers and compare every job with what must be.
 
     `progress` is told (stage, done, of) again and again. Raises ServerFailed if the worker ends.
     """
     product = create_engine(running.database_url(role="kino_product"), application_name="kino-product")
-    operator = create_engine(running.database_url(), application_name="kino-replay")
+    operator = create_engine(running.database_url(), application_name="kino-trace")
     with ExitStack() as stack:
         stack.callback(product.dispose)
         stack.callback(operator.dispose)
@@ -112,7 +112,7 @@ def replay(
         _sweep_once(operator, client)
         ended = time.monotonic()
         with operator.connect() as connection:
-            return Replayed(
+            return TraceReport(
                 _figures(connection, ended - started, published / (drained - started)),
                 list(_disagreements(connection, workload.jobs)),
                 [dict(row) for row in connection.execute(_REASONS).mappings()],
@@ -125,7 +125,7 @@ def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
     sweep_overdue(
         engine,
         client,
-        NobodyKnows(),
+        AllUnknown(),
         rules_of(settings),
         overdue=OverdueRules(
             grace=settings.overdue_grace,
