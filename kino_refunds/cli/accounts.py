@@ -54,7 +54,15 @@ def grant(
     """
     expiry = None if expires_at is None else read_time(expires_at, Edge.END)
     try:
-        wanted = Grant(reference, account, credits, lot_class, expiry, priority, purchase)
+        wanted = Grant(
+            reference=reference,
+            account_id=account,
+            credits=credits,
+            lot_class=lot_class,
+            expires_at=expiry,
+            priority=priority,
+            purchase_id=purchase,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with product_connection() as connection:

@@ -139,7 +139,7 @@ class Queues:
         if not 1 <= limit <= CLAIM_LIMIT_MAX:
             raise ValueError(f"a claim takes 1 to {CLAIM_LIMIT_MAX} messages, not {limit}")
         token, again, crashes, skipped, lists = self._run(
-            self._claim, limit, max_bytes, self._alive_ms, int(self._recovered_next), parts=5
+            self._claim, (limit, max_bytes, self._alive_ms, int(self._recovered_next)), parts=5
         )
         claim = Claim(
             token=token.decode(),
@@ -159,7 +159,7 @@ class Queues:
         Returns how many workers ended with that event in work; None if the batch is not in flight under this token.
         An `index` of None says that it is none of them: a crash is the whole message's again.
         """
-        crashes = self._run(self._begin, token, self._alive_ms, "" if index is None else index)
+        crashes = self._run(self._begin, (token, self._alive_ms, "" if index is None else index))
         return None if crashes < 0 else int(crashes)
 
     def drop(self, token: str) -> bool:
@@ -168,15 +168,15 @@ class Queues:
         False: it is not in flight under this token (any more). It was dropped before, by this very call when
         its answer was lost, or handed on after this worker seemed dead. Neither needs anything done.
         """
-        return bool(self._run(self._drop, token, ELEMENTS_MAX))
+        return bool(self._run(self._drop, (token, ELEMENTS_MAX)))
 
     def release(self, token: str) -> int:
         """Put an undecided batch back where it is claimed next, in its order; return how many messages."""
-        return int(self._run(self._release, token))
+        return int(self._run(self._release, (token,)))
 
     def refresh(self) -> None:
         """Say that this worker lives, for another alive TTL; between sub-batches, and while it backs off."""
-        self._run(self._refresh, self._alive_ms)
+        self._run(self._refresh, (self._alive_ms,))
 
     def bind(self) -> BindReport:
         """Put back kombu's bindings of our queues that are missing; writes nothing where none is.
@@ -184,7 +184,7 @@ class Queues:
         Without its binding, which a FLUSHALL takes, a live kombu `SimpleQueue` drops what it is given without
         an error. A binding's key that holds something foreign is left alone and named.
         """
-        restored, skipped = self._run(self._bind, self._alive_ms, parts=2)
+        restored, skipped = self._run(self._bind, (self._alive_ms,), parts=2)
         return BindReport(restored=_names(restored), skipped=_names(skipped))
 
     def leave(self) -> None:
@@ -193,12 +193,12 @@ class Queues:
 
     def recover(self) -> Recovery:
         """Move what dead workers had in flight to the recovered lists. Any worker may, at any time."""
-        workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S, parts=3)
+        workers, messages, skipped = self._run(self._recover, (_CRASH_TTL_S,), parts=3)
         return Recovery(workers=_names(workers), messages=messages, skipped=_names(skipped))
 
-    def _run(self, script: Any, *arguments: str | int, parts: int = 0) -> Any:
+    def _run(self, script: Any, arguments: Sequence[str | int] = (), *, parts: int = 0) -> Any:
         try:
-            return _answer(script, self._worker_id, *arguments, parts=parts)
+            return _answer(script, (self._worker_id, *arguments), parts=parts)
         except redis.ResponseError as error:
             if str(error).startswith("WRONG TYPE "):
                 raise WrongKeyType(str(error).removeprefix("WRONG TYPE ")) from error
@@ -211,7 +211,8 @@ def read_queued(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16
     Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
     asks needs to know no more.
     """
-    complete, unreadable, lists = _answer(client.register_script(_script("names", "queued")), limit, max_bytes, parts=3)
+    script = client.register_script(_script("names", "queued"))
+    complete, unreadable, lists = _answer(script, (limit, max_bytes), parts=3)
     return QueuedMessages(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
@@ -229,7 +230,7 @@ def depths(client: redis.Redis) -> dict[str, int]:
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
 
 
-def _answer(script: Any, *arguments: str | int, parts: int = 0) -> Any:
+def _answer(script: Any, arguments: Sequence[str | int] = (), *, parts: int = 0) -> Any:
     """Run a script and return its answer, a list of so many `parts` where it is one; raises RedisError otherwise."""
     try:
         answer = script(keys=QUEUE_KEYS, args=arguments)
