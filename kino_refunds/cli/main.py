@@ -42,7 +42,7 @@ from kino_refunds.settings import unknown_names
 
 app = typer.Typer(
     name="kino-refunds",
-    help="Credits come back by themselves when a generation fails. Settings are KINO_* variables; see the README."
+    help="Credits come back by themselves when a generation fails. Settings are KINO_* variables; see deploy/README.md."
     "\n\nExample: kino-refunds doctor",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
