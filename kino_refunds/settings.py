@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
     product_database_url: SecretStr | None = Field(
         None,
-        description="Postgres, as `kino_product`; for `charges open` and `grant`. Unset: `KINO_DATABASE_URL`.",
+        description="Postgres, as `kino_product`; for `charges open` and `accounts grant`. Unset: `KINO_DATABASE_URL`.",
     )
     migration_database_url: SecretStr | None = Field(
         None, description="Postgres, as `kino_owner`; only `migrate` uses it."

@@ -36,7 +36,7 @@ COMMANDS = (
     "kino-refunds dead-letters replay LETTER --edited .kino-demo/corrected.json --dry-run",
     "kino-refunds dead-letters replay LETTER --edited .kino-demo/corrected.json",
     "kino-refunds why walk-1",
-    "kino-refunds balance acme",
+    "kino-refunds accounts show acme",
     "kino-refunds schedule",
 )
 """LETTER is the number that the list has given."""

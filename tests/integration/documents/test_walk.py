@@ -39,7 +39,7 @@ def test_walk_prints_what_its_page_shows(demo: walk.KeptDemo) -> None:
 
 def test_walk_moves_the_credits_once(demo: walk.KeptDemo) -> None:
     """After the walk the customer has every credit back, and the letter is closed by the person who replayed it."""
-    assert re.search(r"available\s+100\nheld\s+0\n", demo.shell("kino-refunds balance acme"))
+    assert re.search(r"available\s+100\nheld\s+0\n", demo.shell("kino-refunds accounts show acme"))
     assert "no open dead letters" in demo.shell("kino-refunds dead-letters list --job walk-1")
 
 
