@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, cycle
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -23,6 +24,7 @@ from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import PREFIX
 from tests.command_line import Result, Run
 from tests.failing import BadBuild
+from tests.node import install_packages
 from tests.scenario import Scene
 
 TEMPLATE = "kino_template"
@@ -150,6 +152,14 @@ def redis(redis_url: str) -> Iterator[Redis]:
     """Give the test a client of its Redis db."""
     with Redis.from_url(redis_url) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give tests a folder outside of the repository for programs in Node; skips where Node or npm's registry is not."""
+    folder = tmp_path_factory.mktemp("node")
+    install_packages(folder)
+    return folder
 
 
 @pytest.fixture

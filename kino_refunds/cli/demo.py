@@ -226,5 +226,5 @@ Everything stays up until Ctrl-C. In another terminal, from this folder:
   kino-refunds why walk-1
   kino-refunds dead-letters list --job walk-1
 
-The README's five-minute walk goes on from there.
+The five-minute walk in kino_refunds/demo/README.md goes on from there.
 """
