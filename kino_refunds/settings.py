@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
     product_database_url: SecretStr | None = Field(
         None,
-        description="Postgres, as `kino_product`; for `charges open` and `grant`. Unset: `KINO_DATABASE_URL`.",
+        description="Postgres, as `kino_product`; for `charges open` and `accounts grant`. Unset: `KINO_DATABASE_URL`.",
     )
     migration_database_url: SecretStr | None = Field(
         None, description="Postgres, as `kino_owner`; only `migrate` uses it."
@@ -72,8 +72,8 @@ class Settings(BaseSettings):
     )
     job_source: Literal["none", "sql", "http"] | None = Field(
         None,
-        description="Who knows how a job ended that sent no event: `sql`, `http`, or `none` (then it counts as timed"
-        " out). No default: unset, such a job is never found.",
+        description="What knows how a job ended whose event never came: `sql`, `http`, or `none` (then it counts as"
+        " timed out). No default: unset, such a job is never found.",
     )
     job_source_url: SecretStr | None = Field(
         None, description="The source's database (`sql`) or endpoint (`http`; https, except on loopback)."
@@ -88,23 +88,24 @@ class Settings(BaseSettings):
         10.0, description="A source that does not answer within this has not answered; the sweep asks again."
     )
     overdue_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
-        60.0, description="Pause between overdue sweeps: with three asks a verdict stays within P9's 5 min."
+        60.0, description="Pause between overdue sweeps: with three asks a presumed timeout stays within P9's 5 min."
     )
     relay_queue: str | None = Field(
-        None, description="Where the product hears of refunds (`kino.credits-refunded`). Unset: nobody is told."
+        None,
+        description="Where the product hears of refunds (`kino.credits-refunded`). Unset: the product is not told.",
     )
     relay_every_s: Annotated[float, Field(ge=1, le=DAY_S)] = Field(
         5.0, description="Pause between relay rounds: the balance is right at once, this is only the news of it."
     )
     overdue_grace_s: Annotated[float, Field(ge=0, le=30 * DAY_S)] = Field(
-        60.0, description="A job's event may come this long after its deadline before anybody asks."
+        60.0, description="A job's event may come this long after its deadline before the source is asked."
     )
     overdue_asks: Annotated[int, Field(ge=1, le=1_000)] = Field(
-        3, description="The source must not know a job this many times before we say that it timed out."
+        3, description="The source must not know a job this many times before we presume that it timed out."
     )
     overdue_ask_window_s: Annotated[float, Field(ge=0, le=DAY_S)] = Field(
         180.0,
-        description="Those asks are spread over this time, so that one bad minute of the source is not a verdict.",
+        description="Those asks are spread over this time, so that one bad minute of the source is not enough.",
     )
     overdue_running_max_h: Annotated[float, Field(gt=0, le=365 * 24)] = Field(
         24.0, description="A job that is still running this long after its deadline is a break."
@@ -123,7 +124,7 @@ class Settings(BaseSettings):
         30_000, description="The bound on a whole transaction, where the server has one (Postgres 17)."
     )
     tcp_user_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
-        10_000, description="A connection whose packets nobody answers is dead after this."
+        10_000, description="A connection whose packets are not answered is dead after this."
     )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="`auto`: for people on a terminal, JSON otherwise. `json`: also one line for each command."

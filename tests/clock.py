@@ -20,6 +20,10 @@ from kino_refunds.settlement.decide import Ruling
 from kino_refunds.settlement.deliveries import Delivery
 from kino_refunds.settlement.rules import Rules
 
+SECOND, MINUTE, HOUR, DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
+TICK = timedelta(microseconds=1)
+"""The smallest step of Postgres' clock and of Python's."""
+
 _INSTALL = """
 CREATE SCHEMA IF NOT EXISTS kino_test;
 GRANT USAGE ON SCHEMA kino_test TO PUBLIC;

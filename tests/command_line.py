@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -33,6 +34,8 @@ AWAY_PORT = 1
 HOSTILE = "\x1b[2J\x9b31m[red]\u202egnp.exe[/red]\x07"
 """Clears the screen, colours by C1, reverses what follows, rings; and rich's markup, if anybody reads it as such."""
 HARMLESS = "[red]"
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\x00\r\x7f"
+MARKUP = "[bold red]x[/] [link=http://evil]y[/link] :warning: [/nonsense]"
 
 
 def error(text: str, code: int = 2) -> Result:
@@ -46,4 +49,15 @@ def outside() -> dict[str, str]:
 
 
 def lines(*events: object) -> bytes:
+    """Events as `publish` reads them, one JSON document a line; bytes as they are."""
     return b"".join(each if isinstance(each, bytes) else to_json(each) + b"\n" for each in events)  # type: ignore[arg-type]
+
+
+def harmless(said: Result) -> bool:
+    """Nothing that was printed acts on a terminal."""
+    return all(c.isprintable() or c == "\n" for c in said.out + said.err)
+
+
+def squeezed(text: str) -> str:
+    """A text without its white space: a table breaks lines where it must."""
+    return re.sub(r"\s+", "", text)

@@ -6,8 +6,10 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, cycle
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -21,9 +23,12 @@ from kino_refunds.dev.embedded import Servers, servers
 from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import PREFIX
 from tests.command_line import Result, Run
+from tests.failing import BadBuild
+from tests.node import install_packages
 from tests.scenario import Scene
 
 TEMPLATE = "kino_template"
+INSUFFICIENT_PRIVILEGE = "42501"
 
 _database_numbers = count(1)
 # Db 0 stays empty: what talks to it in a test forgot to ask for a db of its own.
@@ -40,6 +45,27 @@ class Database:
     def url(self, role: str = "kino_worker") -> str:
         """Return its SQLAlchemy URL for a role; `postgres` is the superuser."""
         return self.servers.database_url(role=role, database=self.name)
+
+    @contextmanager
+    def connect(self, role: str) -> Iterator[sa.Connection]:
+        """Open a session of a role; what it leaves open is undone."""
+        engine = create_engine(self.url(role), pooled=False)
+        with engine.connect() as connection:
+            yield connection
+
+    def execute(self, role: str, *statements: str) -> None:
+        """Run statements as a role, in one transaction."""
+        with self.connect(role) as connection, connection.begin():
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+    def refusal(self, role: str, *statements: str) -> str | None:
+        """Run statements as a role; return the SQLSTATE by which one of them is refused, None if none is."""
+        try:
+            self.execute(role, *statements)
+        except sa.exc.DBAPIError as error:
+            return getattr(error.orig, "sqlstate", None)
+        return None
 
 
 @pytest.fixture(scope="session")
@@ -84,10 +110,8 @@ def engine(database: Database) -> Iterator[sa.Engine]:
 @pytest.fixture
 def connection(request: pytest.FixtureRequest, database: Database) -> Iterator[sa.Connection]:
     """Give the test one connection as its module's CONNECTS_AS, else as kino_worker; what it leaves open is undone."""
-    engine = create_engine(database.url(getattr(request.module, "CONNECTS_AS", "kino_worker")))
-    with engine.connect() as connection:
+    with database.connect(getattr(request.module, "CONNECTS_AS", "kino_worker")) as connection:
         yield connection
-    engine.dispose()
 
 
 @pytest.fixture
@@ -100,18 +124,15 @@ def scene(database: Database) -> Iterator[Scene]:
 @pytest.fixture
 def product(database: Database) -> Iterator[sa.Connection]:
     """Give the test a connection as kino_product, which grants and charges."""
-    engine = create_engine(database.url("kino_product"))
-    with engine.connect() as connection:
+    with database.connect("kino_product") as connection:
         yield connection
-    engine.dispose()
 
 
 @pytest.fixture
 def sound_books(database: Database) -> Iterator[None]:
     """Whatever the test did, the books it leaves are sound."""
     yield
-    engine = create_engine(database.url("kino_read"), pooled=False)
-    with engine.connect() as connection:
+    with database.connect("kino_read") as connection:
         assert violations(connection) == []
 
 
@@ -131,6 +152,14 @@ def redis(redis_url: str) -> Iterator[Redis]:
     """Give the test a client of its Redis db."""
     with Redis.from_url(redis_url) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give tests a folder outside of the repository for programs in Node; skips where Node or npm's registry is not."""
+    folder = tmp_path_factory.mktemp("node")
+    install_packages(folder)
+    return folder
 
 
 @pytest.fixture
@@ -169,3 +198,17 @@ def run(bare: Run, database: Database, redis_url: str) -> Run:
         "KINO_JOB_SOURCE": "none",
     }
     return lambda *arguments, stdin=b"", **environment: bare(*arguments, stdin=stdin, **(urls | environment))
+
+
+@pytest.fixture
+def bad_build(monkeypatch: pytest.MonkeyPatch) -> BadBuild:
+    """Give the test a build that makes a mistake with the jobs that the test names."""
+    return BadBuild(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def own_servers() -> Iterator[Servers]:
+    """Servers of this file alone: its tests may kill them and fill them up."""
+    with servers() as running:
+        migrate(running.database_url(role="kino_owner"))
+        yield running

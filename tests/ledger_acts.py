@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,11 +22,10 @@ from kino_refunds.ledger import (
     void_purchase,
 )
 from kino_refunds.ledger.values import SettlementKind
-from tests.clock import clock_at, release_purchase, settle_charges
+from tests.clock import DAY, clock_at, release_purchase, settle_charges
 from tests.scenario import until
 
 NOW = datetime.now(UTC)
-DAY = timedelta(days=1)
 GRACE = 7 * DAY
 LATER = NOW + 30 * DAY
 
@@ -129,3 +128,18 @@ def balance_at(connection: sa.Connection, account_id: str, at: datetime) -> Bala
 
     until(ask)
     return found[0]
+
+
+def expiries(connection: sa.Connection) -> list[datetime | None]:
+    return list(connection.exec_driver_sql("SELECT expires_at FROM kino.credit_lot ORDER BY lot_id").scalars())
+
+
+def transfers(
+    connection: sa.Connection, *kinds: str, columns: str = "charge_id, lot_id, to_lot_id, credits"
+) -> list[tuple[Any, ...]]:
+    """Every transfer of these kinds: its kind, and these columns."""
+    rows = connection.execute(
+        sa.text(f"SELECT kind, {columns} FROM kino.transfer WHERE kind = ANY(:kinds) ORDER BY transfer_id"),
+        {"kinds": list(kinds)},
+    )
+    return [tuple(row) for row in rows]

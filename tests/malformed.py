@@ -10,11 +10,13 @@ import bz2
 import gzip
 import json
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from kino_refunds.events.envelope import ELEMENTS_MAX, MESSAGE_BYTES_MAX, MalformedReason
 
 NOT_UTF_8 = b"\xff"
+TEN_KB = "x" * 10_000
 WHITE_SPACE = {
     "a space": " ",
     "a tab": "\t",
@@ -74,6 +76,10 @@ def envelope(body: object, /, *, delivery_tag: str = "tag-1", **changes: Any) ->
     }
     changed = {name.replace("_", "-"): value for name, value in changes.items()}
     return bare({**document, **changed})
+
+
+WIRE_FORMS: dict[str, Callable[[bytes], bytes]] = {"bare": lambda raw: raw, "kombu": envelope}
+"""What carries the bytes of an event on a queue."""
 
 
 def celery_task(name: str = "video.render", *, task_id: str = "task-1", body: object = None) -> bytes:

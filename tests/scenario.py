@@ -38,11 +38,12 @@ from kino_refunds.ledger import (
     set_account_status,
 )
 from kino_refunds.policy.document import Policy, published_policy
+from kino_refunds.settlement.dead_letters import DeadLetter
 from kino_refunds.settlement.decide import Busy, Ruling
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
 from kino_refunds.settlement.retries import sweep_retries
 from kino_refunds.settlement.rules import Rules
-from tests.clock import clock_at, settle_at, settle_batch_at
+from tests.clock import clock_at, record_dead_letters, settle_at, settle_batch_at
 
 if TYPE_CHECKING:
     from tests.conftest import Database
@@ -229,6 +230,11 @@ class Scene:
         reversal = Reversal(charge.charge_id, "generation_failure", "2.failure", "2025-12-14", "ticket-1", "test")
         with self.oncall.begin() as connection:
             reverse_charges(connection, [reversal])
+
+    def keep(self, *letters: DeadLetter, at: datetime = NOW) -> None:
+        """Write dead letters as a worker does, at an instant."""
+        with self.worker.begin() as connection:
+            record_dead_letters(connection, letters, now=at, build="test")
 
     def as_superuser(self, *statements: str) -> None:
         """Change what no role that runs may change: to plant a fault."""

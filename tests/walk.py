@@ -1,6 +1,6 @@
-"""The README's five-minute walk: run its commands against a demo that was kept, and take down what they print.
+"""The five-minute walk: run its commands against a demo that was kept, and take down what they print.
 
-    python -m tests.walk        # a whole demo, then the walk; rewrites both outputs in the README
+    python -m tests.walk        # a whole demo, then the walk; rewrites what the README and the demo's page show
 
 The tests do the same with a small demo, and compare.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,12 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kino_refunds.settings import PREFIX
+from tests.documents import DEMO, README, rewrite
 
-README = Path(__file__).parents[1] / "README.md"
 KINO_REFUNDS = Path(sys.executable).with_name("kino-refunds")
 DEADLINE_S = 240.0
 LOOK_EVERY_S = 0.1
 READY = "Everything stays up until Ctrl-C."
+PROMISES = "the promises, checked by"
+"""Begins the last part of the demo's output, which the README shows; its own page shows what comes before."""
 
 COMMANDS = (
     "kino-refunds publish .kino-demo/misdirected.jsonl",
@@ -35,7 +36,7 @@ COMMANDS = (
     "kino-refunds dead-letters replay LETTER --edited .kino-demo/corrected.json --dry-run",
     "kino-refunds dead-letters replay LETTER --edited .kino-demo/corrected.json",
     "kino-refunds why walk-1",
-    "kino-refunds balance acme",
+    "kino-refunds accounts show acme",
     "kino-refunds schedule",
 )
 """LETTER is the number that the list has given."""
@@ -115,18 +116,10 @@ def _letter(demo: KeptDemo) -> str:
     raise RuntimeError("the misdirected event did not become a dead letter")
 
 
-def block(name: str) -> str:
-    """The text of the README's code block behind a marker."""
-    found = re.search(rf"<!-- {name} -->\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None, f"the README has no block {name}"
-    return found[1]
-
-
-def rewrite(name: str, text: str) -> None:
-    """Put `text` into the README's code block behind a marker."""
-    readme = README.read_text(encoding="utf-8")
-    text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
-    README.write_text(readme.replace(f"<!-- {name} -->\n```\n{block(name)}```", f"<!-- {name} -->\n```\n{text}```"))
+def halves(output: str) -> tuple[str, str]:
+    """Part the demo's output into its story with the figures, and the promises."""
+    story, marker, promises = output.partition(PROMISES)
+    return story.strip("\n"), (marker + promises).strip("\n")
 
 
 def written(steps: Iterator[tuple[str, str]]) -> str:
@@ -136,8 +129,10 @@ def written(steps: Iterator[tuple[str, str]]) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, kept_demo(Path(folder), 5_000) as demo:
-        rewrite("demo", demo.output.strip("\n") + "\n")
-        rewrite("walk", written(walk(demo)))
+        story, promises = halves(demo.output)
+        rewrite(DEMO, "demo", story)
+        rewrite(README, "promises", promises)
+        rewrite(DEMO, "walk", written(walk(demo)))
 
 
 if __name__ == "__main__":

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Literal
 
-import sqlalchemy as sa
 import typer
 from rich.text import Text
 
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, said
-from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, shown
-from kino_refunds.settlement.breaks import accept_break
+from kino_refunds.cli.output import console, print_facts, print_items, print_json, shown
+from kino_refunds.desk import breaks as desk
+from kino_refunds.settlement.breaks import BreakStatus, accept_break
 
 Number = Annotated[int, typer.Argument(help="The break's number.", metavar="NUMBER")]
-
-_LIST = sa.text("""
-    SELECT break_id AS number, kind, job_id, credits, seen, first_seen_at, last_seen_at, status
-    FROM kino.break WHERE (:status = 'all' OR status = :status) AND break_id > :after
-    ORDER BY break_id LIMIT :limit
-""")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    breaks = typer.Typer(
-        help="Where somebody disagrees with the ledger.\n\nExample: kino-refunds breaks list", no_args_is_help=True
-    )
-    breaks.command("list")(list_breaks)
-    breaks.command("show")(show)
-    breaks.command("accept")(accept)
-    app.add_typer(breaks, name="breaks")
 
 
 def list_breaks(
@@ -45,37 +29,30 @@ def list_breaks(
     Example: kino-refunds breaks list
     """
     with ledger_connection() as connection:
-        found = connection.execute(_LIST, {"status": status, "after": after, "limit": limit})
-        rows = [dict(row) for row in found.mappings()]
+        found = desk.list_breaks(
+            connection, status=None if status == "all" else BreakStatus(status), after=after, limit=limit
+        )
     print_items(
-        rows,
-        next_cursor=rows[-1]["number"] if len(rows) == limit else None,
+        [asdict(each) for each in found],
+        next_cursor=found[-1].number if len(found) == limit else None,
         as_json=as_json,
         empty="no breaks" if status == "all" else f"no {status} breaks",
     )
-    return 1 if any(row["status"] == "open" for row in rows) else 0
+    return 1 if any(each.status == BreakStatus.OPEN for each in found) else 0
 
 
-def show(number: Number, as_json: AsJson = False) -> int:
+def show(number: Number, as_json: AsJson = False) -> None:
     """Show a break: who says what.
 
     Example: kino-refunds breaks show 3
     """
     with ledger_connection() as connection:
-        row = (
-            connection.execute(sa.text("SELECT * FROM kino.break WHERE break_id = :number"), {"number": number})
-            .mappings()
-            .one_or_none()
-        )
-    if row is None:
-        print_error(f"there is no break {number}; see `kino-refunds breaks list --status all`")
-        return 1
+        found = desk.read_break(connection, number)
     if as_json:
-        print_json(dict(row))
+        print_json(found)
     else:
-        print_facts((name.replace("_", " "), value) for name, value in row.items())
-        console.print(Text.assemble("next: kino-refunds why ", shown(row["job_id"]), style="dim"))
-    return 0
+        print_facts((name.replace("_", " "), value) for name, value in asdict(found).items())
+        console.print(Text.assemble("next: kino-refunds why ", shown(found.job_id), style="dim"))
 
 
 def accept(

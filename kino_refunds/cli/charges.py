@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-import sqlalchemy as sa
 import typer
 
 from kino_refunds import ledger
@@ -22,6 +21,7 @@ from kino_refunds.cli.options import (
 )
 from kino_refunds.cli.output import print_facts, print_items, print_json
 from kino_refunds.db.clock import read_clock
+from kino_refunds.desk import charges as desk
 from kino_refunds.ledger import ChargeRequest
 from kino_refunds.settings import load_settings
 
@@ -31,37 +31,7 @@ DEADLINE_MIN_MAX = 365 * 24 * 60
 _LATER = datetime(9998, 1, 1, tzinfo=UTC)
 """Stands where the deadline will, until the ledger has been asked what time it is."""
 
-_LIST = sa.text("""
-    SELECT c.charge_id AS number, c.job_id, c.account_id, c.credits, s.status, c.opened_at, c.deadline_at,
-           floor(extract(epoch FROM kino.clock() - c.opened_at))::bigint AS age_s,
-           o.charge_id IS NOT NULL AND o.deadline_at + CAST(:grace AS interval) < kino.clock() AS overdue
-    FROM kino.charge c
-    JOIN kino.charge_status s USING (job_id)
-    LEFT JOIN kino.open_charge o USING (charge_id)
-    WHERE c.charge_id > :after AND (CAST(:account_id AS text) IS NULL OR c.account_id = :account_id)
-    ORDER BY c.charge_id LIMIT :limit
-""")
-# From the table of what is open alone: of a ledger's charges these are few, and the others need not be read.
-_LIST_OPEN = sa.text("""
-    SELECT o.charge_id AS number, c.job_id, o.account_id, o.credits, 'open' AS status, c.opened_at, o.deadline_at,
-           floor(extract(epoch FROM kino.clock() - c.opened_at))::bigint AS age_s,
-           o.deadline_at + CAST(:grace AS interval) < kino.clock() AS overdue
-    FROM kino.open_charge o JOIN kino.charge c USING (charge_id)
-    WHERE o.charge_id > :after AND (CAST(:account_id AS text) IS NULL OR o.account_id = :account_id)
-    ORDER BY o.charge_id LIMIT :limit
-""")
 _ONLY_IN_JSON = frozenset({"opened_at"})
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    charges = typer.Typer(
-        help="What jobs have taken from their accounts.\n\nExample: kino-refunds charges list --open",
-        no_args_is_help=True,
-    )
-    charges.command("list")(list_charges)
-    charges.command("open")(open_charge)
-    app.add_typer(charges, name="charges")
 
 
 def list_charges(
@@ -79,11 +49,17 @@ def list_charges(
     Example: kino-refunds charges list --open
     """
     settings = load_settings()
-    wanted = {"after": after, "account_id": account, "limit": limit, "grace": settings.overdue_grace}
     with ledger_connection(settings) as connection:
-        found = connection.execute(_LIST_OPEN if only_open else _LIST, wanted)
-        rows = [dict(row) for row in found.mappings()]
-    cursor = rows[-1]["number"] if len(rows) == limit else None
+        found = desk.list_charges(
+            connection,
+            only_open=only_open,
+            account_id=account,
+            after=after,
+            limit=limit,
+            grace=settings.overdue_grace,
+        )
+    cursor = found[-1].number if len(found) == limit else None
+    rows = [asdict(each) for each in found]
     if not as_json:
         rows = [_for_people(row) for row in rows]
     empty = f"no {'more ' if after else ''}{'open ' if only_open else ''}charges"
@@ -124,7 +100,7 @@ def open_charge(
         raise typer.BadParameter(str(error)) from error
     with product_connection() as connection:
         if instant is not None:
-            require_future(connection, "--deadline", instant, although_past=although_past)
+            require_future("--deadline", instant, now=read_clock(connection), although_past=although_past)
         elif wait is not None:
             wanted = replace(wanted, deadline_at=read_clock(connection) + wait)
         charge = ledger.open_charges(connection, [wanted], actor=by)[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from dataclasses import asdict
 from datetime import UTC
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import sqlalchemy as sa
 import typer
 
 from kino_refunds.cli.exit_codes import FINDING
@@ -23,49 +23,19 @@ from kino_refunds.cli.output import (
     print_table,
     shown,
 )
+from kino_refunds.desk import letters as desk
 from kino_refunds.desk.protection import ALL, Protection, discard_although_open, read_protection
 from kino_refunds.desk.replays import Replay, note_letter, replay_letter, require_letter
 from kino_refunds.errors import DeadLetterClosed, LetterProtects, MalformedMessage
-from kino_refunds.events.envelope import opened, split
+from kino_refunds.intake.gate import read_gate
 from kino_refunds.settings import load_settings
-from kino_refunds.settlement.dead_letters import storable
+from kino_refunds.settlement.dead_letters import LetterStatus
 from kino_refunds.settlement.rules import rules_of
-
-RAW_SHOWN_MAX = 4_000
 
 Number = Annotated[int, typer.Argument(help="The letter's number.", metavar="NUMBER")]
 
-# What is at stake is joined and not stored: a job that was settled by another event has nothing at stake.
-_LIST = sa.text("""
-    SELECT d.dead_letter_id AS number, d.reason, d.job_id, d.event_id, d.queue, d.element_index,
-           CASE WHEN c.charge_id IS NULL OR s.charge_id IS NOT NULL THEN 0 ELSE c.credits END AS credits_at_stake,
-           d.seen, d.last_seen_at, d.status, d.group_fingerprint AS "group", d.detail
-    FROM kino.dead_letter d
-    LEFT JOIN kino.charge c ON c.job_id = d.job_id
-    LEFT JOIN kino.settlement s ON s.charge_id = c.charge_id
-    WHERE (:status = 'all' OR d.status = :status)
-      AND (CAST(:reason AS text) IS NULL OR d.reason = :reason)
-      AND (CAST(:job_id AS text) IS NULL OR d.job_id = :job_id OR d.other_job_ids @> ARRAY[CAST(:job_id AS text)])
-      AND (CAST(:group AS text) IS NULL OR d.group_fingerprint = :group)
-      AND d.dead_letter_id > :after
-    ORDER BY d.dead_letter_id LIMIT :limit
-""")
 _ONLY_IN_JSON = frozenset({"detail", "queue", "group", "element_index"})
 _IN_A_TABLE = {"credits_at_stake": "at_stake"}
-_SHOW = sa.text("SELECT * FROM kino.dead_letter WHERE dead_letter_id = :number")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    letters = typer.Typer(
-        help="Messages that a person has to look at.\n\nExample: kino-refunds dead-letters list", no_args_is_help=True
-    )
-    letters.command("list")(list_letters)
-    letters.command("show")(show)
-    letters.command("replay")(replay)
-    letters.command("discard")(discard)
-    letters.command("note")(note)
-    app.add_typer(letters, name="dead-letters")
 
 
 def list_letters(
@@ -83,9 +53,17 @@ def list_letters(
 
     Example: kino-refunds dead-letters list --reason account_mismatch
     """
-    wanted = {"status": status, "reason": reason, "job_id": job, "group": group, "after": after, "limit": limit}
     with ledger_connection() as connection:
-        rows = [dict(row) for row in connection.execute(_LIST, wanted).mappings()]
+        found = desk.list_letters(
+            connection,
+            status=None if status == "all" else LetterStatus(status),
+            reason=reason,
+            job_id=job,
+            group=group,
+            after=after,
+            limit=limit,
+        )
+    rows = [asdict(each) for each in found]
     if not as_json:
         rows = [
             {_IN_A_TABLE.get(name, name): value for name, value in row.items() if name not in _ONLY_IN_JSON}
@@ -93,7 +71,7 @@ def list_letters(
         ]
     print_items(
         rows,
-        next_cursor=rows[-1]["number"] if len(rows) == limit else None,
+        next_cursor=found[-1].number if len(found) == limit else None,
         as_json=as_json,
         empty="no dead letters" if status == "all" else f"no {status} dead letters",
     )
@@ -103,7 +81,7 @@ def show(
     number: Number,
     save: Annotated[Path | None, typer.Option(help="Write the exact bytes of the message to this new file.")] = None,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Show a dead letter whole: reason, history, notes and the message.
 
     Bytes that would act on a terminal are shown escaped. The body of a message that kombu wrote is also shown
@@ -112,22 +90,14 @@ def show(
     Example: kino-refunds dead-letters show 7 --save message.bin
     """
     with ledger_connection() as connection:
-        row = connection.execute(_SHOW, {"number": number}).mappings().one_or_none()
-    if row is None:
-        print_error(f"there is no dead letter {number}; see `kino-refunds dead-letters list --status all`")
-        return 1
-    letter: dict[str, Any] = dict(row)
-    raw = bytes(letter.pop("raw"))
-    letter["message_key"] = bytes(letter["message_key"]).hex()
-    letter["message_bytes"] = len(raw)
-    letter["message"] = _readable(raw)
-    letter["body"] = _body(raw, letter["element_index"])
+        letter = asdict(desk.read_letter(connection, number))
+    raw = letter.pop("raw")
     if save is not None:
         with save.open("xb") as file:  # what is there is somebody's
             file.write(raw)
     if as_json:
         print_json(letter)
-        return 0
+        return
     lists = {name: letter.pop(name) for name in ("history", "notes")}
     exception = letter.pop("exception")
     print_facts((name.replace("_", " "), value) for name, value in letter.items())
@@ -139,19 +109,6 @@ def show(
     if exception:
         console.print("\nexception", style="bold")
         console.print(exception)
-    return 0
-
-
-def _readable(content: bytes) -> str:
-    return storable(content.decode("utf-8", "backslashreplace"), RAW_SHOWN_MAX)
-
-
-def _body(raw: bytes, element_index: int | None) -> str | None:
-    """Show what a message says where its own bytes do not: inside kombu's base64, or at its place among others."""
-    if element_index is not None:
-        return next((_readable(each.content) for each in split(raw) or () if each.index == element_index), None)
-    body = opened(raw)
-    return None if body is None else _readable(body)
 
 
 def replay(
@@ -187,7 +144,7 @@ def replay(
             for number in numbers:
                 require_letter(connection, number)
             if not dry_run:
-                warn_if_paused(connection)
+                warn_if_paused(read_gate(connection))
         try:
             for number in dict.fromkeys(numbers):
                 try:

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import redis
-import sqlalchemy as sa
 import typer
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,9 +18,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kino_refunds.cli.dev import exports
+from kino_refunds.cli.exit_codes import explained_by_server
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_facts, print_json, print_table, print_whole, shown
-from kino_refunds.cli.servers import exports, interrupted_by_signals, stopping
+from kino_refunds.cli.signals import interrupted_by_signals, stopping
 from kino_refunds.demo.figures import Snapshot, StoryReport
 from kino_refunds.demo.run import Demo
 from kino_refunds.demo.stage import Stage
@@ -38,11 +38,6 @@ LAST_LOOK_S = 2.0
 FINDINGS_SHOWN = 5
 _WORDS = {"held": ("held", "green"), "late": ("late", "yellow"), "broken": ("BROKEN", "bold red")}
 _MARKS = {"broken": ("BROKEN", "bold red"), "healed": ("HEALED", "bold green"), "": ("      ", "")}
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("demo")(demo)
 
 
 def demo(
@@ -68,8 +63,9 @@ def demo(
         stage = stack.enter_context(Stage(stack.enter_context(servers())))
         try:
             told = Demo(stage, view, jobs=jobs, seed=seed, started=started).run()
-        except (sa.exc.SQLAlchemyError, redis.RedisError, DependencyAway):
-            stage.require_alive(for_s=LAST_LOOK_S)  # where a server of ours has ended, that is what happened
+        except Exception as error:
+            if isinstance(error, DependencyAway) or explained_by_server(error) is not None:
+                stage.require_alive(for_s=LAST_LOOK_S)  # where a server of ours has ended, that is what happened
             raise
         view.close()
         if as_json:
@@ -230,5 +226,5 @@ Everything stays up until Ctrl-C. In another terminal, from this folder:
   kino-refunds why walk-1
   kino-refunds dead-letters list --job walk-1
 
-The README's five-minute walk goes on from there.
+The five-minute walk in kino_refunds/demo/README.md goes on from there.
 """

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
@@ -20,11 +19,6 @@ from kino_refunds.errors import BadSettings
 from kino_refunds.settings import load_settings
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red", "away": "bold red"}
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("doctor")(doctor)
 
 
 def doctor(as_json: AsJson = False) -> int:

@@ -16,17 +16,6 @@ from kino_refunds.intake.heartbeat import read_workers
 from kino_refunds.settings import load_settings
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    intake = typer.Typer(
-        help="Whether events are taken from the queues.\n\nExample: kino-refunds intake status", no_args_is_help=True
-    )
-    intake.command("status")(status)
-    intake.command("pause")(pause)
-    intake.command("resume")(resume)
-    app.add_typer(intake, name="intake")
-
-
 def status(as_json: AsJson = False) -> int:
     """Show the gate, the workers and the queues.
 

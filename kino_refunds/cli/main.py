@@ -12,62 +12,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import redis
-import sqlalchemy as sa
 import structlog
 import typer
 
-from kino_refunds.cli import (
-    breaks,
-    charges,
-    dead_letters,
-    demo,
-    doctor,
-    explain,
-    intake,
-    ledger,
-    overdue,
-    publish,
-    relay,
-    replay,
-    retries,
-    schedule,
-    servers,
-    status,
-)
 from kino_refunds.cli.exit_codes import INTERRUPTED, USAGE, explained
 from kino_refunds.cli.output import errors, print_error, shown
-from kino_refunds.errors import KinoError, ServerFailed
+from kino_refunds.cli.tree import Root, command_words
+from kino_refunds.errors import ServerFailed
 from kino_refunds.settings import unknown_names
 
 app = typer.Typer(
     name="kino-refunds",
-    help="Credits come back by themselves when a generation fails. Settings are KINO_* variables; see the README."
-    "\n\nExample: kino-refunds doctor",
+    cls=Root,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (
-    servers,
-    doctor,
-    status,
-    ledger,
-    charges,
-    publish,
-    relay,
-    explain,
-    intake,
-    retries,
-    dead_letters,
-    overdue,
-    breaks,
-    schedule,
-    replay,
-    demo,
-):
-    room.register(app)
+
+
+@app.callback()
+def kino_refunds() -> None:
+    """Return the credits of failed generations automatically.
+
+    Settings are KINO_* variables; see the README.
+
+    Example: kino-refunds status
+    """
 
 
 LAST_WORDS_MAX, LAST_WORD_LENGTH = 5, 160
@@ -109,17 +80,10 @@ def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
     """One canonical line a command, where logs are collected; a person at a terminal has seen the answer."""
     if os.environ.get("KINO_LOG_FORMAT") != "json":
         return
-    # The command's own words only: ids and texts behind them may be anything.
-    known = _words(typer.main.get_command(app))
-    words = [word for word in arguments[:2] if word in known]
+    words = command_words(arguments)
     line = {"event": "command", "command": " ".join(words), "exit_code": code, "took_ms": round(took_s * 1000)}
     line |= structlog.contextvars.get_contextvars()  # who did it, and how much
     sys.stderr.write(json.dumps({"timestamp": datetime.now(UTC).isoformat(), **line}) + "\n")
-
-
-def _words(command: Any) -> set[str]:
-    commands = getattr(command, "commands", {})
-    return set(commands).union(*map(_words, commands.values()))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -138,8 +102,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
         _show_usage_error(error)
         return USAGE
-    except (KinoError, sa.exc.SQLAlchemyError, redis.RedisError, OSError) as error:
-        code, text = explained(error)
+    except Exception as error:
+        if (known := explained(error)) is None:
+            raise
+        code, text = known
         said = text.splitlines() if isinstance(error, ServerFailed) else [text]
         print_error(said[0])
         for line in said[1:][-LAST_WORDS_MAX:]:

@@ -11,23 +11,22 @@ from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any
 
-import sqlalchemy as sa
 import structlog
 import typer
 
-from kino_refunds.cli.exit_codes import AWAY, FINDING, INSUFFICIENT_PRIVILEGE, explained
+from kino_refunds.cli.exit_codes import FINDING
 from kino_refunds.cli.output import errors, shown
-from kino_refunds.db.clock import read_clock
-from kino_refunds.db.engine import create_engine
+from kino_refunds.db.engine import Connection, Engine, create_engine
+from kino_refunds.db.faults import Meaning, explain
 from kino_refunds.errors import DependencyAway
-from kino_refunds.intake.gate import TRIPWIRE, read_gate
+from kino_refunds.intake.gate import TRIPWIRE, Gate
 from kino_refunds.settings import PRODUCT_DATABASE_URL, Settings, load_settings
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @contextmanager
-def ledger_engine(settings: Settings | None = None) -> Iterator[sa.Engine]:
+def ledger_engine(settings: Settings | None = None) -> Iterator[Engine]:
     """Give an engine for KINO_DATABASE_URL; raises BadSettings if it is not set."""
     settings = settings or load_settings()
     with _engine(settings.require_database_url(), settings) as engine:
@@ -35,14 +34,14 @@ def ledger_engine(settings: Settings | None = None) -> Iterator[sa.Engine]:
 
 
 @contextmanager
-def ledger_connection(settings: Settings | None = None) -> Iterator[sa.Connection]:
+def ledger_connection(settings: Settings | None = None) -> Iterator[Connection]:
     """Give a connection to KINO_DATABASE_URL; what is done in it is committed at the end."""
     with ledger_engine(settings) as engine, engine.begin() as connection:
         yield connection
 
 
 @contextmanager
-def product_connection() -> Iterator[sa.Connection]:
+def product_connection() -> Iterator[Connection]:
     """Give a connection for what the product does, to KINO_PRODUCT_DATABASE_URL or else to KINO_DATABASE_URL.
 
     What is done in it is committed at the end. Raises DependencyAway that names the setting where the server is away
@@ -53,17 +52,19 @@ def product_connection() -> Iterator[sa.Connection]:
     try:
         with _engine(url, settings) as engine, engine.begin() as connection:
             yield connection
-    except sa.exc.DBAPIError as error:
-        code, text = explained(error, setting=name)
-        if code != AWAY:
-            raise
-        if getattr(error.orig, "sqlstate", None) == INSUFFICIENT_PRIVILEGE:
-            text = f"{text}; the product's work needs {PRODUCT_DATABASE_URL}, a login of kino_product"
-        raise DependencyAway(text) from error
+    except Exception as error:
+        match explain(error, setting=name):
+            case Meaning.AWAY, text:
+                raise DependencyAway(text) from error
+            case Meaning.NO_RIGHT, text:
+                need = f"the product's work needs {PRODUCT_DATABASE_URL}, a login of kino_product"
+                raise DependencyAway(f"{text}; {need}") from error
+            case _:
+                raise
 
 
 @contextmanager
-def _engine(url: str, settings: Settings) -> Iterator[sa.Engine]:
+def _engine(url: str, settings: Settings) -> Iterator[Engine]:
     engine = create_engine(url, limits=settings.session_limits, application_name="kino-cli")
     try:
         yield engine
@@ -71,9 +72,8 @@ def _engine(url: str, settings: Settings) -> Iterator[sa.Engine]:
         engine.dispose()
 
 
-def warn_if_paused(connection: sa.Connection) -> None:
+def warn_if_paused(gate: Gate) -> None:
     """Say on standard error that intake is paused, where a person is about to settle something all the same."""
-    gate = read_gate(connection)
     if gate.paused:
         text = f"warning: intake is paused by {gate.actor} ({gate.reason}); what you run settles all the same"
         errors.print(shown(text), soft_wrap=True)
@@ -122,18 +122,16 @@ def written(instant: datetime) -> str:
 AlthoughPast = Annotated[bool, typer.Option("--although-past", help="Take an instant that lies in the past.")]
 
 
-def require_future(connection: sa.Connection, name: str, instant: datetime, *, although_past: bool) -> None:
+def require_future(name: str, instant: datetime, *, now: datetime, although_past: bool) -> None:
     """Raise a usage error if an instant has passed by the ledger's clock, unless that was said to be meant."""
-    now = read_clock(connection)
     if instant <= now and not although_past:
         raise typer.BadParameter(
             f"{name} {written(instant)} lies in the past (it is {written(now)}): add --although-past if you mean it"
         )
 
 
-def require_past(connection: sa.Connection, name: str, instant: datetime) -> None:
+def require_past(name: str, instant: datetime, *, now: datetime) -> None:
     """Raise a usage error if an instant has not come yet by the ledger's clock."""
-    now = read_clock(connection)
     if instant > now:
         raise typer.BadParameter(f"{name} {written(instant)} lies in the future (it is {written(now)})")
 

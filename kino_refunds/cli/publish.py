@@ -18,11 +18,6 @@ from kino_refunds.settings import load_settings
 ERRORS_SHOWN = 10
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("publish")(publish)
-
-
 def publish(
     file: Annotated[
         typer.FileBinaryRead,

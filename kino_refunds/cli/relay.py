@@ -21,18 +21,8 @@ from kino_refunds.cli.options import (
     written,
 )
 from kino_refunds.cli.output import console, print_json
+from kino_refunds.db.clock import read_clock
 from kino_refunds.outbox.relay import Rewind, rewind_relay
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    relay = typer.Typer(
-        help="How the product hears of refunds.\n\n"
-        "Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run",
-        no_args_is_help=True,
-    )
-    relay.command("rewind")(rewind)
-    app.add_typer(relay, name="relay")
 
 
 def rewind(
@@ -55,7 +45,7 @@ def rewind(
 
     def run(*, dry: bool) -> Rewind:
         with ledger_connection() as connection:
-            require_past(connection, "--to", instant)
+            require_past("--to", instant, now=read_clock(connection))
             return rewind_relay(connection, instant, dry_run=dry)
 
     if not dry_run and not yes:

@@ -5,18 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import typer
-
 from kino_refunds.cli.options import AsJson, ledger_connection
 from kino_refunds.cli.output import print_items
 from kino_refunds.db.clock import read_clock
 from kino_refunds.schedule import entries, read_schedule
 from kino_refunds.settings import load_settings
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("schedule")(schedule)
 
 
 def schedule(as_json: AsJson = False) -> int:

@@ -12,29 +12,23 @@ from threading import Thread
 from typing import Annotated, Any, NoReturn
 
 import redis
-import sqlalchemy as sa
 import typer
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kino_refunds.cli.exit_codes import FINDING, explained
+from kino_refunds.cli.exit_codes import FINDING, explained_by_server
 from kino_refunds.cli.options import AsJson, ledger_engine
 from kino_refunds.cli.output import console, print_json, print_whole, shown
-from kino_refunds.desk.standing import read_standing
+from kino_refunds.db.engine import Engine
+from kino_refunds.desk import status as desk
 from kino_refunds.events.connection import redis_client
-from kino_refunds.events.queues import depths
 from kino_refunds.settings import Settings, load_settings
 
 WATCH_EVERY_S = 2.0
 HANGS_AFTER_S = 3.0
 """Everything is read in milliseconds; what takes longer must not look as if it were now."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("status")(status)
 
 
 def status(
@@ -62,34 +56,9 @@ def status(
     return 0 if found["fine"] else FINDING
 
 
-def read_status(engine: sa.Engine, client: redis.Redis, settings: Settings) -> dict[str, Any]:
-    """Read everything that on-call looks at first; raises what Postgres and Redis raise."""
-    with engine.connect() as connection:
-        standing = read_standing(connection, settings)
-    troubles = list(standing.troubles())
-    gate = standing.gate
-    return {
-        "fine": not troubles,
-        "at": standing.at,
-        "troubles": [asdict(trouble) for trouble in troubles],
-        "intake": "paused" if gate.paused else "open",
-        "intake_reason": gate.reason if gate.paused else None,
-        "intake_paused_by": gate.actor if gate.paused else None,
-        "workers_alive": standing.workers_alive,
-        "waiting_for_retry": standing.waiting_for_retry,
-        "waiting_since": standing.waiting_since,
-        "breaks_open": standing.breaks_open,
-        "charges_open": standing.open.charges,
-        "credits_held": standing.open.credits,
-        "charges_overdue": standing.overdue.charges,
-        "credits_overdue": standing.overdue.credits,
-        "queues": depths(client),
-        "dead_letters_open": standing.letters.by_reason,
-        "credits_at_stake": standing.letters.credits_at_stake,
-        "verified_through": standing.verified.through,
-        "missed_runs": {run.what: run.missed for run in standing.runs if run.missed},
-        "late_runs": {run.what: run.last for run in standing.runs if run.late or run.stuck},
-    }
+def read_status(engine: Engine, client: redis.Redis, settings: Settings) -> dict[str, Any]:
+    """Return what the screen shows, as its JSON form says it; raises what Postgres and Redis raise."""
+    return asdict(desk.read_status(engine, client, settings))
 
 
 def _watch(screen: Callable[[], Group]) -> NoReturn:
@@ -103,10 +72,9 @@ def _watch(screen: Callable[[], Group]) -> NoReturn:
     def look() -> None:
         try:
             seen.put(screen())
-        except (sa.exc.SQLAlchemyError, redis.RedisError) as error:
-            seen.put(_bad(explained(error)[1]))
-        except Exception as error:  # noqa: BLE001 - raised again where somebody waits for it
-            seen.put(error)
+        except Exception as error:  # noqa: BLE001 - a mistake of ours is raised again where somebody waits for it
+            known = explained_by_server(error)
+            seen.put(error if known is None else _bad(known[1]))
 
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         while True:

@@ -8,6 +8,8 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.types.array import ListBinaryDumper
 from pydantic import BaseModel, PositiveInt
+from sqlalchemy import Connection as Connection  # noqa: PLC0414 - rooms without SQL name these two by this module
+from sqlalchemy import Engine as Engine  # noqa: PLC0414
 from sqlalchemy.pool import NullPool
 
 from kino_refunds.errors import WrongEncoding

@@ -1,4 +1,4 @@
-"""The one place that says what an exception means for the batch that it stopped (design, section 3)."""
+"""The one place that says what an exception means: for the batch that it stopped, and for a person's command."""
 
 from __future__ import annotations
 
@@ -85,3 +85,49 @@ def classify(error: BaseException) -> Fault:
     if sqlstate in _KEEP or sqlstate[:2] in _KEEP_CLASSES:
         return Fault.KEEP
     return Fault.BISECT
+
+
+class Meaning(Enum):
+    """What an error of Postgres means to the person whose command it ended."""
+
+    USAGE = auto()
+    """The URL cannot be read."""
+    AWAY = auto()
+    """The server, or the ledger in it, cannot be used now."""
+    NO_RIGHT = auto()
+    """The login may not do this; another may."""
+    FINDING = auto()
+    """The server answered, and its answer is the finding."""
+
+
+_NO_LEDGER = frozenset({"42P01", "3F000"})
+_OTHER_SCHEMA = frozenset({"42703", "42883"})
+_INSUFFICIENT_PRIVILEGE = "42501"
+REACH = "check that it runs and can be reached, and user, password and database in its URL (`kino-refunds doctor`)"
+
+
+def explain(error: BaseException, *, setting: str) -> tuple[Meaning, str] | None:
+    """Return what an error of Postgres means, and in one line what went wrong and what to do; None for any other error.
+
+    `setting` names the variable that leads to the server.
+    """
+    if not isinstance(error, sa.exc.SQLAlchemyError):
+        return None
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) else None
+    sqlstate = getattr(cause, "sqlstate", None)
+    first_line = str(cause or error).partition("\n")[0]
+    if isinstance(error, sa.exc.ArgumentError):
+        return Meaning.USAGE, f"a database URL cannot be read: {first_line}"
+    if isinstance(error, sa.exc.NoResultFound):
+        text = "the ledger lacks a row that its migrations made; restore it, or the database, from a backup"
+        return Meaning.FINDING, text
+    if sqlstate in _NO_LEDGER:
+        return Meaning.AWAY, "the database has no ledger yet; run `kino-refunds migrate` as kino_owner"
+    if sqlstate in _OTHER_SCHEMA:
+        text = f"the schema is not this build's: {first_line}; run `kino-refunds migrate` as kino_owner"
+        return Meaning.AWAY, text
+    if sqlstate == _INSUFFICIENT_PRIVILEGE:
+        return Meaning.NO_RIGHT, f"Postgres: {first_line}; connect with the role that may (see {setting})"
+    if classify(error) in {Fault.KEEP, Fault.LOCK, Fault.SPLIT}:
+        return Meaning.AWAY, f"Postgres ({setting}): {first_line}; {REACH}"
+    return Meaning.FINDING, f"{type(error).__name__}: {first_line}"

@@ -26,7 +26,9 @@ def unreadable(error: BadSettings) -> Finding:
         SETTINGS,
         "fail",
         found,
-        f"for example {example}" if example else "correct it; the README's table of settings says what each is for",
+        f"for example {example}"
+        if example
+        else "correct it; the settings table in deploy/README.md says what each is for",
     )
 
 

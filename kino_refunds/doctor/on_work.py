@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from kino_refunds.desk.standing import Standing, counted, read_standing
+from kino_refunds.desk.status import Standing, counted, read_standing
 from kino_refunds.doctor.findings import Finding, judge
 from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verified, horizon_holders
 from kino_refunds.settings import Settings
@@ -31,7 +31,7 @@ def _overdue(standing: Standing) -> Finding:
             f"{counted(late.charges, 'charge')} with {counted(late.credits, 'credit')} stood open more than 5 min past"
             " deadline and grace"
         )
-        advice = "`kino-refunds overdue run --dry-run` says what is known of them, and what withholds them"
+        advice = "`kino-refunds charges ask --dry-run` says what is known of them, and what withholds them"
         return Finding("overdue charges", "fail", found, advice)
     if overdue.charges:
         found = f"{counted(overdue.charges, 'charge')} past deadline and grace"

@@ -85,7 +85,7 @@ def _source(swept: dict[str, Any]) -> Iterator[Finding]:
         advice = "those jobs are asked about again; if it stays, check that the source runs, its URL and its password"
         yield Finding(JOB_SOURCE, level, found, advice)
     else:
-        advice = "none of them is settled until the source is fixed; then `kino-refunds overdue run --dry-run`"
+        advice = "none of them is settled until the source is fixed; then `kino-refunds charges ask --dry-run`"
         yield Finding(JOB_SOURCE, "fail", found, advice)
 
 

@@ -145,7 +145,7 @@ class Queues:
         if not 1 <= limit <= CLAIM_LIMIT_MAX:
             raise ValueError(f"a claim takes 1 to {CLAIM_LIMIT_MAX} messages, not {limit}")
         token, again, crashes, skipped, lists = self._run(
-            self._claim, limit, max_bytes, self._alive_ms, int(self._recovered_next), parts=5
+            self._claim, (limit, max_bytes, self._alive_ms, int(self._recovered_next)), parts=5
         )
         claim = Claim(
             token=token.decode(),
@@ -165,7 +165,7 @@ class Queues:
         Returns how many workers ended with that event in work; None if the batch is not in flight under this token.
         With an `index` of None no event is in work: a crash is counted for the whole message again.
         """
-        crashes = self._run(self._begin, token, self._alive_ms, "" if index is None else index)
+        crashes = self._run(self._begin, (token, self._alive_ms, "" if index is None else index))
         return None if crashes < 0 else int(crashes)
 
     def drop(self, token: str) -> bool:
@@ -174,15 +174,15 @@ class Queues:
         Returns False if it is not in flight under this token (any more): this very call dropped it and its answer was
         lost, or another worker recovered it after this one seemed dead. Neither case needs an action.
         """
-        return bool(self._run(self._drop, token, ELEMENTS_MAX))
+        return bool(self._run(self._drop, (token, ELEMENTS_MAX)))
 
     def release(self, token: str) -> int:
         """Put an undecided batch back to be claimed next, in its order; return how many messages."""
-        return int(self._run(self._release, token))
+        return int(self._run(self._release, (token,)))
 
     def refresh(self) -> None:
         """Set the alive key for another alive TTL; called between sub-batches, and while the worker backs off."""
-        self._run(self._refresh, self._alive_ms)
+        self._run(self._refresh, (self._alive_ms,))
 
     def bind(self) -> BindReport:
         """Restore kombu's bindings of our queues that are missing; writes nothing if none is missing.
@@ -190,7 +190,7 @@ class Queues:
         A FLUSHALL deletes the bindings, and without its binding a running kombu `SimpleQueue` drops its messages
         without an error. A binding's key of the wrong type is left unchanged and named in the report.
         """
-        restored, skipped = self._run(self._bind, self._alive_ms, parts=2)
+        restored, skipped = self._run(self._bind, (self._alive_ms,), parts=2)
         return BindReport(restored=_names(restored), skipped=_names(skipped))
 
     def leave(self) -> None:
@@ -199,12 +199,12 @@ class Queues:
 
     def recover(self) -> Recovery:
         """Move what dead workers had in flight to the recovered lists; any worker may call it at any time."""
-        workers, messages, skipped = self._run(self._recover, _CRASH_TTL_S, parts=3)
+        workers, messages, skipped = self._run(self._recover, (_CRASH_TTL_S,), parts=3)
         return Recovery(workers=_names(workers), messages=messages, skipped=_names(skipped))
 
-    def _run(self, script: Any, *arguments: str | int, parts: int = 0) -> Any:
+    def _run(self, script: Any, arguments: Sequence[str | int] = (), *, parts: int = 0) -> Any:
         try:
-            return _answer(script, self._worker_id, *arguments, parts=parts)
+            return _answer(script, (self._worker_id, *arguments), parts=parts)
         except redis.ResponseError as error:
             if str(error).startswith("WRONG TYPE "):
                 raise WrongKeyType(str(error).removeprefix("WRONG TYPE ")) from error
@@ -217,7 +217,8 @@ def read_queued(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16
     Reads up to `limit` messages and about `max_bytes`. With more than that queued, the system is behind, and the caller
     needs no exact answer. Raises RedisError.
     """
-    complete, unreadable, lists = _answer(client.register_script(_script("names", "queued")), limit, max_bytes, parts=3)
+    script = client.register_script(_script("names", "queued"))
+    complete, unreadable, lists = _answer(script, (limit, max_bytes), parts=3)
     return QueuedMessages(messages=tuple(_messages(lists)), complete=bool(complete), unreadable=_names(unreadable))
 
 
@@ -235,7 +236,7 @@ def depths(client: redis.Redis) -> dict[str, int]:
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
 
 
-def _answer(script: Any, *arguments: str | int, parts: int = 0) -> Any:
+def _answer(script: Any, arguments: Sequence[str | int] = (), *, parts: int = 0) -> Any:
     """Run a script and return its answer; raises RedisError if it should be a list of so many `parts` and is not."""
     try:
         answer = script(keys=QUEUE_KEYS, args=arguments)

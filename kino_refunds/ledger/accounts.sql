@@ -2,7 +2,7 @@
 -- is what clause 6 is read from.
 --
 -- items: {account_id, status, reason, actor}; one row back an item, in their order: what the account was before.
--- Errors: KR005 no such account, KR006 bad input (one account twice in a call is that too).
+-- Errors: KR005 no such account, KR006 bad input (one account twice in a call is that too), KR007 busy.
 CREATE OR REPLACE FUNCTION kino.set_account_status(p_items jsonb)
 RETURNS TABLE (o_account_id text, o_status_before text)
 LANGUAGE plpgsql SECURITY DEFINER
@@ -19,6 +19,7 @@ DECLARE
     v_actors text[];
     v_before text[];
     v_missing text;
+    v_constraint text;
 BEGIN
     PERFORM kino.require_items(p_items, '{account_id,status,reason,actor}', '{}');
     SELECT array_agg(kino.read_id(p.place, 'account_id', p.item -> 'account_id') ORDER BY p.place),
@@ -52,5 +53,11 @@ BEGIN
     RETURN QUERY
     SELECT w.account_id, w.before FROM unnest(v_accounts, v_before) WITH ORDINALITY AS w (account_id, before, place)
     ORDER BY w.place;
+EXCEPTION
+    WHEN lock_not_available THEN
+        RAISE EXCEPTION 'busy: another session holds this account; try again' USING ERRCODE = 'KR007';
+    WHEN integrity_constraint_violation THEN
+        GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
+        PERFORM kino.refuse_constraint(v_constraint);
 END
 $$;

@@ -41,6 +41,12 @@ LANGUAGE sql STABLE AS $$
     ORDER BY wanted.place, line.seq
 $$;
 
+-- A charge as an error names it: on-call knows jobs and not numbers.
+CREATE OR REPLACE FUNCTION kino.named(p_charge_id bigint) RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT p_charge_id || coalesce((SELECT ' of job ' || quote_literal(c.job_id) FROM kino.charge c
+                                    WHERE c.charge_id = p_charge_id), '')
+$$;
+
 -- Give back what these charges took, in their order; their settlements or corrections are written. p_kind says which
 -- transfer it is. Lots and amounts come from the charges' lines (P4), never from a caller.
 CREATE OR REPLACE FUNCTION kino.give_back(p_kind text, p_charge_ids bigint[], p_reasons text[], p_actors text[],
@@ -68,7 +74,8 @@ BEGIN
     INTO v_places, v_accounts, v_lots, v_credits, v_fates, v_untils, v_bad
     FROM kino.refund_lines(p_charge_ids, p_kind = 'reversal') AS r;
     IF v_bad IS NOT NULL THEN
-        RAISE EXCEPTION 'charge % names a lot that its account does not have', v_bad USING ERRCODE = 'KR010';
+        RAISE EXCEPTION 'charge % names a lot that its account does not have', kino.named(v_bad)
+            USING ERRCODE = 'KR010';
     END IF;
 
     UPDATE kino.credit_lot l SET remaining = l.remaining + back.credits
@@ -200,7 +207,7 @@ BEGIN
     IF v_twice IS NOT NULL THEN
         RAISE EXCEPTION 'charge % is settled twice here', v_twice USING ERRCODE = 'KR006';
     ELSIF v_bad IS NOT NULL THEN
-        RAISE EXCEPTION 'charge % is settled already', v_bad USING ERRCODE = 'KR003';
+        RAISE EXCEPTION 'charge % is settled already', kino.named(v_bad) USING ERRCODE = 'KR003';
     ELSIF v_charges IS NULL THEN
         RETURN;
     END IF;
@@ -214,7 +221,8 @@ BEGIN
     FROM unnest(v_charges) AS s (charge_id)
     LEFT JOIN LATERAL (SELECT * FROM kino.charge own WHERE own.charge_id = s.charge_id LIMIT 1) AS c ON true;
     IF v_bad IS NOT NULL THEN
-        RAISE EXCEPTION 'charge % does not exist, or its lines are not what it took', v_bad USING ERRCODE = 'KR010';
+        RAISE EXCEPTION 'charge % does not exist, or its lines are not what it took', kino.named(v_bad)
+            USING ERRCODE = 'KR010';
     END IF;
 
     IF 'refunded' = ANY (v_kinds) THEN

@@ -3,7 +3,7 @@
 --
 -- items: {charge_id, reason, clause, policy_version, reference, actor}; one row back an item, in their order. Idempotent:
 -- the same reference again changes nothing. Errors: KR002 corrected with other terms, KR011 ChargeNotCaptured,
--- KR010 the ledger's own rows disagree, KR006 bad input.
+-- KR010 the ledger's own rows disagree, KR006 bad input, KR007 busy.
 CREATE OR REPLACE FUNCTION kino.reverse_charges(p_items jsonb)
 RETURNS TABLE (o_charge_id bigint, o_credits bigint, o_corrected_at timestamptz)
 LANGUAGE plpgsql SECURITY DEFINER
@@ -81,8 +81,12 @@ BEGIN
     JOIN kino.charge c ON c.charge_id = i.charge_id
     JOIN kino.correction k ON k.charge_id = c.charge_id
     ORDER BY i.place;
-EXCEPTION WHEN integrity_constraint_violation THEN
-    GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
-    PERFORM kino.refuse_constraint(v_constraint);
+EXCEPTION
+    WHEN lock_not_available THEN
+        RAISE EXCEPTION 'busy: another session holds a lot of this charge, or corrects it; try again'
+            USING ERRCODE = 'KR007';
+    WHEN integrity_constraint_violation THEN
+        GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
+        PERFORM kino.refuse_constraint(v_constraint);
 END
 $$;

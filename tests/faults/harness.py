@@ -19,8 +19,8 @@ from kino_refunds.db.migrate import migrate
 from kino_refunds.dev.embedded import Servers, servers
 from tests.faults.oracle import Verdict, judge, summary
 from tests.faults.world import Stuck, World
+from tests.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "kino_faults"
 
 

@@ -15,9 +15,10 @@ from tests.faults.harness import scenario
 from tests.faults.workload import CAPTURED, FAILED, KINDS, TIMED_OUT, Message
 from tests.faults.world import World, require
 from tests.malformed import MALFORMED, envelope
+from tests.pipeline import Says
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ANSWERS = {
     "completed": Answer(JobState.COMPLETED),
@@ -28,17 +29,6 @@ ANSWERS = {
 }
 UNKNOWN = Answer(JobState.UNKNOWN)
 RUNNING = Answer(JobState.RUNNING)
-
-
-class Says:
-    """A job source that says what a function says."""
-
-    def __init__(self, say: Callable[[str], Answer | None]) -> None:
-        self._say = say
-
-    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        """Answer for each job, but for those of which the function says None."""
-        return {job_id: answer for job_id in job_ids if (answer := self._say(job_id)) is not None}
 
 
 class Truth(Says):

@@ -231,8 +231,8 @@ def _replay_letters(world: World) -> None:
 
 BAD_BUILD = Edit(
     "kino_refunds/settlement/settle.py",
-    "    held: set[int] | None = None\n",
-    '    held: set[int] | None = None\n    raise RuntimeError("a bad build")\n',
+    "    asked = False\n",
+    '    asked = False\n    raise RuntimeError("a bad build")\n',
 )
 
 

@@ -2,6 +2,11 @@
 
 It imports nothing of the project. It knows the workload, because it made it, and it reads the database by
 SQL. A mistake that the product and its own views share is therefore still a finding here.
+
+It shares no line with the referee of the demo (`kino_refunds/demo/promises.py`) either. Both know which clause
+gives which ending, and what the inbox says of it. That stands twice on purpose: the referee runs without the tests,
+in a process of its own, from a record of what was asked; the oracle also knows what only a fault allows, such as a
+message that a scenario took from Redis. A rule that one of them reads wrongly is found by the other.
 """
 
 from __future__ import annotations
@@ -10,11 +15,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from tests.faults.workload import CAPTURED, FAILED, NOT_COVERED, OPEN, REJECTED, TIMED_OUT, Ending, Workload
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import psycopg
-from tests.faults.workload import CAPTURED, FAILED, NOT_COVERED, OPEN, REJECTED, TIMED_OUT, Ending, Workload
 
 CLAUSES = {
     CAPTURED: {"1"},
@@ -23,7 +29,6 @@ CLAUSES = {
     TIMED_OUT: {"2.timeout"},
     REJECTED: {"2.safety"},
 }
-
 
 SETTLING = {"captured", "captured_not_covered", "captured_terminated", "refunded"}
 BOOKS = {

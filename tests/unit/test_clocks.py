@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from kino_refunds.reconciliation.clocks import SKEW_MAX, Clocks
+from tests.clock import TICK
 
 NOW = datetime(2026, 11, 2, 10, 0, tzinfo=UTC)
-TICK = timedelta(microseconds=1)
 AGREED = Clocks(postgres=NOW, host=NOW, redis=NOW, decides=NOW, newest_row=NOW)
 
 

@@ -15,11 +15,11 @@ from kino_refunds.settlement.decide import Busy, ChargeFacts, Ruling, decide
 from kino_refunds.settlement.deliveries import GIVE_UP_AFTER, Delivery, delivery_of
 from kino_refunds.settlement.outcomes import ChargeState, Disposition, Outcome, disposition
 from kino_refunds.settlement.record import KnownEvent, Record
-from tests.scenario import EVENT_AT, NOW, make_event
+from tests.clock import SECOND
+from tests.scenario import EVENT_AT, NOW, make_event, words
 
 JOB, ACCOUNT, CHARGE = "job-1", "acct-1", 7
 OPENED_AT = EVENT_AT - timedelta(hours=1)
-SECOND = timedelta(seconds=1)
 ENDINGS = {"completed": "completed", "covered": "timeout", "not covered": "failed user"}
 STATES: dict[str, ChargeState | None] = {
     "none": None,
@@ -90,10 +90,6 @@ def charge_in(state: ChargeState | None, **changed: Any) -> dict[str, ChargeFact
 def rule(*deliveries: Delivery, record: Record = NEW, **more: Any) -> list[Ruling]:
     charges = more.pop("charges", charge_in(ChargeState.OPEN))
     return decide(deliveries, record, charges, published_policy(), **more)
-
-
-def words(rulings: list[Ruling]) -> list[str]:
-    return [ruling.outcome.value for ruling in rulings]
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.project import ROOT
+
 HOST_CLOCK = {
     ("datetime", "now"),
     ("datetime", "utcnow"),
@@ -28,7 +29,7 @@ SQL_CLOCK = re.compile(
 
 DECIDES_NOTHING = {
     "kino_refunds/cli/main.py": "the time of a log line",
-    "kino_refunds/cli/replay.py": "places a trace in the past, in scratch servers",
+    "kino_refunds/cli/trace.py": "places a trace in the past, in scratch servers",
     "kino_refunds/cli/status.py": "when the screen said that a server is away, which then cannot be asked",
     "kino_refunds/db/clock.py": "the definition of kino.clock()",
     "kino_refunds/db/migrations/versions/0003_one_clock.py": "the same",

@@ -13,8 +13,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import Script
 
 from kino_refunds.db.migrate import migrations
+from tests.project import ROOT
 
-ROOT = Path(__file__).parents[2]
 SQUAWK = shutil.which("squawk", path=str(Path(sys.executable).parent)) or "squawk"
 EXEMPT_THROUGH = 6
 

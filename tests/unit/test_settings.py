@@ -20,7 +20,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_says_what_it_is_for() -> None:
-    """No setting without a sentence: the README's table is made of them."""
+    """No setting without a sentence: the table in deploy/README.md is made of them."""
     unexplained = [name for name, field in Settings.model_fields.items() if not (field.description or "").endswith(".")]
 
     assert unexplained == []

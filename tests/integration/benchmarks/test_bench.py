@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,10 +27,10 @@ from tests.benchmarks import postgres_alone
 from tests.benchmarks.backlog import engine_of, grant, mixture, open_jobs, refund
 from tests.benchmarks.rows import differences
 from tests.benchmarks.throughput import Bench, made
+from tests.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).resolve().parents[3]
 SHAPE = {
     "refunds_per_second": int,
     "ratio_to_batch_1": float,

@@ -8,15 +8,8 @@ from datetime import timedelta
 from kino_refunds.events.envelope import message_key
 from kino_refunds.events.schema import Queue, to_json
 from kino_refunds.settlement.dead_letters import DeadLetter, LetterReason, poison_letter
-from tests.clock import record_dead_letters
-from tests.scenario import NOW, Scene, make_event
-
-FAILED = "generation.job-failed"
-
-
-def keep(scene: Scene, *letters: DeadLetter) -> None:
-    with scene.worker.begin() as connection:
-        record_dead_letters(connection, letters, now=NOW, build="test")
+from tests.pipeline import FAILED
+from tests.scenario import Scene, make_event
 
 
 def letter(
@@ -28,11 +21,11 @@ def letter(
 def unread(scene: Scene, job_id: str = "job-1", kind: str = "failed platform") -> bytes:
     """A dead letter whose event would settle; returns its bytes."""
     raw = to_json(make_event(kind, job_id))
-    keep(scene, poison_letter(raw, FAILED, 3))
+    scene.keep(poison_letter(raw, FAILED, 3))
     return raw
 
 
-def statuses(scene: Scene) -> list[tuple[str, str | None]]:
+def letter_statuses(scene: Scene) -> list[tuple[str, str | None]]:
     rows = scene.rows("SELECT status, status_actor FROM kino.dead_letter ORDER BY dead_letter_id")
     return [tuple(row) for row in rows]
 

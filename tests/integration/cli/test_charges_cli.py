@@ -13,14 +13,6 @@ from tests.command_line import Run
 from tests.conftest import Database
 from tests.scenario import Scene, make_event
 
-
-@pytest.fixture
-def cli(run: Run, database: Database) -> Run:
-    """Run a command with the two logins that `kino-refunds dev` gives."""
-    product: dict[str, str | None] = {"KINO_PRODUCT_DATABASE_URL": database.url("kino_product")}
-    return lambda *arguments, stdin=b"", **environment: run(*arguments, stdin=stdin, **(product | environment))
-
-
 EPOCH = datetime(2040, 1, 1, tzinfo=UTC)
 
 
@@ -39,13 +31,13 @@ def opened(scene: Scene) -> list[Any]:
 
 
 @pytest.mark.usefixtures("stopped")
-def test_a_charge_is_opened_as_by_the_product(cli: Run, scene: Scene) -> None:
+def test_a_charge_is_opened_as_by_the_product(run: Run, scene: Scene) -> None:
     """Credits are held for the job until a quarter of an hour from now; the same charge again changes nothing."""
     lot = scene.grant("acme", 100)
 
-    first = cli("charges", "open", "job-1", "acme", "8", "--json")
-    again = cli("charges", "open", "job-1", "acme", "8", "--json")
-    table = cli("charges", "open", "job-1", "acme", "8")
+    first = run("charges", "open", "job-1", "acme", "8", "--json")
+    again = run("charges", "open", "job-1", "acme", "8", "--json")
+    table = run("charges", "open", "job-1", "acme", "8")
 
     assert (first.code, first.err) == (0, "")
     assert first.json == {
@@ -71,11 +63,11 @@ def test_a_charge_is_opened_as_by_the_product(cli: Run, scene: Scene) -> None:
         ("2040-01-01T03:00:00+02:00", "2040-01-01T01:00:00+00:00"),
     ],
 )
-def test_a_deadline_is_minutes_or_an_instant(cli: Run, scene: Scene, deadline: str, understood: str) -> None:
+def test_a_deadline_is_minutes_or_an_instant(run: Run, scene: Scene, deadline: str, understood: str) -> None:
     """Minutes count by the ledger's clock, and what was understood is shown."""
     scene.grant("acme", 100)
 
-    said = cli("charges", "open", "job-1", "acme", "0", "--deadline", deadline, "--json")
+    said = run("charges", "open", "job-1", "acme", "0", "--deadline", deadline, "--json")
 
     assert (said.code, said.json["deadline_at"]) == (0, understood)
 
@@ -94,28 +86,28 @@ def test_a_deadline_is_minutes_or_an_instant(cli: Run, scene: Scene, deadline: s
         ("2039-12-31T23:59:59Z", "--deadline 2039-12-31T23:59:59Z lies in the past (it is 2040-01-01T00:00:00Z)"),
     ],
 )
-def test_a_deadline_that_cannot_be_meant_opens_nothing(cli: Run, scene: Scene, deadline: str, says: str) -> None:
+def test_a_deadline_that_cannot_be_meant_opens_nothing(run: Run, scene: Scene, deadline: str, says: str) -> None:
     """A job that is overdue at once would be refunded by the next sweep: that has to be said."""
     scene.grant("acme", 100)
 
-    said = cli("charges", "open", "job-1", "acme", "8", f"--deadline={deadline}")
+    said = run("charges", "open", "job-1", "acme", "8", f"--deadline={deadline}")
 
     assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
     assert says in said.err
     assert opened(scene) == []
 
 
-def test_a_deadline_in_the_past_can_be_meant(cli: Run, scene: Scene) -> None:
+def test_a_deadline_in_the_past_can_be_meant(run: Run, scene: Scene) -> None:
     """The ledger allows it, and who tries out the overdue sweep wants it."""
     scene.grant("acme", 100)
 
-    said = cli("charges", "open", "job-1", "acme", "8", "--deadline", "2001-01-01T00:00:00Z", "--although-past")
+    said = run("charges", "open", "job-1", "acme", "8", "--deadline", "2001-01-01T00:00:00Z", "--although-past")
 
     assert (said.code, said.err) == (0, "")
     assert [row.deadline_at.year for row in opened(scene)] == [2001]
 
 
-def test_what_the_ledger_refuses_is_a_finding(cli: Run, scene: Scene) -> None:
+def test_what_the_ledger_refuses_is_a_finding(run: Run, scene: Scene) -> None:
     """Too few credits, another charge for the job, a settled job: one line each, and nothing moves."""
     scene.grant("acme", 10)
     scene.open("open", "acme", 5)
@@ -124,10 +116,10 @@ def test_what_the_ledger_refuses_is_a_finding(cli: Run, scene: Scene) -> None:
     before = scene.everything()
 
     said = [
-        cli("charges", "open", "job-1", "acme", "8"),
-        cli("charges", "open", "open", "acme", "6"),
-        cli("charges", "open", "settled", "acme", "1"),
-        cli("charges", "open", "job-1", "nobody", "0"),
+        run("charges", "open", "job-1", "acme", "8"),
+        run("charges", "open", "open", "acme", "6"),
+        run("charges", "open", "settled", "acme", "1"),
+        run("charges", "open", "job-1", "nobody", "0"),
     ]
 
     assert [(each.code, each.out, each.err.count("\n")) for each in said] == [(1, "", 1)] * 4
@@ -136,15 +128,15 @@ def test_what_the_ledger_refuses_is_a_finding(cli: Run, scene: Scene) -> None:
 
 @pytest.mark.parametrize("command", ["charges open job-1 acme 8", "grant acme 5 --reference order-2"])
 def test_a_login_without_the_right_reads_which_setting_to_give(
-    cli: Run, scene: Scene, database: Database, command: str
+    run: Run, scene: Scene, database: Database, command: str
 ) -> None:
     """Who has only a login that reads is told the setting by its name, and no server is blamed."""
     scene.grant("acme")
     before = scene.everything()
     reader = database.url("kino_read")
 
-    without = cli(*command.split(), KINO_DATABASE_URL=reader, KINO_PRODUCT_DATABASE_URL=None)
-    wrong = cli(*command.split(), KINO_PRODUCT_DATABASE_URL=reader)
+    without = run(*command.split(), KINO_DATABASE_URL=reader, KINO_PRODUCT_DATABASE_URL=None)
+    wrong = run(*command.split(), KINO_PRODUCT_DATABASE_URL=reader)
 
     needs = "the product's work needs KINO_PRODUCT_DATABASE_URL, a login of kino_product\n"
     for said, name in ((without, "KINO_DATABASE_URL"), (wrong, "KINO_PRODUCT_DATABASE_URL")):
@@ -154,20 +146,20 @@ def test_a_login_without_the_right_reads_which_setting_to_give(
     assert scene.everything() == before
 
 
-def test_a_worker_s_login_opens_no_charges(cli: Run, scene: Scene) -> None:
+def test_a_worker_s_login_opens_no_charges(run: Run, scene: Scene) -> None:
     """The worker settles what the product has charged, and can charge nobody."""
     scene.grant("acme")
 
-    said = cli("charges", "open", "job-1", "acme", "8", KINO_PRODUCT_DATABASE_URL=None)
+    said = run("charges", "open", "job-1", "acme", "8", KINO_PRODUCT_DATABASE_URL=None)
 
     assert (said.code, "KINO_PRODUCT_DATABASE_URL" in said.err) == (3, True)
     assert opened(scene) == []
 
 
-def test_a_product_s_server_that_is_away_is_named_by_its_setting(cli: Run) -> None:
+def test_a_product_s_server_that_is_away_is_named_by_its_setting(run: Run) -> None:
     """The address that does not answer is that of the product's login, and no other is blamed."""
-    away = cli("charges", "open", "j", "a", "1", KINO_PRODUCT_DATABASE_URL="postgresql://p:hunter2@127.0.0.1:1/kino")
-    unreadable = cli("charges", "open", "j", "a", "1", KINO_PRODUCT_DATABASE_URL="db:hunter2@localhost")
+    away = run("charges", "open", "j", "a", "1", KINO_PRODUCT_DATABASE_URL="postgresql://p:hunter2@127.0.0.1:1/kino")
+    unreadable = run("charges", "open", "j", "a", "1", KINO_PRODUCT_DATABASE_URL="db:hunter2@localhost")
 
     assert (away.code, away.err.startswith("error: Postgres (KINO_PRODUCT_DATABASE_URL): ")) == (3, True)
     assert (unreadable.code, unreadable.err.startswith("error: KINO_PRODUCT_DATABASE_URL ")) == (2, True)
@@ -177,20 +169,20 @@ def test_a_product_s_server_that_is_away_is_named_by_its_setting(cli: Run) -> No
 # --- list
 
 
-def test_open_charges_are_listed_with_credits_age_and_lateness(cli: Run, scene: Scene) -> None:
+def test_open_charges_are_listed_with_credits_age_and_lateness(run: Run, scene: Scene) -> None:
     """A charge is overdue once its deadline and the grace have passed; a settled one is not open."""
     scene.grant("acme", 100)
     for job_id, deadline in (("on time", "5"), ("in grace", "0"), ("late", "0"), ("done", "5")):
-        assert cli("charges", "open", job_id, "acme", "8", "--deadline", deadline).code == 0
+        assert run("charges", "open", job_id, "acme", "8", "--deadline", deadline).code == 0
     scene.settle(make_event("completed", "done"))
     scene.as_superuser(
         "UPDATE kino.open_charge o SET deadline_at = kino.clock() - interval '61 seconds'"
         " FROM kino.charge c WHERE c.charge_id = o.charge_id AND c.job_id = 'late'"
     )
 
-    listed = cli("charges", "list", "--open", "--json")
-    patient = cli("charges", "list", "--open", "--json", KINO_OVERDUE_GRACE_S="3600")
-    table = cli("charges", "list", "--open")
+    listed = run("charges", "list", "--open", "--json")
+    patient = run("charges", "list", "--open", "--json", KINO_OVERDUE_GRACE_S="3600")
+    table = run("charges", "list", "--open")
 
     items = listed.json["items"]
     assert (listed.code, listed.json["next"]) == (0, None)
@@ -207,19 +199,19 @@ def test_open_charges_are_listed_with_credits_age_and_lateness(cli: Run, scene: 
     assert [line.split()[-1] for line in table.out.splitlines() if "open" in line] == ["no", "no", "yes"]
 
 
-def test_age_is_by_the_ledger_s_clock(cli: Run, scene: Scene) -> None:
+def test_age_is_by_the_ledger_s_clock(run: Run, scene: Scene) -> None:
     """A host whose clock is wrong shows the same age."""
     scene.grant("acme")
     charge = scene.open("job-1", "acme")
 
     with clock_at(scene.worker, charge.opened_at + timedelta(hours=3)):
-        (item,) = cli("charges", "list", "--open", "--json").json["items"]
+        (item,) = run("charges", "list", "--open", "--json").json["items"]
 
     assert item["age_s"] == 3 * 3600
     assert datetime.fromisoformat(item["opened_at"]) == charge.opened_at
 
 
-def test_all_charges_are_listed_with_what_became_of_them(cli: Run, scene: Scene) -> None:
+def test_all_charges_are_listed_with_what_became_of_them(run: Run, scene: Scene) -> None:
     """Without --open settled charges are there too, and none of them is overdue."""
     charges = {job_id: scene.charged(job_id) for job_id in ("open", "captured", "refunded", "corrected")}
     scene.settle(
@@ -227,8 +219,8 @@ def test_all_charges_are_listed_with_what_became_of_them(cli: Run, scene: Scene)
     )
     scene.correct(charges["corrected"])
 
-    everything = cli("charges", "list", "--json").json["items"]
-    one = cli("charges", "list", "--account", "acct of captured", "--json").json["items"]
+    everything = run("charges", "list", "--json").json["items"]
+    one = run("charges", "list", "--account", "acct of captured", "--json").json["items"]
 
     assert [(each["job_id"], each["status"], each["overdue"]) for each in everything] == [
         ("open", "open", False),
@@ -240,7 +232,7 @@ def test_all_charges_are_listed_with_what_became_of_them(cli: Run, scene: Scene)
 
 
 @pytest.mark.parametrize("which", [[], ["--open"]])
-def test_no_page_of_charges_leaves_one_out(cli: Run, scene: Scene, which: list[str]) -> None:
+def test_no_page_of_charges_leaves_one_out(run: Run, scene: Scene, which: list[str]) -> None:
     """Paging shows each charge once; the last page says that there is no next."""
     for number in range(5):
         scene.charged(f"job-{number}")
@@ -248,20 +240,20 @@ def test_no_page_of_charges_leaves_one_out(cli: Run, scene: Scene, which: list[s
     found: list[str] = []
     after: int | None = 0
     while after is not None:
-        page = cli("charges", "list", *which, "--limit", "2", "--after", str(after), "--json").json
+        page = run("charges", "list", *which, "--limit", "2", "--after", str(after), "--json").json
         found += [each["job_id"] for each in page["items"]]
         after = page["next"]
-    shown = cli("charges", "list", *which, "--limit", "2")
+    shown = run("charges", "list", *which, "--limit", "2")
 
     assert found == [f"job-{number}" for number in range(5)]
     assert shown.out.splitlines()[-1].startswith("more: --after ")
 
 
-def test_an_empty_list_says_so(cli: Run, scene: Scene) -> None:
+def test_an_empty_list_says_so(run: Run, scene: Scene) -> None:
     """Nothing open is a sentence for people and an empty page for programs."""
     scene.charged()
     scene.settle(make_event("completed"))
 
-    assert cli("charges", "list", "--open").out == "no open charges\n"
-    assert cli("charges", "list", "--open", "--json").json == {"items": [], "next": None}
-    assert cli("charges", "list", "--after", "99").out == "no more charges\n"
+    assert run("charges", "list", "--open").out == "no open charges\n"
+    assert run("charges", "list", "--open", "--json").json == {"items": [], "next": None}
+    assert run("charges", "list", "--after", "99").out == "no more charges\n"

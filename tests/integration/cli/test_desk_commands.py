@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kino_refunds.cli.main import _run
-from tests.integration.cli.said import ESCAPES, Cli
+from tests.command_line import ESCAPES, Run
 from tests.scenario import Scene
 
 COMMANDS = [
@@ -62,7 +62,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     ],
     ids=" ".join,
 )
-def test_what_others_feel_needs_yes_without_a_terminal(lonely_cli: Cli, arguments: list[str]) -> None:
+def test_what_others_feel_needs_yes_without_a_terminal(lonely_cli: Run, arguments: list[str]) -> None:
     """Where nobody can be asked, a command that others feel asks no server for anything, says --yes, and exits 2."""
     said = lonely_cli(*arguments)
 
@@ -94,7 +94,7 @@ def test_what_others_feel_needs_yes_without_a_terminal(lonely_cli: Cli, argument
     ],
     ids=lambda arguments: ascii(" ".join(arguments[:4]))[:60],
 )
-def test_what_cannot_be_meant_is_a_usage_error(lonely_cli: Cli, arguments: list[str]) -> None:
+def test_what_cannot_be_meant_is_a_usage_error(lonely_cli: Run, arguments: list[str]) -> None:
     """A command that lacks something, or names what there is not, exits 2 and says so on standard error."""
     said = lonely_cli(*arguments)
 
@@ -116,7 +116,7 @@ NOT_THERE = (
 )
 
 
-def test_what_is_not_there_is_one_line_and_exit_1(cli: Cli, scene: Scene) -> None:
+def test_what_is_not_there_is_one_line_and_exit_1(cli: Run, scene: Scene) -> None:
     """A number or id that nobody has is said in one line on standard error; nothing is written."""
     before = scene.everything()
 
@@ -127,7 +127,7 @@ def test_what_is_not_there_is_one_line_and_exit_1(cli: Cli, scene: Scene) -> Non
     assert scene.everything() == before
 
 
-def test_an_event_that_does_not_wait_cannot_be_run(cli: Cli) -> None:
+def test_an_event_that_does_not_wait_cannot_be_run(cli: Run) -> None:
     """Whoever mistypes an event's id is told so, and does not believe that it was tried."""
     said = cli("retries", "run-now", "no-such-event")
 
@@ -139,7 +139,7 @@ AWAY = ["intake status", "intake resume", "retries list", "retries run-now", "de
 
 
 @pytest.mark.parametrize("command", [*AWAY, "dead-letters replay 1", "schedule"])
-def test_without_postgres_a_command_exits_3(lonely_cli: Cli, command: str) -> None:
+def test_without_postgres_a_command_exits_3(lonely_cli: Run, command: str) -> None:
     """A database that is away is exit 3 and one line that names the setting, without a traceback."""
     said = lonely_cli(*command.split())
 
@@ -148,22 +148,19 @@ def test_without_postgres_a_command_exits_3(lonely_cli: Cli, command: str) -> No
     assert re.fullmatch(r"error: [^\n]*KINO_DATABASE_URL[^\n]*\n", said.err)
 
 
-def test_without_redis_a_command_exits_3(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_redis_a_command_exits_3(cli: Run) -> None:
     """A Redis that is away is exit 3 and one line that names the setting."""
-    monkeypatch.setenv("KINO_REDIS_URL", "redis://127.0.0.1:9/0")
-
-    said = cli("intake", "status")
+    said = cli("intake", "status", KINO_REDIS_URL="redis://127.0.0.1:9/0")
 
     assert said.code == 3
     assert re.fullmatch(r"error: [^\n]*KINO_REDIS_URL[^\n]*\n", said.err)
 
 
-def test_a_redis_url_that_cannot_be_one_exits_2(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redis_url_that_cannot_be_one_exits_2(cli: Run) -> None:
     """A setting that cannot be what it says is exit 2 and one line that names it."""
-    said = []
-    for url in ("http://127.0.0.1/0", "redis://127.0.0.1:port/0", "127.0.0.1"):
-        monkeypatch.setenv("KINO_REDIS_URL", url)
-        said.append(cli("intake", "status"))
+    urls = ("http://127.0.0.1/0", "redis://127.0.0.1:port/0", "127.0.0.1")
+
+    said = [cli("intake", "status", KINO_REDIS_URL=url) for url in urls]
 
     assert [each.code for each in said] == [2, 2, 2]
     assert all(re.fullmatch(r"error: [^\n]*KINO_REDIS_URL[^\n]*\n", each.err) for each in said)

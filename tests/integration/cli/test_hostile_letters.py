@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integration.cli.letters import keep, letter
-from tests.integration.cli.said import ESCAPES, MARKUP, TEN_KB, Cli, harmless, squeezed
-from tests.malformed import bare
+from tests.command_line import ESCAPES, MARKUP, Run, harmless, squeezed
+from tests.integration.cli.letters import letter
+from tests.malformed import TEN_KB, bare
 from tests.scenario import Scene
 
 HOSTILE = {
@@ -20,10 +20,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
-def test_hostile_messages_are_shown_harmlessly(cli: Cli, scene: Scene, form: str) -> None:
+def test_hostile_messages_are_shown_harmlessly(cli: Run, scene: Scene, form: str) -> None:
     """Nothing in a message acts on the terminal of who looks at it: neither escapes nor markup."""
     for raw in HOSTILE.values():
-        keep(scene, letter(raw, detail=f"{ESCAPES}{MARKUP}"))
+        scene.keep(letter(raw, detail=f"{ESCAPES}{MARKUP}"))
     flags = ["--json"] if form == "json" else []
 
     said = [cli("dead-letters", "list", *flags)]
@@ -36,10 +36,10 @@ def test_hostile_messages_are_shown_harmlessly(cli: Cli, scene: Scene, form: str
 
 
 @pytest.mark.parametrize("form", ["table", pytest.param("json")])
-def test_hostile_words_of_colleagues_are_shown_harmlessly(cli: Cli, scene: Scene, form: str) -> None:
+def test_hostile_words_of_colleagues_are_shown_harmlessly(cli: Run, scene: Scene, form: str) -> None:
     """What somebody typed or pasted (a note, a reason, a name) is text on everybody else's screen too."""
     pasted = f"{ESCAPES} {MARKUP}".replace("\x00", "")
-    keep(scene, letter(b"nonsense"))
+    scene.keep(letter(b"nonsense"))
     flags = ["--json"] if form == "json" else []
 
     done = [
@@ -75,9 +75,9 @@ TAKES_TEXT = (
     ],
     ids=["10 kB", "no UTF-8", "NUL"],
 )
-def test_odd_arguments_are_text_or_one_clear_line(cli: Cli, scene: Scene, odd: str) -> None:
+def test_odd_arguments_are_text_or_one_clear_line(cli: Run, scene: Scene, odd: str) -> None:
     """Bytes that are no UTF-8, NUL and 10 kB on the command line end in a row or in one line that is ours."""
-    keep(scene, letter(b"nonsense"))
+    scene.keep(letter(b"nonsense"))
 
     said = {c: cli(*[odd if word == "{}" else word for word in c.split()]) for c in TAKES_TEXT}
 

@@ -6,8 +6,8 @@ from datetime import datetime
 
 from redis import Redis
 
-from tests.integration.cli.letters import FAILED
-from tests.integration.cli.said import Cli
+from tests.command_line import Run
+from tests.pipeline import FAILED
 from tests.scenario import Scene
 
 
@@ -15,7 +15,7 @@ def is_time(text: str) -> bool:
     return datetime.fromisoformat(text).utcoffset() is not None
 
 
-def test_intake_is_paused_and_resumed_by_name(cli: Cli, redis: Redis) -> None:
+def test_intake_is_paused_and_resumed_by_name(cli: Run, redis: Redis) -> None:
     """Who pauses says why; status exits 1 meanwhile and says who, why and what waits; resuming ends it."""
     redis.lpush(FAILED, b"1", b"2")
 
@@ -27,9 +27,9 @@ def test_intake_is_paused_and_resumed_by_name(cli: Cli, redis: Redis) -> None:
     opened = cli("intake", "status", "--json")
 
     assert [paused.code, again.code, closed.code, resumed.code] == [0, 0, 1, 0]
-    assert closed.document.keys() == {"paused", "reason", "actor", "changed_at", "workers", "waiting"}
-    assert is_time(closed.document.pop("changed_at"))
-    assert {k: v for k, v in closed.document.items() if k != "changed_at"} == {
+    assert closed.json.keys() == {"paused", "reason", "actor", "changed_at", "workers", "waiting"}
+    assert is_time(closed.json.pop("changed_at"))
+    assert {k: v for k, v in closed.json.items() if k != "changed_at"} == {
         "paused": True,
         "reason": "maintenance",
         "actor": "bob",
@@ -45,10 +45,10 @@ def test_intake_is_paused_and_resumed_by_name(cli: Cli, redis: Redis) -> None:
     }
     assert "already" in again.out
     assert "maintenance" in shown.out
-    assert (opened.document["paused"], opened.document["actor"]) == (False, "anna")
+    assert (opened.json["paused"], opened.json["actor"]) == (False, "anna")
 
 
-def test_status_exits_1_unless_somebody_takes_events(cli: Cli, scene: Scene) -> None:
+def test_status_exits_1_unless_somebody_takes_events(cli: Run, scene: Scene) -> None:
     """An open gate without a living worker is a finding; with one it is fine."""
     nobody = cli("intake", "status")
     for number, stopped in enumerate(("now()", "NULL")):
@@ -59,14 +59,14 @@ def test_status_exits_1_unless_somebody_takes_events(cli: Cli, scene: Scene) -> 
         )
     somebody = cli("intake", "status", "--json")
 
-    workers = [(each["worker_id"][-1], each["alive"], each["messages"]) for each in somebody.document["workers"]]
+    workers = [(each["worker_id"][-1], each["alive"], each["messages"]) for each in somebody.json["workers"]]
     assert (nobody.code, somebody.code) == (1, 0)
     assert workers == [("1", True, 5), ("0", False, 5)]
 
 
-def test_nobody_pauses_in_the_name_of_the_tripwire(cli: Cli) -> None:
+def test_nobody_pauses_in_the_name_of_the_tripwire(cli: Run) -> None:
     """A person's pause ends only by a person: it cannot be signed with the name that opens by itself."""
     said = cli("intake", "pause", "--reason", "r", "--by", "tripwire", "--yes")
 
     assert said.code == 2
-    assert not cli("intake", "status", "--json").document["paused"]
+    assert not cli("intake", "status", "--json").json["paused"]

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from kino_refunds.ledger import ChargeRequest, open_charges
 from tests.command_line import Run
 from tests.conftest import Database
-from tests.integration.cli.said import Cli
+from tests.integration.cli.letters import make_overdue
 from tests.scenario import NOW, Scene
 
 
@@ -179,16 +179,10 @@ def test_overdue_run_with_a_source_that_nobody_reaches_is_exit_3(
     assert "hunter2" not in result.out + result.err
 
 
-def test_overdue_run_asks_and_settles(cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overdue_run_asks_and_settles(cli: Run, scene: Scene) -> None:
     """One pass: a dry run writes nothing and says what would be, the real one refunds."""
-    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
     scene.charged()
-    scene.as_superuser(
-        "ALTER TABLE kino.charge DISABLE TRIGGER append_only",
-        "UPDATE kino.charge SET deadline_at = now() - interval '1 hour'",
-        "ALTER TABLE kino.charge ENABLE TRIGGER append_only",
-        "UPDATE kino.open_charge SET deadline_at = now() - interval '1 hour'",
-    )
+    make_overdue(scene)
     before = scene.everything()
 
     dry = cli("overdue", "run", "--dry-run", "--json")
@@ -203,8 +197,8 @@ def test_overdue_run_asks_and_settles(cli: Cli, scene: Scene, monkeypatch: pytes
         ("by hand: overdue run", "bob", True),
         ("by hand: overdue run", "anna", True),
     ]
-    assert kept[0].result == real.document
-    assert {k: v for k, v in real.document.items() if k != "verified_through"} == {
+    assert kept[0].result == real.json
+    assert {k: v for k, v in real.json.items() if k != "verified_through"} == {
         "dry_run": False,
         "overdue": 1,
         "asked": 0,
@@ -219,9 +213,9 @@ def test_overdue_run_asks_and_settles(cli: Cli, scene: Scene, monkeypatch: pytes
     }
 
 
-def test_overdue_run_without_a_source_says_how_to_choose(cli: Cli) -> None:
+def test_overdue_run_without_a_source_says_how_to_choose(cli: Run) -> None:
     """Nobody is refunded by a sweep that was not set up: exit 2 and the setting's name."""
-    said = cli("overdue", "run", "--json")
+    said = cli("overdue", "run", "--json", KINO_JOB_SOURCE=None)
 
     assert said.code == 2
     assert re.fullmatch(r"error: KINO_JOB_SOURCE is not set[^\n]+\n", said.err)

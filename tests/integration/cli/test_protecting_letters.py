@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,36 +19,30 @@ from kino_refunds.errors import LetterProtects
 from kino_refunds.events.schema import to_json
 from kino_refunds.reconciliation.guard import OverdueCharge, read_guard
 from kino_refunds.settlement.dead_letters import DeadLetter
+from tests.command_line import SCRIPT, Run
 from tests.conftest import Database
 from tests.integration.cli.letters import (
     OLD,
     came,
-    keep,
     letter,
+    letter_statuses,
     make_overdue,
     opened_long_ago,
-    statuses,
     unreadable_completion,
 )
-from tests.integration.cli.said import Cli
 from tests.scenario import PATIENT, Scene, make_event, until
 
-SCRIPT = Path(sys.executable).with_name("kino-refunds")
 
-
-def test_a_letter_of_an_open_job_is_discarded_by_the_job_s_name_only(
-    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_letter_of_an_open_job_is_discarded_by_the_job_s_name_only(cli: Run, scene: Scene) -> None:
     """A completed event with a bad time keeps its job from a refund; --yes alone does not end that."""
-    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
     scene.charged()
     make_overdue(scene)
-    keep(scene, unreadable_completion(job_id="job-1"))
+    scene.keep(unreadable_completion(job_id="job-1"))
     discard = ("dead-letters", "discard", "1", "--note", "n", "--yes")
 
     refused = [cli(*discard), cli(*discard, "--although-open", "job-2"), cli(*discard, "--although-open", "all")]
-    swept = cli("overdue", "run", "--json").document
-    still = statuses(scene)
+    swept = cli("overdue", "run", "--json").json
+    still = letter_statuses(scene)
     named = cli(*discard, "--although-open", "job-1", "--by", "bob")
 
     assert [(each.code, each.out, each.err.count("\n")) for each in refused] == [(2, "", 1)] * 3
@@ -59,45 +52,41 @@ def test_a_letter_of_an_open_job_is_discarded_by_the_job_s_name_only(
     assert still == [("open", None)]
     assert (named.code, named.err) == (0, "")
     assert "no longer protected: open charges 1, credits 10" in named.out
-    assert statuses(scene) == [("discarded", "bob")]
+    assert letter_statuses(scene) == [("discarded", "bob")]
 
 
 def test_a_correction_of_one_job_leaves_the_letter_s_other_jobs_protected(
-    cli: Cli, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Run, scene: Scene, tmp_path: Path
 ) -> None:
     """Two completions on two lines are one letter: who corrects the first must not end what protects the second."""
-    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
     for job_id in ("job-1", "job-2"):
         scene.charged(job_id)
     make_overdue(scene)
-    keep(scene, replace(unreadable_completion(job_id="job-1"), other_job_ids=("job-2", "job-3")))
+    scene.keep(replace(unreadable_completion(job_id="job-1"), other_job_ids=("job-2", "job-3")))
     corrected = tmp_path / "corrected.json"
     corrected.write_bytes(to_json(make_event("completed", "job-1")))
     replay = ("dead-letters", "replay", "1", "--edited", str(corrected), "--json")
 
     tried = cli(*replay, "--dry-run")
     replayed = cli(*replay, "--by", "bob")
-    swept = cli("overdue", "run", "--json").document
+    swept = cli("overdue", "run", "--json").json
     refused = cli("dead-letters", "discard", "1", "--note", "n", "--yes")
     scene.settle(make_event("completed", "job-2"))
     done = cli("dead-letters", "discard", "1", "--note", "both are captured", "--yes")
 
     for each in (tried, replayed):
-        assert (each.code, each.document["items"][0]["outcome"]) == (1, "captured")
-        assert (each.document["items"][0]["closed"], each.document["items"][0]["protects"]) == (False, ["job-2"])
+        assert (each.code, each.json["items"][0]["outcome"]) == (1, "captured")
+        assert (each.json["items"][0]["closed"], each.json["items"][0]["protects"]) == (False, ["job-2"])
         assert "dead letter 1 stays open: it also names job-2, whose charges are open" in each.err
     assert (swept["refunded"], swept["withheld"]) == (0, {"named_by_waiting_event": 1})
-    assert (refused.code, done.code, statuses(scene)[0][0]) == (2, 0, "discarded")
+    assert (refused.code, done.code, letter_statuses(scene)[0][0]) == (2, 0, "discarded")
 
 
-def test_a_letter_that_names_no_job_says_that_it_protects_them_all(
-    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_letter_that_names_no_job_says_that_it_protects_them_all(cli: Run, scene: Scene) -> None:
     """Where nobody can be asked, an unreadable completion may be any charge's: it is discarded by the word all."""
-    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
     for number in range(12):
         scene.charged(f"job-{number}")
-    keep(scene, unreadable_completion())
+    scene.keep(unreadable_completion())
     came(scene)
     discard = ("dead-letters", "discard", "1", "--note", "n", "--yes")
 
@@ -123,19 +112,18 @@ def test_a_letter_that_names_no_job_says_that_it_protects_them_all(
     ids=["settled", "without a charge", "over an hour", "a source is asked", "nothing is open"],
 )
 def test_a_letter_that_protects_nothing_is_discarded_as_before(
-    cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch, letter_of: dict[str, str], ago: timedelta, source: str,
+    cli: Run, scene: Scene, letter_of: dict[str, str], ago: timedelta, source: str,
     *, settled: bool,
 ) -> None:  # fmt: skip
     """Nobody is asked for names where discarding the letter leads to no refund."""
-    monkeypatch.setenv("KINO_JOB_SOURCE", source)
     scene.charged()
     opened_long_ago(scene)
     if settled:
         scene.settle(make_event("completed"))
-    keep(scene, unreadable_completion(**letter_of))
+    scene.keep(unreadable_completion(**letter_of))
     came(scene, ago=ago)
 
-    said = cli("dead-letters", "discard", "1", "--note", "n", "--yes")
+    said = cli("dead-letters", "discard", "1", "--note", "n", "--yes", KINO_JOB_SOURCE=source)
 
     assert (said.code, said.out, said.err) == (0, "dead letter 1 is discarded; it is kept\n", "")
 
@@ -159,7 +147,7 @@ def test_what_a_letter_protects_is_what_the_sweep_withholds(
     for job_id in ("before", "also before"):
         scene.charged(job_id)
     opened_long_ago(scene)
-    keep(scene, LETTERS[kind]())
+    scene.keep(LETTERS[kind]())
     came(scene, ago=ago)
     scene.charged("after")
     now = datetime.now(UTC)
@@ -180,7 +168,7 @@ def test_what_a_letter_protects_is_read_when_nobody_else_can_change_it(database:
     with Scene.of(database, limits=PATIENT) as scene:
         scene.charged()
         opened_long_ago(scene)
-        keep(scene, unreadable_completion())
+        scene.keep(unreadable_completion())
         came(scene, ago=OLD)
 
         def discard() -> None:
@@ -195,14 +183,14 @@ def test_what_a_letter_protects_is_read_when_nobody_else_can_change_it(database:
             refused = discarding.exception(60)
 
         assert isinstance(refused, LetterProtects)
-        assert statuses(scene) == [("open", None)]
+        assert letter_statuses(scene) == [("open", None)]
 
 
 @pytest.mark.parametrize(("typed", "code"), [(b"job-1\n", 0), (b"all\n", 1), (b"yes\n", 1), (b"\x04", 130)])
 def test_a_person_types_the_name_of_the_job(database: Database, scene: Scene, typed: bytes, code: int) -> None:
     """At a terminal the charges are shown with their credits, and only the job's own id discards the letter."""
     scene.charged()
-    keep(scene, unreadable_completion(job_id="job-1"))
+    scene.keep(unreadable_completion(job_id="job-1"))
     ours, theirs = pty.openpty()
     program = subprocess.Popen(
         [SCRIPT, "dead-letters", "discard", "1", "--note", "n", "--by", "bob", "--yes"],
@@ -220,5 +208,5 @@ def test_a_person_types_the_name_of_the_job(database: Database, scene: Scene, ty
     assert program.returncode == code
     assert b"dead letter 1 protects open charges 1, credits 10: of its jobs\n" in err
     assert b"  job-1: 10 credits of account acct of job-1, deadline " in err
-    assert statuses(scene) == ([("discarded", "bob")] if code == 0 else [("open", None)])
+    assert letter_statuses(scene) == ([("discarded", "bob")] if code == 0 else [("open", None)])
     assert (b"no longer protected" in out) == (code == 0)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-import pytest
-
 from kino_refunds.schedule import Entry
 from tests.clock import claim_slot
-from tests.integration.cli.said import Cli
+from tests.command_line import Run
 from tests.scenario import NOW, Scene
 
 
-def test_schedule_says_what_runs(cli: Cli, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedule_says_what_runs(cli: Run, scene: Scene) -> None:
     """Each entry with its last and next run; exit 1 when one was missed."""
-    monkeypatch.setenv("KINO_JOB_SOURCE", "none")
     fresh = cli("schedule", "--json")
     with scene.worker.begin() as connection:
         entry = Entry("kino.expire_lots", timedelta(seconds=60), "")
@@ -23,15 +20,15 @@ def test_schedule_says_what_runs(cli: Cli, scene: Scene, monkeypatch: pytest.Mon
     table = cli("schedule")
 
     assert fresh.code == 0
-    assert [each["name"] for each in fresh.document["items"]] == [
+    assert [each["name"] for each in fresh.json["items"]] == [
         "kino.sweep_retries",
         "kino.expire_lots",
         "kino.sample_clock",
         "kino.sweep_overdue",
     ]
-    assert fresh.document["items"][0].keys() == {
+    assert fresh.json["items"][0].keys() == {
         "name", "every_s", "last", "finished", "ended", "result", "next", "missed", "late", "stuck", "what",
     }  # fmt: skip
     assert (missed.code, table.code) == (1, 1)
-    assert missed.document["items"][1]["missed"] in {4, 5}
+    assert missed.json["items"][1]["missed"] in {4, 5}
     assert "expire lots" in table.out

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from tests.command_line import AWAY_PORT, HOSTILE, SCRIPT, outside
 from tests.conftest import Database
+from tests.processes import processes_of
 from tests.scenario import NOW, Scene, until
 
 
@@ -299,7 +299,7 @@ def test_interrupt_ends_with_130_and_leaves_nothing(number: signal.Signals, scra
     assert code == 130
     assert said.splitlines()[-1] == b"interrupted"
     assert b"Traceback" not in said
-    until(lambda: processes_of(scratch) == [] and not any(scratch.iterdir()))
+    until(lambda: processes_of(scratch) == set() and not any(scratch.iterdir()))
 
 
 @pytest.mark.faults
@@ -308,7 +308,7 @@ def test_killed_demo_leaves_nothing_either(scratch: Path) -> None:
     code, _ = demo_ended_by(signal.SIGKILL, scratch)
 
     assert code == -signal.SIGKILL
-    until(lambda: processes_of(scratch) == [] and not any(scratch.iterdir()))
+    until(lambda: processes_of(scratch) == set() and not any(scratch.iterdir()))
 
 
 @pytest.fixture
@@ -346,14 +346,3 @@ def test_interrupt_that_is_ignored_stays_ignored() -> None:
 
     assert code == 2
     assert b"KINO_DATABASE_URL is not set" in said
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Every process that has the folder in its command line or environment, this one aside."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-            if os.fsencode(folder) in told and process.name != str(os.getpid()):
-                found.append(told.decode(errors="replace"))
-    return found

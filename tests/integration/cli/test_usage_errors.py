@@ -9,11 +9,10 @@ import pytest
 
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.settlement.dead_letters import malformed_letter
-from tests.clock import record_dead_letters
-from tests.command_line import AWAY_PORT, HOSTILE, Result, Run
+from tests.command_line import AWAY_PORT, HOSTILE, Run, harmless
 from tests.conftest import Database
 from tests.integration.cli.commands import commands
-from tests.scenario import NOW, Scene
+from tests.scenario import Scene
 
 
 @pytest.mark.parametrize(
@@ -102,9 +101,7 @@ def test_an_odd_value_for_any_parameter_is_an_answer_or_one_clear_line(
     """Whatever is typed for whichever argument: an exit code that means something, and no more than a screen of it."""
     monkeypatch.chdir(tmp_path)  # an odd name of a file makes a file
     scene.charged("job-1")
-    with scene.worker.begin() as connection:
-        letter = malformed_letter(b"{", "generation.job-failed", MalformedMessage("bad_json", "cut off"))
-        record_dead_letters(connection, [letter], now=NOW, build="test")
+    scene.keep(malformed_letter(b"{", "generation.job-failed", MalformedMessage("bad_json", "cut off")))
     parameters = [each for each in commands()[command].params if each.name != "help"]
     product = database.url("kino_product")
 
@@ -135,17 +132,10 @@ def typed(command: str, parameters: list[Any], name: str, odd: str) -> list[str]
     return arguments + behind
 
 
-def harmless(said: Result) -> bool:
-    """Nothing that was printed acts on a terminal."""
-    return all(c.isprintable() or c == "\n" for c in said.out + said.err)
-
-
 def test_a_file_whose_name_breaks_a_line_is_shown_on_one(run: Run, scene: Scene, tmp_path: Path) -> None:
     """A file's name is text as any other: in an error it neither ends the line nor acts on the terminal."""
     scene.charged()
-    with scene.worker.begin() as connection:
-        letter = malformed_letter(b"{", "generation.job-failed", MalformedMessage("bad_json", "cut off"))
-        record_dead_letters(connection, [letter], now=NOW, build="test")
+    scene.keep(malformed_letter(b"{", "generation.job-failed", MalformedMessage("bad_json", "cut off")))
     edited = tmp_path / f"{HOSTILE.replace('/', '')}\n"
     edited.write_bytes(b"no event")
 

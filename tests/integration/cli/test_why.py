@@ -8,7 +8,6 @@ from redis import Redis
 
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.settlement.dead_letters import malformed_letter
-from tests.clock import record_dead_letters
 from tests.command_line import Result, Run, error
 from tests.scenario import NOW, Scene, make_event
 
@@ -39,8 +38,7 @@ def test_why_explains_every_state_of_a_job(run: Run, scene: Scene, redis: Redis)
         " SELECT charge_id, 2, 'unknown', now(), now() FROM kino.charge WHERE job_id = 'asked'"
     )
     letter = malformed_letter(b'{"job_id": "lost",', "generation.timeout", MalformedMessage("bad_json", "cut off"))
-    with scene.worker.begin() as connection:
-        record_dead_letters(connection, [letter], now=NOW, build="test")
+    scene.keep(letter)
 
     found = {job_id: (run("why", job_id), run("why", job_id, "--json")) for job_id in (*jobs, "early", "lost")}
 

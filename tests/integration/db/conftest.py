@@ -8,13 +8,13 @@ import pytest
 
 from tests.conftest import Database
 from tests.integration.db.past import arrange
-from tests.integration.db.rights import Connection, session
+from tests.ledger_items import Connection, session
 
 
 @pytest.fixture
 def superuser(database: Database) -> Iterator[Connection]:
     """A session that reads everything."""
-    with session(database, "postgres") as connection:
+    with session(database, "postgres", autocommit=True) as connection:
         yield connection
 
 

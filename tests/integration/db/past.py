@@ -8,10 +8,8 @@ from typing import Any, Final
 
 from kino_refunds.reconciliation.integrity import violations
 from tests.conftest import Database
-from tests.integration.db.rights import Connection, names, rows, session
-
-DEADLINE = "2030-01-01T00:00:00.25+05:30"
-EVENT_TIME = "2026-01-01T00:00:00.5Z"
+from tests.integration.db.rights import names, rows
+from tests.ledger_items import Connection, a_charge, a_grant, a_reversal, a_settlement, a_status, session
 
 ANSWERS: Final[Mapping[str, str]] = {
     "grant_lots": "o_lot_id, o_reference, o_account_id, o_granted, o_remaining, o_state",
@@ -32,53 +30,31 @@ def call(connection: Connection, function: str, items: Items) -> list[Any]:
     return connection.execute(statement.encode(), [json.dumps(items)]).fetchall()
 
 
-def a_grant(reference: str, account_id: str, credits: int = 100, **terms: Any) -> dict[str, Any]:
-    return {"reference": reference, "account_id": account_id, "credits": credits, "class": "purchased", **terms}
-
-
-def a_charge(job_id: str, account_id: str, credits: int = 10) -> dict[str, Any]:
-    return {"job_id": job_id, "account_id": account_id, "credits": credits, "deadline_at": DEADLINE}
-
-
-def a_settlement(charge_id: int, kind: str) -> dict[str, Any]:
-    reason, clause = {"captured": ("completed", "1"), "refunded": ("timeout", "2.timeout")}[kind]
-    return {
-        "charge_id": charge_id,
-        "kind": kind,
-        "reason": reason,
-        "clause": clause,
-        "policy_version": "v",
-        "ending": "e",
-        "account_status": "active",
-        "event_source": "s",
-        "event_id": f"event {charge_id}",
-        "event_time": EVENT_TIME,
-    }
-
-
-A_REVERSAL = {
-    "charge_id": 3,
-    "reason": "timeout",
-    "clause": "2.timeout",
-    "policy_version": "v",
-    "reference": "ticket é \\ 1",
-    "actor": "ann",
-}
-A_SUSPENSION = {"account_id": "eve", "status": "suspended", "reason": "asked \\ for", "actor": "ann"}
+DUE: Final = {"deadline_at": "2030-01-01T00:00:00.25+05:30"}
+REFUNDED: Final = {"event_time": "2026-01-01T00:00:00.5Z"}
+CAPTURED: Final = {**REFUNDED, "kind": "captured", "reason": "completed", "clause": "1", "ending": "completed"}
+"""Instants with a fraction and an offset: a session's settings change how such text is read and written."""
 
 ACTS: Final[Mapping[str, Sequence[tuple[str, Items]]]] = {
     "kino_product": [
-        ("grant_lots", [a_grant("later é \\ 1", "ada", 30, expires_at="2031-02-28T23:59:59.125-03:00", priority=7)]),
-        ("grant_lots", [a_grant("first", "ada")]),
-        ("open_charges", [a_charge("job é \\ 5", "ada", 40), a_charge("job 1", "ada"), a_charge("job 6", "eve", 0)]),
+        ("grant_lots", [a_grant("later é \\ 1", credits=30, expires_at="2031-02-28T23:59:59.125-03:00", priority=7)]),
+        ("grant_lots", [a_grant("first", credits=100)]),
+        (
+            "open_charges",
+            [
+                a_charge("job é \\ 5", credits=40, **DUE),
+                a_charge("job 1", **DUE),
+                a_charge("job 6", account_id="eve", credits=0, **DUE),
+            ],
+        ),
     ],
     "kino_worker": [
         ("held_lots", [{"charge_id": 2}, {"charge_id": 1}]),
-        ("settle_charges", [a_settlement(2, "refunded"), a_settlement(1, "captured")]),
+        ("settle_charges", [a_settlement(2, **REFUNDED), a_settlement(1, **CAPTURED)]),
     ],
     "kino_oncall": [
-        ("reverse_charges", [A_REVERSAL]),
-        ("set_account_status", [A_SUSPENSION]),
+        ("reverse_charges", [a_reversal(3, reference="ticket é \\ 1")]),
+        ("set_account_status", [a_status("eve", reason="asked \\ for")]),
     ],
 }
 """What each role does in its work, on the ledger that `arrange` leaves."""
@@ -86,11 +62,22 @@ ACTS: Final[Mapping[str, Sequence[tuple[str, Items]]]] = {
 
 def arrange(database: Database) -> None:
     """Give two accounts credits, open charges 1 to 4, capture the third and refund the fourth; one lot is due."""
-    with session(database, "kino_product") as product, session(database, "kino_worker") as worker:
-        call(product, "grant_lots", [a_grant("first", "ada"), a_grant("of eve", "eve", purchase_id="order-1")])
-        call(product, "grant_lots", [a_grant("due", "ada", 5, expires_at="2020-02-29T00:00:00Z")])
-        call(product, "open_charges", [a_charge(f"job {n}", "ada" if n < 4 else "eve") for n in (1, 2, 3, 4)])
-        call(worker, "settle_charges", [a_settlement(3, "captured"), a_settlement(4, "refunded")])
+    with (
+        session(database, "kino_product", autocommit=True) as product,
+        session(database, "kino_worker", autocommit=True) as worker,
+    ):
+        call(
+            product,
+            "grant_lots",
+            [a_grant("first", credits=100), a_grant("of eve", account_id="eve", credits=100, purchase_id="order-1")],
+        )
+        call(product, "grant_lots", [a_grant("due", credits=5, expires_at="2020-02-29T00:00:00Z")])
+        call(
+            product,
+            "open_charges",
+            [a_charge(f"job {n}", account_id="ada" if n < 4 else "eve", **DUE) for n in (1, 2, 3, 4)],
+        )
+        call(worker, "settle_charges", [a_settlement(3, **CAPTURED), a_settlement(4, **REFUNDED)])
 
 
 def act(connection: Connection, role: str) -> list[Any]:
@@ -136,5 +123,5 @@ def catalog(superuser: Connection) -> list[Any]:
 
 
 def findings(database: Database) -> list[str]:
-    with session(database, "kino_read") as reader:
+    with session(database, "kino_read", autocommit=True) as reader:
         return violations(reader)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import psycopg
+from tests.ledger_items import Connection
 
-from tests.conftest import Database
-
-Connection = psycopg.Connection[Any]
 Rights = dict[tuple[str, str], set[str]]
 """By role and right: what it is held on. A column is written table.column."""
 
-INSUFFICIENT_PRIVILEGE = "42501"
 NOT_A_TABLE = ("55000", "0A000", "42809")
 """What a view that cannot be written says before anybody's rights are looked at."""
 NO_TRIGGER_CALL = "0A000"
@@ -51,7 +46,7 @@ OBJECTS: Final[Mapping[str, str]] = {
     "function for other functions": """
         hold_purchase(text,text,text,text) release_purchase(text,text,text,text)
         void_purchase(text,text,text,text) unvoid_purchase(text,text,text,text)
-        lock_purchase(text,text,text,text) place_lots(bigint[])
+        named(bigint) lock_purchase(text,text,text,text) place_lots(bigint[])
         refund_lines(bigint[],boolean) give_back(text,bigint[],text[],text[],timestamptz[])
         take_rest(bigint[],text,text,text,text,text) expire_due(bigint[]) lot_grace() keep_lot_change()
         require_items(jsonb,text[],text[]) require_id(text,text) refuse_constraint(text)
@@ -165,13 +160,6 @@ _OTHER_RIGHTS = """
     CROSS JOIN pg_namespace n
     WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema' AND has_schema_privilege(r.role, n.oid, p.held)
 """
-
-
-@contextmanager
-def session(database: Database, role: str) -> Iterator[Connection]:
-    """Open a session of a role's own, with nothing pinned."""
-    with psycopg.connect(database.url(role).replace("+psycopg", ""), autocommit=True) as connection:
-        yield connection
 
 
 def rows(connection: Connection, query: str, parameters: Mapping[str, Any] | None = None) -> list[Any]:

@@ -9,8 +9,9 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Database
-from tests.integration.db.past import a_charge, act, arrange, books, call, findings
-from tests.integration.db.rights import ATTACKERS, Connection, Statements, names, rows, session
+from tests.integration.db.past import act, arrange, books, call, findings
+from tests.integration.db.rights import ATTACKERS, Statements, names, rows
+from tests.ledger_items import Connection, a_charge, session
 
 # --- a ledger with a past --------------------------------------------------------------------------------------
 
@@ -201,12 +202,18 @@ SETTINGS: Final = (
 
 def honest_outcome(database: Database, role: str) -> Any:
     arrange(database)
-    with session(database, role) as honest, session(database, "postgres") as superuser:
+    with (
+        session(database, role, autocommit=True) as honest,
+        session(database, "postgres", autocommit=True) as superuser,
+    ):
         return act(honest, role), books(superuser)
 
 
 def hostile_outcome(database: Database, role: str, statements: Statements) -> Any:
-    with session(database, role) as hostile, session(database, "postgres") as superuser:
+    with (
+        session(database, role, autocommit=True) as hostile,
+        session(database, "postgres", autocommit=True) as superuser,
+    ):
         with hostile.transaction():
             for statement in statements:
                 hostile.execute(statement.encode())
@@ -273,7 +280,7 @@ BAD_IDS = ("a\u0001b", "a\u007fé", "a\u200bb", "a\u202eb", "a\u00a0", "a\U000e0
 )
 def test_a_setting_of_the_session_lets_no_bad_item_in(arranged: Database, setting: str) -> None:
     """An id or an instant that is refused in one session is refused in every other, by the same error."""
-    good = a_charge("new", "ada")
+    good = a_charge("new")
     bad = [
         *({**good, "deadline_at": instant} for instant in BAD_INSTANTS),
         *({**good, "job_id": id_} for id_ in BAD_IDS),
@@ -281,7 +288,7 @@ def test_a_setting_of_the_session_lets_no_bad_item_in(arranged: Database, settin
     ]
 
     found: list[Any] = []
-    with session(arranged, "kino_product") as hostile:
+    with session(arranged, "kino_product", autocommit=True) as hostile:
         hostile.execute(f"SET {setting}".encode())
         for item in bad:
             try:

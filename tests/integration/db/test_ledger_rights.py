@@ -11,7 +11,6 @@ from tests.integration.db.rights import (
     _OBJECTS,
     FUNCTION,
     OBJECTS,
-    Connection,
     columns_of,
     differences,
     functions_listed,
@@ -20,6 +19,7 @@ from tests.integration.db.rights import (
     rights_listed,
     rows,
 )
+from tests.ledger_items import Connection
 
 # --- what the catalog says -------------------------------------------------------------------------------------
 

@@ -8,25 +8,23 @@ from typing import Final
 import psycopg
 import pytest
 
-from tests.conftest import Database
+from tests.conftest import INSUFFICIENT_PRIVILEGE, Database
 from tests.integration.db.past import books, catalog, findings
 from tests.integration.db.rights import (
     ATTACKERS,
     FUNCTION,
-    INSUFFICIENT_PRIVILEGE,
     LEDGER,
     LOGINS,
     MAY,
     NO_TRIGGER_CALL,
     NOT_A_TABLE,
     VIEWS,
-    Connection,
     Statements,
     columns_of,
     names,
     rows,
-    session,
 )
+from tests.ledger_items import Connection, session
 
 
 def refusal(connection: Connection, statement: str) -> str | None:
@@ -47,7 +45,7 @@ def not_refused(
     database: Database, role: str, statements: Iterable[str], *, by: Sequence[str] = (INSUFFICIENT_PRIVILEGE,)
 ) -> dict[str, str | None]:
     """Try each statement as a role; returns what was not refused by one of these SQLSTATEs."""
-    with session(database, role) as hostile:
+    with session(database, role, autocommit=True) as hostile:
         found = {statement: refusal(hostile, statement) for statement in statements}
     return {statement: sqlstate for statement, sqlstate in found.items() if sqlstate not in by}
 
@@ -280,7 +278,7 @@ def test_no_role_changes_rights(arranged: Database, superuser: Connection, role:
     ]
     before = catalog(superuser)
 
-    with session(arranged, role) as hostile:
+    with session(arranged, role, autocommit=True) as hostile:
         for statement in tries:
             try:
                 hostile.execute(statement.encode())
@@ -302,7 +300,7 @@ def test_a_role_calls_its_own_functions_and_no_others(arranged: Database, superu
     everything = dict(rows(superuser, query))
     allowed = {*MAY[role].get("EXECUTE", "").split(), *MAY["public"]["EXECUTE"].split()}
 
-    with session(arranged, role) as hostile:
+    with session(arranged, role, autocommit=True) as hostile:
         found = {function: refusal(hostile, statement) for function, statement in everything.items()}
 
     refused_input = dict.fromkeys(MAY[role].get("EXECUTE", "").split(), "KR006")

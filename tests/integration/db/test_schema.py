@@ -9,7 +9,8 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import current_revision, head_revision, migrate
-from tests.conftest import Database
+from tests.conftest import INSUFFICIENT_PRIVILEGE, Database
+from tests.faults.oracle import BOOKS
 
 FACTS = {
     "account_status_change": "reason",
@@ -25,7 +26,6 @@ FACTS = {
 RESTRICT_VIOLATION = "23001"
 CHECK_VIOLATION = "23514"
 UNIQUE_VIOLATION = "23505"
-INSUFFICIENT_PRIVILEGE = "42501"
 
 ROWS = """
     INSERT INTO kino.account (account_id) VALUES ('a');
@@ -48,33 +48,15 @@ ROWS = """
 @pytest.fixture
 def filled(database: Database) -> Database:
     """A database with one row in every fact table."""
-    run(database, "postgres", ROWS)
+    database.execute("postgres", ROWS)
     return database
-
-
-def run(database: Database, role: str, statement: str) -> None:
-    """Run a statement in a session of its own, and commit."""
-    engine = create_engine(database.url(role), pooled=False)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(statement)
-
-
-def refusal(database: Database, role: str, statement: str) -> str | None:
-    """Say with which SQLSTATE a statement is refused; None if it is not."""
-    try:
-        run(database, role, statement)
-    except sa.exc.DBAPIError as error:
-        return getattr(error.orig, "sqlstate", None)
-    return None
 
 
 @pytest.fixture
 def reader(database: Database) -> Iterator[sa.Connection]:
     """A connection as kino_read."""
-    engine = create_engine(database.url("kino_read"))
-    with engine.connect() as connection:
+    with database.connect("kino_read") as connection:
         yield connection
-    engine.dispose()
 
 
 @pytest.mark.parametrize("role", ["kino_owner", "postgres"])
@@ -90,7 +72,7 @@ def test_facts_are_not_changed_once_written(filled: Database, role: str) -> None
         )
     }
 
-    found = {statement: refusal(filled, role, statement) for statement in sorted(tries)}
+    found = {statement: filled.refusal(role, statement) for statement in sorted(tries)}
 
     assert found == dict.fromkeys(tries, RESTRICT_VIOLATION)
 
@@ -104,14 +86,14 @@ def test_an_upsert_does_not_change_a_fact(filled: Database) -> None:
         ON CONFLICT (charge_id) DO UPDATE SET kind = excluded.kind
     """
 
-    found = refusal(filled, "kino_owner", statement)
+    found = filled.refusal("kino_owner", statement)
 
     assert found == RESTRICT_VIOLATION
 
 
 def test_emptying_the_accounts_does_not_empty_their_history(filled: Database) -> None:
     """A cascade does not reach a table of facts either."""
-    found = refusal(filled, "kino_owner", "TRUNCATE kino.account CASCADE")
+    found = filled.refusal("kino_owner", "TRUNCATE kino.account CASCADE")
 
     assert found == RESTRICT_VIOLATION
 
@@ -179,7 +161,7 @@ def test_a_role_writes_what_its_work_needs_and_nothing_else(filled: Database, ro
         **{f"delete {table}": statement for table, statement in DELETES.items()},
     }
 
-    found = {what: refusal(filled, role, statement) for what, statement in tries.items()}
+    found = {what: filled.refusal(role, statement) for what, statement in tries.items()}
 
     assert found == {what: None if what in MAY[role] else INSUFFICIENT_PRIVILEGE for what in tries}
 
@@ -189,7 +171,7 @@ def test_no_role_that_runs_owns_anything(filled: Database, role: str) -> None:
     """Tables are made, emptied and dropped by the owner's role alone, which nothing that runs uses."""
     tries = ("CREATE TABLE kino.x ()", "TRUNCATE kino.transfer", "DROP TABLE kino.transfer")
 
-    found = [refusal(filled, role, statement) for statement in tries]
+    found = [filled.refusal(role, statement) for statement in tries]
 
     assert found == [INSUFFICIENT_PRIVILEGE] * len(tries)
 
@@ -198,7 +180,7 @@ def test_raw_messages_are_read_by_the_worker_alone(filled: Database) -> None:
     """Raw messages may hold what a customer wrote, so reports and the product cannot read them."""
     tries = [(role, table) for role in ("kino_product", "kino_read") for table in ("dead_letter", "pending_event")]
 
-    found = [refusal(filled, role, f"SELECT FROM kino.{table}") for role, table in tries]
+    found = [filled.refusal(role, f"SELECT FROM kino.{table}") for role, table in tries]
 
     assert found == [INSUFFICIENT_PRIVILEGE] * len(tries)
 
@@ -207,22 +189,9 @@ def test_every_role_reads_the_views(filled: Database) -> None:
     """The read interface is open to every role."""
     tries = [(role, view) for role in MAY for view in ("charge_status", "account_balance")]
 
-    found = [refusal(filled, role, f"SELECT FROM kino.{view}") for role, view in tries]
+    found = [filled.refusal(role, f"SELECT FROM kino.{view}") for role, view in tries]
 
     assert found == [None] * len(tries)
-
-
-BOOKS = ("issued", "wallet", "held", "consumed", "expired", "voided")
-ROUTES = {
-    "grant": ("issued", "wallet"),
-    "hold": ("wallet", "held"),
-    "capture": ("held", "consumed"),
-    "refund": ("held", "wallet"),
-    "expire": ("wallet", "expired"),
-    "void": ("wallet", "voided"),
-    "unvoid": ("voided", "wallet"),
-    "reversal": ("consumed", "wallet"),
-}
 
 
 def test_a_transfer_moves_between_the_books_of_its_kind_only(database: Database) -> None:
@@ -235,15 +204,14 @@ def test_a_transfer_moves_between_the_books_of_its_kind_only(database: Database)
         EXCEPTION WHEN check_violation THEN NULL;
         END $$
     """
-    kinds = (*ROUTES, "gift")
+    books = sorted({book for route in BOOKS.values() for book in route})
 
-    everything = [statement.format(k, give, take) for k in kinds for give in BOOKS for take in BOOKS]
-    run(database, "postgres", ";".join(everything))
+    everything = [statement.format(k, give, take) for k in (*BOOKS, "gift") for give in books for take in books]
+    database.execute("postgres", ";".join(everything))
 
-    engine = create_engine(database.url("kino_read"), pooled=False)
-    with engine.connect() as connection:
+    with database.connect("kino_read") as connection:
         rows = connection.exec_driver_sql("SELECT kind, from_book, to_book FROM kino.transfer ORDER BY transfer_id")
-        assert [tuple(row) for row in rows] == [(kind, *books) for kind, books in ROUTES.items()]
+        assert [tuple(row) for row in rows] == [(kind, *route) for kind, route in BOOKS.items()]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +234,7 @@ def test_a_transfer_moves_between_the_books_of_its_kind_only(database: Database)
 )
 def test_the_schema_refuses_what_cannot_be(filled: Database, statement: str) -> None:
     """No program, ours or another, writes a number or a word that the ledger does not know."""
-    found = refusal(filled, "postgres", statement)
+    found = filled.refusal("postgres", statement)
 
     assert found == CHECK_VIOLATION
 
@@ -283,7 +251,7 @@ def test_the_schema_refuses_what_cannot_be(filled: Database, statement: str) -> 
 )
 def test_what_happens_once_is_a_key(filled: Database, statement: str) -> None:
     """A charge is settled and corrected once, a job charged once, a lot granted once, an event decided once."""
-    found = refusal(filled, "postgres", statement)
+    found = filled.refusal("postgres", statement)
 
     assert found == UNIQUE_VIOLATION
 
@@ -322,8 +290,7 @@ def test_the_views_have_the_columns_that_others_rely_on(reader: sa.Connection) -
 def test_charge_status_says_how_each_charge_stands(database: Database, reader: sa.Connection) -> None:
     """A charge is open, captured or refunded, and one that was corrected counts as refunded."""
     settled = "now(), 'v', 's'"
-    run(
-        database,
+    database.execute(
         "postgres",
         f"""
         INSERT INTO kino.charge (job_id, account_id, credits, deadline_at)
@@ -353,8 +320,7 @@ def test_charge_status_says_how_each_charge_stands(database: Database, reader: s
 
 def test_account_balance_counts_what_can_be_spent_and_what_is_held(database: Database, reader: sa.Connection) -> None:
     """Only active, unexpired lots are available, only open charges are held, and an empty account has zero."""
-    run(
-        database,
+    database.execute(
         "postgres",
         """
         INSERT INTO kino.account (account_id) VALUES ('a'), ('b');
@@ -380,7 +346,7 @@ def test_account_balance_counts_what_can_be_spent_and_what_is_held(database: Dat
 
 def test_migrating_again_changes_nothing(database: Database) -> None:
     """A database that is at this build's schema stays as it is, rows included."""
-    run(database, "postgres", ROWS)
+    database.execute("postgres", ROWS)
 
     found = migrate(database.url("kino_owner"))
 

@@ -14,7 +14,7 @@ import pytest
 from redis import Redis
 
 from kino_refunds.cli import main as cli
-from kino_refunds.cli import replay as commands
+from kino_refunds.cli import trace as commands
 from kino_refunds.demo.trace import Workload, read_trace
 from kino_refunds.settings import PREFIX
 from tests.conftest import Database

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from kino_refunds.dev.processes import STOP_DEADLINE_S
 from kino_refunds.events.queues import SERVED
 from kino_refunds.settings import PREFIX, Settings
-from tests.integration.deploy.files import DEPLOY, FILES, ROOT
+from tests.integration.deploy.files import DEPLOY, FILES
+from tests.project import ROOT
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOY)))

@@ -22,7 +22,8 @@ from kino_refunds.events.schema import Queue
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from tests.conftest import Database
 from tests.integration.deploy.deployed_valkey import DeployedValkey, event, refused_for
-from tests.integration.deploy.files import DEPLOY, RELAY_QUEUE, ROOT, USERS
+from tests.integration.deploy.files import DEPLOY, RELAY_QUEUE, USERS
+from tests.project import ROOT
 from tests.scenario import until
 
 

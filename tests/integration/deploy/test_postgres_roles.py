@@ -19,7 +19,8 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.db.migrate import migrate
 from kino_refunds.dev.embedded import LOOPBACK, EmbeddedPostgres
 from kino_refunds.settings import Settings
-from tests.integration.deploy.files import DEPLOY, ROOT, password
+from tests.integration.deploy.files import DEPLOY, password
+from tests.project import ROOT
 
 
 @dataclass(frozen=True)

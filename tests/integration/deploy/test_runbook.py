@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
-import typer
 from pydantic import SecretStr
 
-from kino_refunds.cli.main import app
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.reconciliation.adapters import read_answers, source_of
@@ -24,57 +20,15 @@ from kino_refunds.settings import Settings
 from kino_refunds.settlement.breaks import BreakKind
 from kino_refunds.settlement.dead_letters import LetterReason
 from tests.conftest import Database
-from tests.integration.deploy.files import DEPLOY, RUNBOOK
-
-
-def commands() -> list[str]:
-    """Every `kino-refunds …` of the runbook: in code spans, which may go over a line's end, and in blocks."""
-    blocks = re.findall(r"^```\n(.*?)^```", RUNBOOK, re.DOTALL | re.MULTILINE)
-    spans = re.findall(r"`(kino-refunds [^`]+)`", re.sub(r"^```.*?^```", "", RUNBOOK, flags=re.DOTALL | re.MULTILINE))
-    found = [line.strip() for block in blocks for line in block.splitlines()] + [" ".join(s.split()) for s in spans]
-    parts = [part.strip() for each in found for part in each.split("|")]
-    parts = [part.removeprefix("xargs -r ") + (" 1" if part.startswith("xargs") else "") for part in parts]
-    # Names of processes and units, not commands.
-    return sorted({part for part in parts if part.startswith("kino-refunds ")})
-
-
-@pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_runbook_exists(line: str) -> None:
-    """Each command in the runbook is parsed by the program itself, with its flags and arguments."""
-    words = ["1" if word == "NUMBER" else word for word in shlex.split(line)[1:]]
-    # Typer brings its own copy of click, which mypy tells apart from ours.
-    command: Any = typer.main.get_command(app)
-    context: Any = command.make_context("kino-refunds", [], resilient_parsing=True)
-
-    while hasattr(command, "get_command"):
-        name, *words = words
-        command = command.get_command(context, name)
-        assert command is not None, f"there is no command {name}"
-        if hasattr(command, "get_command"):
-            context = command.make_context(name, [], parent=context, resilient_parsing=True)
-
-    command.make_context(command.name, words, parent=context)
-
-
-def test_runbook_has_commands_to_check() -> None:
-    """The list of commands has those that on-call starts with."""
-    assert {"kino-refunds intake status", "kino-refunds schedule", "kino-refunds why JOB"} <= set(commands())
-    assert len(commands()) > 20
+from tests.documents import DEPLOYMENT, example, spans
+from tests.integration.deploy.files import RUNBOOK
 
 
 def test_runbook_knows_every_reason() -> None:
-    """Each reason of a dead letter, each kind of break and each withheld verdict has a line in the runbook."""
+    """Each reason of a letter, kind of break and reason to withhold a presumed timeout has a line in the runbook."""
     rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(line for line in RUNBOOK.splitlines() if line.startswith("|"))))
 
     assert set(LetterReason) | set(BreakKind) | set(WithheldReason) <= rows
-
-
-def test_runbook_links_lead_somewhere() -> None:
-    """Each link inside the runbook names one of its headings."""
-    headings = re.findall(r"^#+ (.+)$", RUNBOOK, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-    assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
 
 
 @pytest.mark.parametrize("block", re.findall(r"^ *```sql\n(.*?)```", RUNBOOK, re.DOTALL | re.MULTILINE))
@@ -88,15 +42,6 @@ def test_every_query_of_the_runbook_runs(database: Database, block: str) -> None
         connection.execute(sa.text(block)).all()
 
     engine.dispose()
-
-
-GUIDE = (DEPLOY / "README.md").read_text(encoding="utf-8")
-
-
-def guide_example(name: str) -> str:
-    found = re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", GUIDE, re.DOTALL)
-    assert found is not None, f"the guide has no example {name}"
-    return found[1]
 
 
 def test_guides_query_answers_as_it_says(database: Database) -> None:
@@ -123,7 +68,9 @@ def test_guides_query_answers_as_it_says(database: Database) -> None:
             {"ended": ended},
         )
     settings = Settings(
-        job_source="sql", job_source_url=SecretStr(database.url("postgres")), job_source_query=guide_example("query")
+        job_source="sql",
+        job_source_url=SecretStr(database.url("postgres")),
+        job_source_query=example(DEPLOYMENT, "query"),
     )
 
     with source_of(settings) as source:
@@ -149,7 +96,7 @@ def test_guides_query_answers_as_it_says(database: Database) -> None:
 
 def test_guides_answer_is_read_as_it_says() -> None:
     """The example of an answer has every state and every field, and is read whole."""
-    rows = json.loads(guide_example("answer"))["jobs"]
+    rows = json.loads(example(DEPLOYMENT, "answer"))["jobs"]
 
     answers = read_answers(rows, [row["job_id"] for row in rows])
 
@@ -170,7 +117,7 @@ def test_guides_answer_is_read_as_it_says() -> None:
 
 def test_guide_names_every_word_of_the_contract() -> None:
     """The guide has each setting of the job source, each state, origin, stage and field, in code."""
-    in_code = set(re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", GUIDE, flags=re.DOTALL | re.MULTILINE)))
+    in_code = set(spans(DEPLOYMENT))
 
     settings = {"KINO_JOB_SOURCE", "KINO_JOB_SOURCE_URL", "KINO_JOB_SOURCE_TIMEOUT_S", "none", "sql", "http"}
     assert settings | {*JobState, *ErrorOrigin, *SafetyStage} <= in_code

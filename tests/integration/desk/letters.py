@@ -9,28 +9,18 @@ import pytest
 
 from kino_refunds.desk.replays import Replay
 from kino_refunds.errors import MalformedMessage
-from kino_refunds.events.schema import Event, to_json
+from kino_refunds.events.schema import Event
 from kino_refunds.settlement.dead_letters import DeadLetter, malformed_letter
-from kino_refunds.settlement.deliveries import delivery_of, read_delivery
-from tests.clock import record_dead_letters, replay_letter, settle_batch_at
+from kino_refunds.settlement.deliveries import read_delivery
+from tests.clock import replay_letter
+from tests.pipeline import FAILED
 from tests.scenario import NOW, Scene, make_rules
 
 LATER = NOW + timedelta(minutes=10)
-FAILED = "generation.job-failed"
 
 
 def replay(scene: Scene, number: int = 1, **options: Any) -> Replay:
     return replay_letter(scene.worker, number, make_rules(), LATER, actor="anna", **options)
-
-
-def record(scene: Scene, *letters: DeadLetter) -> None:
-    with scene.worker.begin() as connection:
-        record_dead_letters(connection, letters, now=NOW, build="test")
-
-
-def settle(scene: Scene, *events: Event) -> None:
-    """Settle as intake does, so that what fails becomes a dead letter."""
-    settle_batch_at(scene.worker, [delivery_of(event) for event in events], make_rules(), NOW)
 
 
 def malformed(raw: bytes) -> DeadLetter:
@@ -71,7 +61,3 @@ def exhaust(scene: Scene, event: Event) -> None:
     """Let an event wait for its charge for a day, in vain."""
     scene.settle(event, now=NOW - timedelta(hours=25))
     scene.sweep(now=NOW)
-
-
-def several(*events: Event | bytes) -> bytes:
-    return b"[%s]" % b",".join(event if isinstance(event, bytes) else to_json(event) for event in events)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -14,20 +13,11 @@ from kino_refunds.errors import DeadLetterClosed, MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, to_json
 from kino_refunds.settlement.dead_letters import poison_letter
 from kino_refunds.settlement.deliveries import RECONCILER
-from tests.integration.desk.letters import (
-    FAILED,
-    LATER,
-    Letter,
-    history,
-    letters,
-    malformed,
-    record,
-    replay,
-    settle,
-    with_id,
-)
+from tests.failing import BadBuild
+from tests.integration.desk.letters import LATER, Letter, history, letters, malformed, replay, with_id
 from tests.malformed import bare
 from tests.malformed import event as document
+from tests.pipeline import FAILED
 from tests.scenario import Scene, Settled, make_event
 
 pytestmark = pytest.mark.usefixtures("sound_books")
@@ -37,7 +27,7 @@ def test_an_edited_copy_settles_under_an_id_of_its_own(scene: Scene) -> None:
     """A corrected message is another event: `<id>+edit.N`; the bytes that came are kept as they came."""
     scene.charged()
     wrong = make_event("failed platform", account_id="somebody else")
-    settle(scene, wrong)
+    scene.settle_batch(wrong)
 
     replayed = replay(scene, edited=to_json(make_event("failed platform")))
 
@@ -56,7 +46,7 @@ def test_edits_are_counted_up(scene: Scene) -> None:
 
     replays = []
     for kind in ("completed", "timeout", "completed"):
-        settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+        scene.settle_batch(make_event("failed platform", account_id="somebody else", event_id="e"))
         replays.append(replay(scene, edited=to_json(make_event(kind, event_id="e"))))
 
     assert [(each.event_id, each.outcome) for each in replays] == [
@@ -71,7 +61,7 @@ def test_the_longest_id_can_be_corrected(scene: Scene) -> None:
     """A corrected copy's id may be longer than the 128 characters of a published one."""
     longest = "e" * ID_LENGTH_MAX
     scene.charged()
-    settle(scene, make_event("failed platform", event_id=longest, account_id="somebody else"))
+    scene.settle_batch(make_event("failed platform", event_id=longest, account_id="somebody else"))
 
     replayed = replay(scene, edited=to_json(make_event("failed platform", event_id=longest)))
 
@@ -81,7 +71,7 @@ def test_the_longest_id_can_be_corrected(scene: Scene) -> None:
 def test_a_corrected_copy_that_waits_comes_back(scene: Scene) -> None:
     """The longer id is read again by the retry sweep, and by the replay of the letter that it may become."""
     longest = "e" * ID_LENGTH_MAX
-    record(scene, poison_letter(b"nonsense", FAILED, 3))
+    scene.keep(poison_letter(b"nonsense", FAILED, 3))
     waits = replay(scene, edited=to_json(make_event("failed platform", event_id=longest)))
     scene.sweep(now=LATER + timedelta(hours=25))
     scene.charged()
@@ -116,8 +106,8 @@ def test_a_correction_that_is_none_of_this_letter_changes_nothing(
     """Whoever corrects a message wrongly is told so, and the letter stays as it was: it may guard a job's credits."""
     scene.charged()
     scene.charged("job-2")
-    settle(scene, with_id(make_event("failed platform", account_id="somebody else"), event_id))
-    settle(scene, make_event("failed platform", "job-2"))
+    scene.settle_batch(with_id(make_event("failed platform", account_id="somebody else"), event_id))
+    scene.settle_batch(make_event("failed platform", "job-2"))
     before = scene.everything()
 
     with pytest.raises(MalformedMessage, match=says):
@@ -130,7 +120,7 @@ def test_a_correction_of_a_message_without_an_id_is_of_its_job(scene: Scene) -> 
     """Where only the job can be read from a letter, that is what keeps a correction from closing another letter."""
     scene.charged()
     scene.charged("job-2")
-    record(scene, malformed(bare({**document(), "id": 7})))
+    scene.keep(malformed(bare({**document(), "id": 7})))
     assert scene.rows("SELECT event_id, job_id FROM kino.dead_letter") == [(None, "job-1")]
 
     with pytest.raises(MalformedMessage, match="the letter's is 'job-1'"):
@@ -144,7 +134,7 @@ def test_an_event_under_our_name_is_nobody_s_to_replay(scene: Scene) -> None:
     """What was published as the reconciler's settles only as somebody's own event: corrected, under another source."""
     scene.charged()
     forged = make_event("failed platform", event_id="overdue:1:failed.platform", source=RECONCILER)
-    record(scene, malformed(to_json(forged)))
+    scene.keep(malformed(to_json(forged)))
 
     as_it_came = replay(scene)
     with pytest.raises(MalformedMessage, match="is this system's own"):
@@ -156,12 +146,12 @@ def test_an_event_under_our_name_is_nobody_s_to_replay(scene: Scene) -> None:
     assert scene.story().settlement == Settled("refunded", "generation_failure", "2.failure", "e+edit.1")
 
 
-def test_an_event_of_our_own_is_replayed(scene: Scene, bug: Callable[[str], None]) -> None:
+def test_an_event_of_our_own_is_replayed(scene: Scene, bad_build: BadBuild) -> None:
     """A verdict of the reconciler's that failed in our own code settles when the code is mended."""
     scene.charged()
-    bug("on")
-    settle(scene, make_event("timeout", event_id="overdue:1:timed_out", source=RECONCILER))
-    bug("off")
+    bad_build.fails_for(".", build="test")
+    scene.settle_batch(make_event("timeout", event_id="overdue:1:timed_out", source=RECONCILER))
+    bad_build.mend()
 
     replayed = replay(scene)
 
@@ -171,7 +161,7 @@ def test_an_event_of_our_own_is_replayed(scene: Scene, bug: Callable[[str], None
 def test_a_letter_that_was_corrected_is_not_corrected_again(scene: Scene) -> None:
     """The second of two people hears what the first did, instead of settling something else for the same job."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else", event_id="e"))
     replay(scene, edited=to_json(make_event("timeout", event_id="e")))
     before = scene.everything()
 
@@ -184,7 +174,7 @@ def test_a_letter_that_was_corrected_is_not_corrected_again(scene: Scene) -> Non
 def test_two_corrections_at_once_are_one(scene: Scene) -> None:
     """Of two people who correct the same letter differently at the same instant one settles it, the other is told."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else", event_id="e"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else", event_id="e"))
     together = threading.Barrier(2)
 
     def at_once(kind: str) -> str:
@@ -205,7 +195,7 @@ def test_two_corrections_at_once_are_one(scene: Scene) -> None:
 def test_a_correction_that_fails_is_not_closed(scene: Scene) -> None:
     """A replay that fails leaves a letter open, and says so, also when it was edited."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else"))
 
     replayed = replay(scene, edited=to_json(make_event("failed platform", account_id="a third one")))
 

@@ -20,21 +20,10 @@ from kino_refunds.settlement.dead_letters import LetterStatus, poison_letter
 from kino_refunds.settlement.deliveries import read_message
 from kino_refunds.settlement.settle import settle as settle_events
 from tests.clock import discard_letter, note_letter, set_letter_status
-from tests.integration.desk.letters import (
-    FAILED,
-    LATER,
-    Letter,
-    exhaust,
-    history,
-    letters,
-    malformed,
-    record,
-    replay,
-    settle,
-    several,
-)
+from tests.integration.desk.letters import LATER, Letter, exhaust, history, letters, malformed, replay
 from tests.malformed import bare, celery_task, envelope
 from tests.malformed import event as document
+from tests.pipeline import FAILED, several
 from tests.scenario import NOW, SOURCE, Scene, make_event
 
 pytestmark = pytest.mark.usefixtures("sound_books")
@@ -55,7 +44,7 @@ def test_letters_are_grouped_by_cause_and_not_by_queue(scene: Scene) -> None:
     ]
     for raws in mistakes:
         for queue, raw in zip(Queue, raws, strict=True):
-            record(scene, *read_message(raw, queue)[1])
+            scene.keep(*read_message(raw, queue)[1])
 
     groups = scene.rows("SELECT count(*) FROM kino.dead_letter GROUP BY group_fingerprint")
 
@@ -78,7 +67,7 @@ def test_exceptions_are_grouped_by_where_they_came_from(scene: Scene, monkeypatc
 
     for failing, job in ((by_postgres, "job-1"), (by_postgres, "job-2"), (by_ours, "job-3")):
         monkeypatch.setattr(batch, "settle", failing)
-        settle(scene, make_event("failed platform", job))
+        scene.settle_batch(make_event("failed platform", job))
 
     groups = scene.rows("SELECT count(*) FROM kino.dead_letter GROUP BY group_fingerprint ORDER BY 1")
     assert [tuple(row) for row in groups] == [(1,), (2,)]
@@ -88,11 +77,11 @@ def test_exceptions_are_grouped_by_where_they_came_from(scene: Scene, monkeypatc
 
 
 def a_mismatch(scene: Scene) -> None:
-    settle(scene, make_event("failed platform", account_id="somebody else"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else"))
 
 
 def a_conflict(scene: Scene) -> None:
-    settle(scene, make_event("completed", event_id="e"), make_event("timeout", event_id="e"))
+    scene.settle_batch(make_event("completed", event_id="e"), make_event("timeout", event_id="e"))
 
 
 def an_exhausted_event(scene: Scene) -> None:
@@ -105,16 +94,16 @@ def an_exhausted_event_without_charge(scene: Scene) -> None:
 
 
 def a_malformed_message(scene: Scene) -> None:
-    record(scene, malformed(b"nonsense"))
+    scene.keep(malformed(b"nonsense"))
 
 
 def an_unread_one(scene: Scene) -> None:
-    record(scene, poison_letter(to_json(make_event("safety during")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("safety during")), FAILED, 3))
 
 
 def one_settled_meanwhile(scene: Scene) -> None:
-    record(scene, poison_letter(to_json(make_event("timeout")), FAILED, 3))
-    settle(scene, make_event("timeout"))
+    scene.keep(poison_letter(to_json(make_event("timeout")), FAILED, 3))
+    scene.settle_batch(make_event("timeout"))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +135,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_will_be(scene: Scene, arrange: 
 def test_a_dry_run_of_a_correction_writes_nothing(scene: Scene) -> None:
     """A correction can be tried first; its number is not used up."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else"))
     before = scene.everything()
     edited = to_json(make_event("failed platform"))
 
@@ -177,7 +166,7 @@ def test_a_number_that_nobody_has_is_an_error(scene: Scene) -> None:
 def test_what_people_did_is_kept(scene: Scene) -> None:
     """Notes, who discarded and why, and who replayed after all: all of it stays with the letter, in order."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
 
     with scene.worker.begin() as connection:
         note_letter(connection, 1, "the pipeline is asked \U0001f3ac", actor="anna", now=NOW)
@@ -205,13 +194,13 @@ def test_what_people_did_is_kept(scene: Scene) -> None:
 
 def test_a_letter_that_came_again_is_open_unless_somebody_judged_it(scene: Scene) -> None:
     """After a replay the same message failing again opens its letter; a discarded one is only counted."""
-    record(scene, malformed(b"to be replayed"))
-    record(scene, malformed(b"to be discarded"))
+    scene.keep(malformed(b"to be replayed"))
+    scene.keep(malformed(b"to be discarded"))
     with scene.worker.begin() as connection:
         for number, status in ((1, LetterStatus.REPLAYED), (2, LetterStatus.DISCARDED)):
             set_letter_status(connection, number, status, actor="anna", now=NOW, entry={})
 
-    record(scene, malformed(b"to be replayed"), malformed(b"to be discarded"), malformed(b"to be discarded"))
+    scene.keep(malformed(b"to be replayed"), malformed(b"to be discarded"), malformed(b"to be discarded"))
 
     assert letters(scene) == [
         Letter(1, None, "bad_json", 2, "open", "anna"),
@@ -222,8 +211,8 @@ def test_a_letter_that_came_again_is_open_unless_somebody_judged_it(scene: Scene
 def test_a_discarded_letter_whose_replay_fails_is_open_again(scene: Scene) -> None:
     """A person took it up once more: while it fails it is somebody's business, and guards its job."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else"))
-    record(scene, malformed(b"nonsense"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else"))
+    scene.keep(malformed(b"nonsense"))
     with scene.worker.begin() as connection:
         discard_letter(connection, 1, note="x", actor="bob", now=NOW)
         discard_letter(connection, 2, note="x", actor="bob", now=NOW)
@@ -241,7 +230,7 @@ def test_a_discarded_letter_whose_replay_fails_is_open_again(scene: Scene) -> No
 def test_a_letter_that_is_closed_is_not_discarded(scene: Scene, how: str) -> None:
     """Whoever comes second is told; a letter whose credits have moved never says that it was thrown away."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
     if how == "replayed":
         replay(scene)
     else:
@@ -258,7 +247,7 @@ def test_a_letter_that_is_closed_is_not_discarded(scene: Scene, how: str) -> Non
 def test_a_letter_that_is_being_replayed_is_not_discarded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its event settles a letter is in somebody's hands."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
     told: list[str] = []
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
@@ -278,7 +267,7 @@ def test_a_letter_that_is_being_replayed_is_not_discarded(scene: Scene, monkeypa
 def test_a_letter_that_somebody_sits_on_is_not_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay that stands still, such as a stopped terminal, holds up nobody for long."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
     monkeypatch.setattr(replays, "HELD_FOR_S_MAX", 0.1)
 
     with replays._alone_with(scene.worker, 1), pytest.raises(DeadLetterClosed, match="is being replayed by somebody"):
@@ -291,7 +280,7 @@ def test_a_letter_that_somebody_sits_on_is_not_waited_for(scene: Scene, monkeypa
 def test_a_replay_waits_in_no_transaction(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who keeps a letter for itself holds no snapshot meanwhile, and no limit on idle transactions ends it."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
     idle: list[int] = []
 
     def look(*arguments: Any, **options: Any) -> Any:
@@ -311,7 +300,7 @@ def test_a_replay_waits_in_no_transaction(scene: Scene, monkeypatch: pytest.Monk
 def test_a_lost_lock_does_not_hide_what_was_settled(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session that kept the letter ends while its event settles: the outcome is told, and the letter closed."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
 
     def end_the_others(*arguments: Any, **options: Any) -> Any:
         settled = settle_events(*arguments, **options)
@@ -333,7 +322,7 @@ def test_a_lost_lock_does_not_hide_what_was_settled(scene: Scene, monkeypatch: p
 def test_two_replays_at_once_refund_once(scene: Scene) -> None:
     """Two people who replay the same letter at the same instant refund it once; the second is told duplicate."""
     scene.charged()
-    record(scene, poison_letter(to_json(make_event("failed platform")), FAILED, 3))
+    scene.keep(poison_letter(to_json(make_event("failed platform")), FAILED, 3))
     together = threading.Barrier(2)
 
     def at_once(_: int) -> str:
@@ -353,7 +342,7 @@ def test_a_replay_keeps_the_event_s_identity(scene: Scene) -> None:
     """A replayed event is the one that came: its source and id are in the inbox, its time in the settlement."""
     scene.charged()
     event = make_event("failed platform")
-    record(scene, poison_letter(to_json(event), FAILED, 3))
+    scene.keep(poison_letter(to_json(event), FAILED, 3))
 
     replay(scene)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -15,21 +14,11 @@ from kino_refunds.ledger import Balance
 from kino_refunds.settlement.dead_letters import malformed_letter, poison_letter
 from kino_refunds.settlement.deliveries import RECONCILER, read_message
 from tests.clock import settle_batch_at
-from tests.integration.desk.letters import (
-    FAILED,
-    LATER,
-    Letter,
-    exhaust,
-    history,
-    letters,
-    malformed,
-    record,
-    replay,
-    settle,
-    several,
-)
-from tests.malformed import MALFORMED, bare, envelope
+from tests.failing import BadBuild
+from tests.integration.desk.letters import LATER, Letter, exhaust, history, letters, malformed, replay
+from tests.malformed import MALFORMED, WIRE_FORMS, bare, envelope
 from tests.malformed import event as document
+from tests.pipeline import FAILED, several
 from tests.scenario import NOW, Scene, Settled, make_event, make_rules
 
 pytestmark = pytest.mark.usefixtures("sound_books")
@@ -45,7 +34,7 @@ def test_what_did_not_parse_still_does_not(scene: Scene, name: str) -> None:
     """A message that no build of ours understands stays open, and every try at it is counted."""
     raw, reason = MALFORMED[name]
     letter = malformed(raw)
-    record(scene, letter)
+    scene.keep(letter)
 
     replays = [replay(scene), replay(scene)]
 
@@ -57,7 +46,7 @@ def test_what_a_newer_build_understands_settles(scene: Scene) -> None:
     """A letter under another key, kept by a build that could not read it, settles as the event that it is."""
     scene.charged()
     raw = envelope(json.loads(to_json(make_event("failed platform"))))
-    record(scene, malformed_letter(raw, FAILED, MalformedMessage("unknown_type", "type is new")))
+    scene.keep(malformed_letter(raw, FAILED, MalformedMessage("unknown_type", "type is new")))
 
     replayed = replay(scene)
 
@@ -70,7 +59,7 @@ def test_what_a_newer_build_understands_and_refuses_is_one_open_letter(scene: Sc
     """A letter under another key that fails again is replaced by the letter of its event, and that is open."""
     scene.charged()
     event = make_event("failed platform", account_id="somebody else")
-    record(scene, malformed_letter(to_json(event), FAILED, MalformedMessage("unknown_type", "type is new")))
+    scene.keep(malformed_letter(to_json(event), FAILED, MalformedMessage("unknown_type", "type is new")))
 
     replay(scene)
 
@@ -83,7 +72,7 @@ def test_what_a_newer_build_understands_and_refuses_is_one_open_letter(scene: Sc
 def test_poison_settles_when_a_person_says_so(scene: Scene) -> None:
     """What killed three workers is read again only by replay, and then settles like any other event."""
     scene.charged()
-    record(scene, poison_letter(envelope(json.loads(to_json(make_event("failed platform")))), FAILED, 3))
+    scene.keep(poison_letter(envelope(json.loads(to_json(make_event("failed platform")))), FAILED, 3))
 
     replayed = replay(scene)
 
@@ -94,7 +83,7 @@ def test_poison_settles_when_a_person_says_so(scene: Scene) -> None:
 def test_poison_that_does_not_parse_is_one_open_letter(scene: Scene) -> None:
     """A replay of poison that cannot be read leaves one letter that somebody has to look at, not two."""
     raw, _ = MALFORMED["unknown type, kombu"]
-    record(scene, poison_letter(raw, FAILED, 3))
+    scene.keep(poison_letter(raw, FAILED, 3))
 
     replay(scene)
     replay(scene)
@@ -105,15 +94,15 @@ def test_poison_that_does_not_parse_is_one_open_letter(scene: Scene) -> None:
 # --- apply_error
 
 
-def test_an_apply_error_settles_after_the_fix(scene: Scene, bug: Callable[[str], None]) -> None:
+def test_an_apply_error_settles_after_the_fix(scene: Scene, bad_build: BadBuild) -> None:
     """While the bug remains a replay is counted and stays open; after the fix the customer is refunded once."""
     scene.charged()
-    bug("on")
-    settle(scene, make_event("failed platform"))
+    bad_build.fails_for(".", build="test")
+    scene.settle_batch(make_event("failed platform"))
 
     before = replay(scene)
     open_letters = letters(scene)
-    bug("off")
+    bad_build.mend()
     after = [replay(scene), replay(scene)]
 
     assert before == Replay(1, "job-1 failed platform", "job-1", "apply_error", closed=False)
@@ -128,13 +117,13 @@ def test_an_apply_error_settles_after_the_fix(scene: Scene, bug: Callable[[str],
     assert scene.balance("acct of job-1") == Balance(100, 0)
 
 
-def test_a_letter_whose_event_settled_meanwhile_is_a_duplicate(scene: Scene, bug: Callable[[str], None]) -> None:
+def test_a_letter_whose_event_settled_meanwhile_is_a_duplicate(scene: Scene, bad_build: BadBuild) -> None:
     """What the pipeline sent again and settled is told its first outcome; the letter is closed, nothing moves."""
     scene.charged()
-    bug("on")
-    settle(scene, make_event("failed platform"))
-    bug("off")
-    settle(scene, make_event("failed platform"))
+    bad_build.fails_for(".", build="test")
+    scene.settle_batch(make_event("failed platform"))
+    bad_build.mend()
+    scene.settle_batch(make_event("failed platform"))
     story = scene.story()
 
     replayed = replay(scene)
@@ -143,13 +132,13 @@ def test_a_letter_whose_event_settled_meanwhile_is_a_duplicate(scene: Scene, bug
     assert scene.story() == story
 
 
-def test_a_letter_whose_job_another_event_settled_moves_nothing(scene: Scene, bug: Callable[[str], None]) -> None:
+def test_a_letter_whose_job_another_event_settled_moves_nothing(scene: Scene, bad_build: BadBuild) -> None:
     """The key is the charge: after a timeout was refunded, the failure that was a letter changes nothing."""
     scene.charged()
-    bug("on")
-    settle(scene, make_event("failed platform"))
-    bug("off")
-    settle(scene, make_event("timeout"))
+    bad_build.fails_for(".", build="test")
+    scene.settle_batch(make_event("failed platform"))
+    bad_build.mend()
+    scene.settle_batch(make_event("timeout"))
 
     replayed = replay(scene)
 
@@ -163,7 +152,7 @@ def test_a_letter_whose_job_another_event_settled_moves_nothing(scene: Scene, bu
 def test_a_mismatch_stays(scene: Scene) -> None:
     """An event that names another account than its charge is open after any number of replays."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else"))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else"))
 
     replays = [replay(scene), replay(scene)]
 
@@ -176,8 +165,8 @@ def test_a_mismatch_stays(scene: Scene) -> None:
 def test_a_mismatch_whose_job_is_settled_can_be_closed(scene: Scene, kind: str, status: str) -> None:
     """Once another event has settled the job nothing can move for this one: its replay closes the letter."""
     scene.charged()
-    settle(scene, make_event("failed platform", account_id="somebody else"))
-    settle(scene, make_event(kind))
+    scene.settle_batch(make_event("failed platform", account_id="somebody else"))
+    scene.settle_batch(make_event(kind))
     story = scene.story()
 
     foretold = replay(scene, dry_run=True)
@@ -192,8 +181,8 @@ def test_a_mismatch_whose_job_is_settled_can_be_closed(scene: Scene, kind: str, 
 def test_a_conflict_stays(scene: Scene) -> None:
     """Another content under an id that was decided is never applied, replayed or not."""
     scene.charged()
-    settle(scene, make_event("completed", event_id="e-1"))
-    settle(scene, make_event("failed platform", event_id="e-1"))
+    scene.settle_batch(make_event("completed", event_id="e-1"))
+    scene.settle_batch(make_event("failed platform", event_id="e-1"))
     before = scene.story()
 
     replayed = replay(scene)
@@ -236,22 +225,19 @@ def test_an_exhausted_event_without_a_charge_waits_again_and_comes_back(scene: S
 # --- several events in one message
 
 
-WIRE_FORMS: dict[str, Callable[[bytes], bytes]] = {"bare": lambda raw: raw, "kombu": envelope}
-
-
 @pytest.mark.parametrize("form", WIRE_FORMS)
 def test_the_letter_of_one_event_of_several_is_replayed_as_that_event(
-    scene: Scene, bug: Callable[[str], None], form: str
+    scene: Scene, bad_build: BadBuild, form: str
 ) -> None:
     """The letter keeps the whole message, and its replay settles the one event at its place."""
     scene.charged()
     scene.charged("job-2")
     raw = WIRE_FORMS[form](several(make_event("completed", "job-2"), b"{}", make_event("failed platform")))
     deliveries, dead = read_message(raw, FAILED)
-    bug("on")
+    bad_build.fails_for(".", build="test")
     settle_batch_at(scene.worker, deliveries[1:], make_rules(), NOW)
-    record(scene, *dead)
-    bug("off")
+    scene.keep(*dead)
+    bad_build.mend()
 
     replays = [replay(scene, 1), replay(scene, 2)]
 
@@ -270,7 +256,7 @@ def test_a_poisonous_event_of_several_settles_when_a_person_says_so(scene: Scene
     """What was not read is read by its replay, at its place."""
     scene.charged()
     raw = several(make_event("completed", "job-2"), make_event("failed platform"))
-    record(scene, poison_letter(raw, FAILED, 3, element_index=1))
+    scene.keep(poison_letter(raw, FAILED, 3, element_index=1))
 
     replayed = replay(scene)
 
@@ -287,7 +273,7 @@ def test_a_whole_message_of_several_events_settles_each(scene: Scene) -> None:
         make_event("failed platform", "job-3", account_id="somebody else"),
         b"{}",
     )
-    record(scene, malformed_letter(raw, FAILED, MalformedMessage("invalid_event", "an event is a JSON object")))
+    scene.keep(malformed_letter(raw, FAILED, MalformedMessage("invalid_event", "an event is a JSON object")))
 
     foretold = replay(scene, dry_run=True)
     replayed = replay(scene)
@@ -302,11 +288,11 @@ def test_a_whole_message_of_several_events_settles_each(scene: Scene) -> None:
     assert scene.rows("SELECT element_index FROM kino.dead_letter ORDER BY dead_letter_id") == [(None,), (2,), (3,)]
 
 
-def test_a_bug_in_a_whole_message_leaves_a_letter_for_each_event(scene: Scene, bug: Callable[[str], None]) -> None:
+def test_a_bug_in_a_whole_message_leaves_a_letter_for_each_event(scene: Scene, bad_build: BadBuild) -> None:
     """Closing the message's letter hides nothing: each of its events that fails has its own."""
     scene.charged()
-    record(scene, poison_letter(several(make_event("completed"), make_event("timeout")), FAILED, 3))
-    bug("on")
+    scene.keep(poison_letter(several(make_event("completed"), make_event("timeout")), FAILED, 3))
+    bad_build.fails_for(".", build="test")
 
     replayed = replay(scene)
 
@@ -346,7 +332,7 @@ def test_a_letter_about_a_charge_whose_id_has_white_space_settles(scene: Scene) 
     """The wire refuses such an id today; the letter that it becomes is replayed by the rule of before."""
     old_charge(scene, "job-1 ")
     raw = bare(document(subject="job-1 ", data={"job_id": "job-1 ", "error": {"code": "E", "origin": "platform"}}))
-    record(scene, malformed(raw))
+    scene.keep(malformed(raw))
     kept = scene.rows("SELECT reason, job_id, other_job_ids, may_hold_others FROM kino.dead_letter")
 
     replayed = replay(scene)
@@ -359,7 +345,7 @@ def test_an_event_that_waited_with_such_an_id_settles(scene: Scene) -> None:
     """A row that a build of before has parked comes back by the rule of before."""
     with stored_ids():
         waiting = make_event("failed platform", "job-1 ", event_id="e ", source=" s")
-    settle(scene, waiting)
+    scene.settle_batch(waiting)
     old_charge(scene, "job-1 ")
 
     swept = scene.sweep(now=LATER)
@@ -371,7 +357,7 @@ def test_an_event_that_waited_with_such_an_id_settles(scene: Scene) -> None:
 def test_a_correction_may_take_white_space_away(scene: Scene) -> None:
     """The corrected message is of the same event although its ids are written without the slip."""
     scene.charged()
-    record(scene, malformed(bare(document(id="evt-1 ", data=document()["data"] | {"account_id": None}))))
+    scene.keep(malformed(bare(document(id="evt-1 ", data=document()["data"] | {"account_id": None}))))
 
     replayed = replay(scene, edited=bare(document(data=document()["data"] | {"account_id": None})))
 
@@ -382,7 +368,7 @@ def test_a_correction_may_take_white_space_away(scene: Scene) -> None:
 def test_our_name_with_white_space_is_our_name(scene: Scene, source: str) -> None:
     """What nearly says that it is the reconciler's is refused on the wire and in storage."""
     scene.charged()
-    record(scene, malformed(bare(document(source=source))))
+    scene.keep(malformed(bare(document(source=source))))
 
     replayed = replay(scene)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -25,16 +22,12 @@ from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.intake.gate import pause_intake
 from kino_refunds.ledger import ChargeRequest, open_charges
-from kino_refunds.settings import PREFIX
 from kino_refunds.settlement.dead_letters import malformed_letter
-from tests.clock import record_dead_letters
-from tests.command_line import Result, Run
+from tests.command_line import AWAY_PORT, SCRIPT, Result, Run, outside
 from tests.conftest import Database
+from tests.pipeline import EMPTY
 from tests.scenario import NOW, Scene, make_event
 
-SCRIPT = Path(sys.executable).with_name("kino-refunds")
-AWAY_PORT = 1
-EMPTY = dict.fromkeys((*SERVED, "in-flight", "recovered"), 0)
 NO_WORKER = {"what": "no worker is alive", "command": "kino-refunds intake status"}
 QUIET = {
     "fine": False,
@@ -72,8 +65,8 @@ def fill(scene: Scene, redis: Redis) -> None:
         malformed_letter(raw, SERVED[0], MalformedMessage(reason, "x"))
         for raw, reason in ((b"{", "bad_json"), (b"[", "bad_json"), (b"}", "unknown_type"))
     ]
+    scene.keep(*letters)
     with scene.worker.begin() as connection:
-        record_dead_letters(connection, letters, now=NOW, build="test")
         pause_intake(connection, reason="[red]maintenance[/red]", actor="anna")
     scene.as_superuser(
         "INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, stopped_at) VALUES"
@@ -325,13 +318,12 @@ def test_watch_ends_with_a_mistake_of_ours(run: Run, monkeypatch: pytest.MonkeyP
 
 def test_installed_script_stops_watching_on_ctrl_c(database: Database, redis_url: str) -> None:
     """SIGINT in the middle: exit code 130, one word, no traceback."""
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     program = subprocess.Popen(
         [SCRIPT, "status", "--watch"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=outside | {"KINO_DATABASE_URL": database.url(), "KINO_REDIS_URL": redis_url, "PYTHONUNBUFFERED": "1"},
+        env=outside() | {"KINO_DATABASE_URL": database.url(), "KINO_REDIS_URL": redis_url, "PYTHONUNBUFFERED": "1"},
     )
     assert program.stdout is not None
     while not program.stdout.readline().startswith(b"late runs"):

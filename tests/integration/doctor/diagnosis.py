@@ -12,11 +12,9 @@ from redis import Redis
 
 from kino_refunds.dev.embedded import EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.dev.supervisor import Orders
+from tests.clock import MINUTE
 from tests.scenario import Scene
 
-AWAY_PORT = 1
-"""Nobody listens on tcpmux here, and a connection to it is refused at once."""
-MINUTE = timedelta(minutes=1)
 SWEEPS = {
     "try waiting events again": "kino.sweep_retries",
     "expire lots": "kino.expire_lots",

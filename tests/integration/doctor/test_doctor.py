@@ -20,9 +20,9 @@ from kino_refunds.events import connection as redis_connections
 from kino_refunds.events.queues import QUEUE_KEYS
 from kino_refunds.intake.gate import pause_intake
 from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE
-from tests.command_line import Run
+from tests.command_line import AWAY_PORT, Run
 from tests.conftest import Database
-from tests.integration.doctor.diagnosis import AWAY_PORT, Diagnosis, Doctor, Found
+from tests.integration.doctor.diagnosis import Diagnosis, Doctor, Found
 from tests.scenario import Scene
 
 # --- all is well
@@ -104,7 +104,7 @@ def test_wrong_value_is_a_finding_and_wrong_usage(doctor: Doctor) -> None:
     ((check, level, text, advice),) = found.bad
     assert (found.code, check, level) == (2, "settings", "fail")
     assert re.fullmatch(r"KINO_OVERDUE_ASKS: .+; KINO_LOG_LEVEL: .+", text)
-    assert advice == "correct it; the README's table of settings says what each is for"
+    assert advice == "correct it; the settings table in deploy/README.md says what each is for"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_job_source_that_cannot_be_asked_is_wrong_usage(doctor: Doctor) -> None:
     found = doctor(KINO_JOB_SOURCE="sql", KINO_JOB_SOURCE_URL="postgresql://x/y")
 
     says = "KINO_JOB_SOURCE=sql needs KINO_JOB_SOURCE_QUERY with the parameter :job_ids"
-    advice = "correct it; the README's table of settings says what each is for"
+    advice = "correct it; the settings table in deploy/README.md says what each is for"
     assert found == Diagnosis(2, [Found("settings", "fail", says, advice)])
 
 

@@ -14,8 +14,10 @@ from kino_refunds.dev.embedded import EmbeddedValkey
 from kino_refunds.doctor import findings, on_redis
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
 from kino_refunds.events.schema import to_json
+from tests.clock import MINUTE
 from tests.command_line import Run
-from tests.integration.doctor.diagnosis import MINUTE, Diagnosis, Doctor, Found
+from tests.integration.doctor.diagnosis import Diagnosis, Doctor, Found
+from tests.pipeline import several
 from tests.scenario import EVENT_AT, Scene, make_event
 
 FOREIGN = "somebody else writes under our names: RENAME that key away, as admin, and look at what it is"
@@ -200,7 +202,7 @@ def test_old_event_that_waits_is_a_warning(doctor: Doctor, redis: Redis) -> None
 def test_events_of_one_message_have_their_age(doctor: Doctor, redis: Redis) -> None:
     """The oldest event of a message that holds several counts as any other."""
     events = [make_event("completed", at=datetime.now(UTC)), make_event("timeout", at=EVENT_AT - 10 * MINUTE)]
-    redis.lpush(QUEUE_KEYS[0], b"[%s]" % b",".join(map(to_json, events)))
+    redis.lpush(QUEUE_KEYS[0], several(*events))
 
     found = doctor()
 

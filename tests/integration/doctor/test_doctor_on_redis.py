@@ -13,7 +13,8 @@ from kino_refunds.dev.embedded import LOOPBACK, EmbeddedValkey
 from kino_refunds.doctor import on_redis
 from kino_refunds.events.queues import QUEUE_KEYS
 from kino_refunds.events.schema import to_json
-from tests.integration.doctor.diagnosis import AWAY_PORT, Diagnosis, Doctor, Found, spoiled
+from tests.command_line import AWAY_PORT
+from tests.integration.doctor.diagnosis import Diagnosis, Doctor, Found, spoiled
 from tests.scenario import make_event
 
 

@@ -7,33 +7,17 @@ from typing import Any
 
 from redis import Redis
 
-from kino_refunds.events.queues import SERVED, Claim, Message, Queues
+from kino_refunds.events.queues import SERVED, Claim, Message
 from kino_refunds.events.schema import Queue
-
-FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
-A, B = "worker-a", "worker-b"
-
-
-def worker(client: Redis, worker_id: str = A) -> Queues:
-    return Queues(client, worker_id, alive_ttl_s=60)
-
-
-def push(client: Redis, key: str, *raws: bytes) -> None:
-    """Publish in this order: the last one is the newest."""
-    client.lpush(key, *raws)
+from tests.intake import die, queues_of
 
 
 def messages(queue: Queue, *raws: bytes) -> tuple[Message, ...]:
     return tuple(Message(queue, raw) for raw in raws)
 
 
-def numbered(prefix: str, count: int) -> list[bytes]:
+def numbered_raws(prefix: str, count: int) -> list[bytes]:
     return [f"{prefix}-{number}".encode() for number in range(count)]
-
-
-def die(client: Redis, worker_id: str = A) -> None:
-    """As when the alive key expires."""
-    client.delete(f"kino:alive:{worker_id}")
 
 
 def contents(client: Redis) -> dict[bytes, object]:
@@ -59,15 +43,15 @@ BINDINGS = [f"{kind}.{queue}" for kind in KINDS for queue in SERVED]
 
 def claim_alone(client: Redis, worker_id: str) -> Claim:
     """Claim what waits, die with it, recover it, and claim one message of it."""
-    worker(client, "first").claim()
+    queues_of(client, "first").claim()
     die(client, "first")
-    worker(client, worker_id).recover()
-    return worker(client, worker_id).claim()
+    queues_of(client, worker_id).recover()
+    return queues_of(client, worker_id).claim()
 
 
 def claim_alone_of_one(client: Redis) -> Claim:
-    worker(client, "first").claim()
+    queues_of(client, "first").claim()
     die(client, "first")
-    queues = worker(client)
+    queues = queues_of(client)
     queues.recover()
     return queues.claim()

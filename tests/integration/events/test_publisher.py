@@ -17,33 +17,11 @@ from kino_refunds.dev.embedded import EmbeddedValkey
 from kino_refunds.errors import BadSettings, DependencyAway, MalformedMessage
 from kino_refunds.events.envelope import MalformedReason, parse
 from kino_refunds.events.publisher import EventPublisher
-from kino_refunds.events.schema import (
-    ErrorOrigin,
-    Event,
-    JobCompleted,
-    JobFailed,
-    JobSafetyRejected,
-    JobTimedOut,
-    Queue,
-    SafetyStage,
-    fingerprint,
-)
+from kino_refunds.events.schema import Event, Queue, fingerprint
+from tests.event_kinds import KINDS
 from tests.malformed import bare, data, event
 
-COMMON: dict[str, Any] = {
-    "id": "evt-1",
-    "source": "/pipeline/eu-1",
-    "time": datetime(2026, 11, 2, 9, 11, 12, 500_000, tzinfo=UTC),
-    "job_id": "job-1",
-}
-ONE_OF_EACH: dict[str, Event] = {
-    "generation.job-completed": JobCompleted.of(**COMMON),
-    "generation.job-failed": JobFailed.of(
-        **COMMON, error={"code": "E", "origin": ErrorOrigin.USER, "message": "bad prompt"}
-    ),
-    "generation.timeout": JobTimedOut.of(**COMMON),
-    "generation.safety-rejection": JobSafetyRejected.of(**COMMON, stage=SafetyStage.BEFORE_GENERATION, category="gore"),
-}
+ONE_OF_EACH: dict[str, Event] = {queue: built for _, built, queue in KINDS.values()}
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from redis import Redis
 
 from kino_refunds.events.queues import QUEUE_KEYS, Claim, Message, read_queued
 from kino_refunds.events.schema import Queue
-from tests.integration.events.claims import A, B, contents, die, messages, push, worker
+from tests.intake import A, B, die, queues_of
+from tests.integration.events.claims import contents, messages
 
 
 class Conservation(RuleBasedStateMachine):
@@ -24,7 +25,7 @@ class Conservation(RuleBasedStateMachine):
         super().__init__()
         client.flushdb()
         self.client = client
-        self.workers = {name: worker(client, name) for name in (A, B)}
+        self.workers = {name: queues_of(client, name) for name in (A, B)}
         self.published: Counter[Message] = Counter()
         self.dropped: Counter[Message] = Counter()
         self.claims: list[tuple[str, Claim]] = []
@@ -43,7 +44,7 @@ class Conservation(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(QUEUE_KEYS), raws=st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1))
     def publish(self, key: str, raws: list[bytes]) -> None:
-        push(self.client, key, *raws)
+        self.client.lpush(key, *raws)
         self.published.update(messages(Queue(key.partition("\x06")[0]), *raws))
 
     @rule(
@@ -113,7 +114,7 @@ class Conservation(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from([A, B]))
     def restart(self, name: str) -> None:
-        self.workers[name] = worker(self.client, name)
+        self.workers[name] = queues_of(self.client, name)
 
     @invariant()
     def nothing_is_lost_or_made(self) -> None:

@@ -9,28 +9,19 @@ from redis import Redis
 
 from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.queues import POISON_CRASHES, Claim, QueuedMessages, Recovery, read_queued
-from tests.integration.events.claims import (
-    FAILED,
-    A,
-    B,
-    claim_alone,
-    claim_alone_of_one,
-    contents,
-    die,
-    messages,
-    push,
-    worker,
-)
+from tests.intake import A, B, die, queues_of
+from tests.integration.events.claims import claim_alone, claim_alone_of_one, contents, messages
+from tests.pipeline import FAILED
 
 # --- recovery
 
 
 def test_a_dead_workers_batch_is_claimed_one_message_at_a_time(redis: Redis) -> None:
     """What a worker died with is settled with nothing else in flight, the oldest first."""
-    push(redis, FAILED, b"1", b"2")
-    worker(redis, A).claim()
+    redis.lpush(FAILED, b"1", b"2")
+    queues_of(redis, A).claim()
     die(redis, A)
-    queues = worker(redis, B)
+    queues = queues_of(redis, B)
 
     recovered = queues.recover()
     first = queues.claim()
@@ -44,11 +35,11 @@ def test_a_dead_workers_batch_is_claimed_one_message_at_a_time(redis: Redis) -> 
 
 def test_recovered_messages_alternate_with_normal_batches(redis: Redis) -> None:
     """A recovered backlog holds up no new message for long, nor the other way round."""
-    push(redis, FAILED, b"1", b"2")
-    worker(redis, A).claim()
+    redis.lpush(FAILED, b"1", b"2")
+    queues_of(redis, A).claim()
     die(redis, A)
-    push(redis, FAILED, b"3", b"4")
-    queues = worker(redis, B)
+    redis.lpush(FAILED, b"3", b"4")
+    queues = queues_of(redis, B)
     queues.recover()
 
     order = []
@@ -63,7 +54,7 @@ def test_recovered_messages_alternate_with_normal_batches(redis: Redis) -> None:
 
 def test_a_crash_with_a_whole_batch_counts_for_none_of_its_messages(redis: Redis) -> None:
     """Nobody knows which message of a batch ended its worker, so none is blamed."""
-    push(redis, FAILED, b"1", b"2")
+    redis.lpush(FAILED, b"1", b"2")
 
     claim = claim_alone(redis, A)
 
@@ -73,13 +64,13 @@ def test_a_crash_with_a_whole_batch_counts_for_none_of_its_messages(redis: Redis
 
 def test_only_a_crash_of_a_message_alone_is_counted(redis: Redis) -> None:
     """After three workers ended with this one message, the claim says so; its neighbour is not blamed."""
-    push(redis, FAILED, b"poison", b"neighbour")
-    worker(redis, "first").claim()
+    redis.lpush(FAILED, b"poison", b"neighbour")
+    queues_of(redis, "first").claim()
     die(redis, "first")
     seen = []
 
     for name in ("w1", "w2", "w3", "w4", "w5"):
-        queues = worker(redis, name)
+        queues = queues_of(redis, name)
         queues.recover()
         claim = queues.claim()
         seen.append((claim.messages[0].raw, claim.crashes))
@@ -94,10 +85,10 @@ def test_only_a_crash_of_a_message_alone_is_counted(redis: Redis) -> None:
 
 def test_a_drop_clears_the_crashes_of_its_message(redis: Redis) -> None:
     """A message that was settled starts from nought when it is published again; a count expires by itself."""
-    push(redis, FAILED, b"1")
+    redis.lpush(FAILED, b"1")
     claim_alone(redis, A)
     die(redis, A)
-    queues = worker(redis, B)
+    queues = queues_of(redis, B)
     queues.recover()
     counters = list(redis.scan_iter("kino:crashes:*"))
     expires_s = redis.ttl(counters[0])
@@ -115,7 +106,7 @@ def test_a_drop_clears_the_crashes_of_its_message(redis: Redis) -> None:
 
 def begin_and_die(client: Redis, name: str, *indices: int | None) -> list[int | None]:
     """Recover, claim the one message, say which events are in work, and die with the last of them."""
-    queues = worker(client, name)
+    queues = queues_of(client, name)
     queues.recover()
     claim = queues.claim()
     found = [queues.begin(claim.token, index) for index in indices]
@@ -125,12 +116,12 @@ def begin_and_die(client: Redis, name: str, *indices: int | None) -> list[int | 
 
 def test_a_crash_is_counted_for_the_event_that_was_in_work(redis: Redis) -> None:
     """Neither the message nor a neighbour is blamed for an event that ends workers."""
-    push(redis, FAILED, b"several")
-    worker(redis, "first").claim()
+    redis.lpush(FAILED, b"several")
+    queues_of(redis, "first").claim()
     die(redis, "first")
 
     counted = [begin_and_die(redis, f"w{number}", 0, 1) for number in range(POISON_CRASHES)]
-    queues = worker(redis)
+    queues = queues_of(redis)
     queues.recover()
     claim = queues.claim()
     last = [queues.begin(claim.token, index) for index in (0, 1, 2)]
@@ -143,13 +134,13 @@ def test_a_crash_is_counted_for_the_event_that_was_in_work(redis: Redis) -> None
 
 def test_a_crash_between_two_events_is_the_message_s(redis: Redis) -> None:
     """Before the first event is in work, and after the last one, it is not known whose fault a crash is."""
-    push(redis, FAILED, b"several")
-    worker(redis, "first").claim()
+    redis.lpush(FAILED, b"several")
+    queues_of(redis, "first").claim()
     die(redis, "first")
 
     begin_and_die(redis, "w1")
     begin_and_die(redis, "w2", 0, None)
-    queues = worker(redis)
+    queues = queues_of(redis)
     queues.recover()
 
     assert queues.claim().crashes == 2
@@ -157,9 +148,9 @@ def test_a_crash_between_two_events_is_the_message_s(redis: Redis) -> None:
 
 def test_what_is_in_work_changes_no_token(redis: Redis) -> None:
     """A batch is claimed again, released and dropped under the token that its worker knows."""
-    push(redis, FAILED, b"several")
+    redis.lpush(FAILED, b"several")
     claim = claim_alone_of_one(redis)
-    queues = worker(redis)
+    queues = queues_of(redis)
     queues.begin(claim.token, 99)
 
     again = queues.claim()
@@ -175,11 +166,11 @@ def test_what_is_in_work_changes_no_token(redis: Redis) -> None:
 
 def test_a_worker_that_was_taken_for_dead_is_told_before_its_next_event(redis: Redis) -> None:
     """A message that was handed on is not settled further beside its heir, and no mark of ours is left on it."""
-    push(redis, FAILED, b"several")
+    redis.lpush(FAILED, b"several")
     claim = claim_alone_of_one(redis)
-    queues = worker(redis)
+    queues = queues_of(redis)
     die(redis, A)
-    worker(redis, B).recover()
+    queues_of(redis, B).recover()
     before = contents(redis)
 
     assert queues.begin(claim.token, 1) is None
@@ -188,8 +179,8 @@ def test_a_worker_that_was_taken_for_dead_is_told_before_its_next_event(redis: R
 
 def test_a_batch_of_many_has_no_event_in_work(redis: Redis) -> None:
     """Only a message that is alone in flight can be blamed."""
-    push(redis, FAILED, b"1", b"2")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1", b"2")
+    queues = queues_of(redis)
     claim = queues.claim()
 
     assert queues.begin(claim.token, 0) is None
@@ -197,26 +188,26 @@ def test_a_batch_of_many_has_no_event_in_work(redis: Redis) -> None:
 
 def test_a_foreign_count_of_an_event_refuses(redis: Redis) -> None:
     """The count of an event is an own key like every other, and nothing is written over it."""
-    push(redis, FAILED, b"1")
+    redis.lpush(FAILED, b"1")
     claim = claim_alone_of_one(redis)
     counter = "kino:crashes:356a192b7913b04c54574d18c28d46e6395428ab:7"  # the digest of `1`
     redis.hset(counter, "foreign", "value")
     before = contents(redis)
 
     with pytest.raises(WrongKeyType, match=counter):
-        worker(redis).begin(claim.token, 7)
+        queues_of(redis).begin(claim.token, 7)
 
     assert contents(redis) == before
 
 
 def test_a_released_recovered_message_is_still_claimed_alone_and_uncounted(redis: Redis) -> None:
     """A clean stop in the middle of a recovered message neither blames it nor mixes it into a batch."""
-    push(redis, FAILED, b"1", b"2")
+    redis.lpush(FAILED, b"1", b"2")
     alone = claim_alone(redis, A)
 
-    released = worker(redis, A).release(alone.token)
-    push(redis, FAILED, b"3")
-    queues = worker(redis, B)
+    released = queues_of(redis, A).release(alone.token)
+    redis.lpush(FAILED, b"3")
+    queues = queues_of(redis, B)
     normal = queues.claim()
     queues.drop(normal.token)
     again = queues.claim()
@@ -228,11 +219,11 @@ def test_a_released_recovered_message_is_still_claimed_alone_and_uncounted(redis
 
 def test_a_worker_that_comes_back_after_its_recovery_drops_nothing(redis: Redis) -> None:
     """A stopped worker finds its token gone; its messages belong to whoever claims them now."""
-    push(redis, FAILED, b"1")
-    zombie = worker(redis, A)
+    redis.lpush(FAILED, b"1")
+    zombie = queues_of(redis, A)
     claim = zombie.claim()
     die(redis, A)
-    queues = worker(redis, B)
+    queues = queues_of(redis, B)
     queues.recover()
 
     dropped = zombie.drop(claim.token)
@@ -245,13 +236,13 @@ def test_a_worker_that_comes_back_after_its_recovery_drops_nothing(redis: Redis)
 def test_recovery_passes_over_a_dead_worker_with_a_foreign_key(redis: Redis) -> None:
     """One foreign key does not keep every other dead worker's messages from being recovered."""
     for name in ("first", "second"):
-        push(redis, FAILED, name.encode())
-        worker(redis, name).claim()
+        redis.lpush(FAILED, name.encode())
+        queues_of(redis, name).claim()
         die(redis, name)
     redis.delete("kino:token:first")
     redis.hset("kino:token:first", "foreign", "value")
 
-    recovered = worker(redis, A).recover()
+    recovered = queues_of(redis, A).recover()
 
     assert recovered == Recovery(workers=("second",), messages=1, skipped=("kino:token:first",))
     assert redis.lrange("kino:inflight:first:generation.job-failed", 0, -1) == [b"first"]

@@ -13,20 +13,9 @@ from redis.exceptions import OutOfMemoryError
 from kino_refunds.dev.embedded import EmbeddedValkey
 from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, BindReport, Claim, Message, Recovery
-from tests.integration.events.claims import (
-    BINDINGS,
-    COMPLETED,
-    FAILED,
-    A,
-    B,
-    claim_alone,
-    contents,
-    die,
-    messages,
-    numbered,
-    push,
-    worker,
-)
+from tests.intake import A, B, die, queues_of
+from tests.integration.events.claims import BINDINGS, claim_alone, contents, messages, numbered_raws
+from tests.pipeline import COMPLETED, FAILED
 
 # --- a full Redis
 
@@ -45,14 +34,14 @@ def test_a_full_redis_drains(own_redis: Redis) -> None:
     """At maxmemory, where every publisher is refused, claim, begin, release, refresh, bind, recovery and drop go on."""
     redis = own_redis
     for queue in SERVED:
-        push(redis, queue, *numbered(queue, 1000))
-    worker(redis, B).claim(limit=10)
+        redis.lpush(queue, *numbered_raws(queue, 1000))
+    queues_of(redis, B).claim(limit=10)
     die(redis, B)
-    queues = worker(redis)
+    queues = queues_of(redis)
     redis.config_set("maxmemory", 1)
 
     with pytest.raises(OutOfMemoryError) as refused:
-        push(redis, FAILED, b"one more")
+        redis.lpush(FAILED, b"one more")
     redis.script_flush()
     released = queues.release(queues.claim(limit=1000).token)
     queues.refresh()
@@ -72,7 +61,7 @@ def test_a_full_redis_drains(own_redis: Redis) -> None:
     assert bound == BindReport(restored=tuple(sorted(SERVED)), skipped=())
     assert recovered == Recovery(workers=(B,), messages=10, skipped=())
     assert Counter(drained) == Counter(
-        message for queue in SERVED for message in messages(queue, *numbered(queue, 1000))
+        message for queue in SERVED for message in messages(queue, *numbered_raws(queue, 1000))
     )
     assert set(contents(redis)) == {key.encode() for key in BINDINGS}
 
@@ -85,8 +74,8 @@ def test_a_queue_key_of_the_wrong_type_is_skipped_and_named(redis: Redis, key: s
     """A foreign value under a queue's name stops nothing but that key, and is left as it is."""
     redis.set(key, "foreign")
     other = COMPLETED if key.startswith(FAILED) else FAILED
-    push(redis, other, b"1")
-    queues = worker(redis)
+    redis.lpush(other, b"1")
+    queues = queues_of(redis)
 
     claim = queues.claim()
     queues.drop(claim.token)
@@ -99,8 +88,8 @@ def test_a_queue_key_of_the_wrong_type_is_skipped_and_named(redis: Redis, key: s
 
 def test_a_release_to_a_queue_of_the_wrong_type_keeps_its_messages(redis: Redis) -> None:
     """What cannot go back to its queue is claimed from the recovered list instead."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     claim = queues.claim()
     redis.set(FAILED, "foreign")
 
@@ -122,8 +111,8 @@ OWN_KEYS = [
 @pytest.mark.parametrize("key", OWN_KEYS)
 def test_an_own_key_of_the_wrong_type_refuses_before_anything_moves(redis: Redis, key: str) -> None:
     """A foreign value under a name of ours is never deleted, and no message moves beside it."""
-    push(redis, FAILED, b"1", b"2")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1", b"2")
+    queues = queues_of(redis)
     token = queues.claim(limit=1).token
     redis.delete(key)
     redis.hset(key, "foreign", "value")
@@ -146,20 +135,20 @@ def test_an_own_key_of_the_wrong_type_refuses_before_anything_moves(redis: Redis
 
 def test_a_foreign_crash_count_refuses_too(redis: Redis) -> None:
     """The count of a message that is alone in flight is an own key like every other."""
-    push(redis, FAILED, b"1")
+    redis.lpush(FAILED, b"1")
     claim_alone(redis, A)
     counter = "kino:crashes:356a192b7913b04c54574d18c28d46e6395428ab"  # the digest of `1`
     redis.hset(counter, "foreign", "value")
 
     with pytest.raises(WrongKeyType, match=counter):
-        worker(redis).claim()
+        queues_of(redis).claim()
 
     assert redis.hgetall(counter) == {b"foreign": b"value"}
 
 
 def test_other_errors_of_redis_are_not_renamed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the scripts' own refusal is a foreign key."""
-    queues = worker(redis)
+    queues = queues_of(redis)
     monkeypatch.setattr(queues, "_drop", redis.register_script("return redis.call('NONSENSE')"))
 
     with pytest.raises(ResponseError, match="Unknown"):

@@ -16,31 +16,17 @@ from redis.retry import Retry
 
 from kino_refunds.events.queues import SERVED, BindReport, Claim, Message, QueuedMessages, Recovery, depths, read_queued
 from kino_refunds.events.schema import Queue
-from tests.integration.events.claims import (
-    BINDINGS,
-    COMPLETED,
-    FAILED,
-    SAFETY,
-    TIMEOUT,
-    A,
-    B,
-    claim_alone,
-    contents,
-    counts,
-    die,
-    messages,
-    numbered,
-    push,
-    worker,
-)
+from tests.intake import A, B, die, queues_of
+from tests.integration.events.claims import BINDINGS, claim_alone, contents, counts, messages, numbered_raws
+from tests.pipeline import COMPLETED, FAILED, SAFETY, TIMEOUT
 
 # --- claim and drop
 
 
 def test_a_claimed_batch_is_in_flight_until_it_is_dropped(redis: Redis) -> None:
     """A message leaves its queue for the worker's in-flight list, and Redis only by the drop."""
-    push(redis, FAILED, b"1", b"2")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1", b"2")
+    queues = queues_of(redis)
 
     claim = queues.claim()
     in_flight = depths(redis)
@@ -55,9 +41,9 @@ def test_a_claimed_batch_is_in_flight_until_it_is_dropped(redis: Redis) -> None:
 def test_each_queue_is_claimed_oldest_first(redis: Redis) -> None:
     """Messages of one queue come in the order of their publishing, refund-bearing queues first."""
     for queue in Queue:
-        push(redis, queue, b"1", b"2", b"3")
+        redis.lpush(queue, b"1", b"2", b"3")
 
-    claim = worker(redis).claim(limit=12)
+    claim = queues_of(redis).claim(limit=12)
 
     assert claim.messages == tuple(Message(queue, raw) for queue in SERVED for raw in (b"1", b"2", b"3"))
 
@@ -65,17 +51,17 @@ def test_each_queue_is_claimed_oldest_first(redis: Redis) -> None:
 def test_priority_keys_are_served_highest_first(redis: Redis) -> None:
     """Every priority key of kombu's belongs to its base queue, and 0 is served before 3, 6 and 9."""
     for priority in ("9", "3", "6"):
-        push(redis, f"{TIMEOUT}\x06\x16{priority}", f"{priority}-old".encode(), f"{priority}-new".encode())
-    push(redis, TIMEOUT, b"0")
+        redis.lpush(f"{TIMEOUT}\x06\x16{priority}", f"{priority}-old".encode(), f"{priority}-new".encode())
+    redis.lpush(TIMEOUT, b"0")
 
-    claim = worker(redis).claim()
+    claim = queues_of(redis).claim()
 
     assert claim.messages == messages(TIMEOUT, b"0", b"3-old", b"3-new", b"6-old", b"6-new", b"9-old", b"9-new")
 
 
 def test_an_empty_claim_writes_nothing(redis: Redis) -> None:
     """Polling empty queues costs neither memory nor a line of the append-only file."""
-    queues = worker(redis)
+    queues = queues_of(redis)
 
     claim = queues.claim()
 
@@ -85,20 +71,20 @@ def test_an_empty_claim_writes_nothing(redis: Redis) -> None:
 
 def test_a_claim_registers_its_worker_and_says_that_it_lives(redis: Redis) -> None:
     """Whoever holds messages can be found by a recovery, and is not recovered while it lives."""
-    push(redis, FAILED, b"1")
+    redis.lpush(FAILED, b"1")
 
-    worker(redis).claim()
+    queues_of(redis).claim()
 
     assert redis.smembers("kino:workers") == {b"worker-a"}
     assert 0 < redis.pttl("kino:alive:worker-a") <= 60_000
-    assert worker(redis, B).recover() == Recovery(workers=(), messages=0, skipped=())
+    assert queues_of(redis, B).recover() == Recovery(workers=(), messages=0, skipped=())
 
 
 @pytest.mark.parametrize("limit", [0, 1001])
 def test_a_claim_is_from_1_to_1000_messages(redis: Redis, limit: int) -> None:
     """No claim may hold Redis for long."""
     with pytest.raises(ValueError, match="1 to 1000"):
-        worker(redis).claim(limit=limit)
+        queues_of(redis).claim(limit=limit)
 
 
 # --- fairness and caps
@@ -107,11 +93,11 @@ def test_a_claim_is_from_1_to_1000_messages(redis: Redis, limit: int) -> None:
 @pytest.mark.parametrize("flooded", SERVED)
 def test_a_flooded_queue_leaves_every_other_its_share(redis: Redis, flooded: Queue) -> None:
     """With 5,000 messages on one queue the others are in the next batch, and in the end all were claimed."""
-    push(redis, flooded, *numbered("flood", 5000))
+    redis.lpush(flooded, *numbered_raws("flood", 5000))
     others = [queue for queue in SERVED if queue != flooded]
     for queue in others:
-        push(redis, queue, *numbered("other", 60))
-    queues = worker(redis)
+        redis.lpush(queue, *numbered_raws("other", 60))
+    queues = queues_of(redis)
 
     first = queues.claim(limit=500)
     seen = Counter(message.queue for message in first.messages)
@@ -125,17 +111,17 @@ def test_a_flooded_queue_leaves_every_other_its_share(redis: Redis, flooded: Que
     assert sum(seen.values()) == 500
     assert all(seen[queue] >= 50 for queue in SERVED)
     assert Counter(everything) == Counter(
-        messages(flooded, *numbered("flood", 5000))
-        + tuple(message for queue in others for message in messages(queue, *numbered("other", 60)))
+        messages(flooded, *numbered_raws("flood", 5000))
+        + tuple(message for queue in others for message in messages(queue, *numbered_raws("other", 60)))
     )
 
 
 def test_refund_bearing_queues_fill_a_batch_before_completed(redis: Redis) -> None:
     """Beyond its share a completion waits while a refund can be paid."""
     for queue in SERVED:
-        push(redis, queue, *numbered("m", 100))
+        redis.lpush(queue, *numbered_raws("m", 100))
 
-    claim = worker(redis).claim(limit=100)
+    claim = queues_of(redis).claim(limit=100)
 
     assert Counter(message.queue for message in claim.messages) == {
         FAILED: 70,
@@ -147,9 +133,9 @@ def test_refund_bearing_queues_fill_a_batch_before_completed(redis: Redis) -> No
 
 def test_a_claim_stops_below_its_bytes(redis: Redis) -> None:
     """A message that would exceed the bytes of a batch stays on its queue, in its place."""
-    push(redis, FAILED, b"a" * 40, b"b" * 40, b"c" * 40)
+    redis.lpush(FAILED, b"a" * 40, b"b" * 40, b"c" * 40)
 
-    claim = worker(redis).claim(max_bytes=100)
+    claim = queues_of(redis).claim(max_bytes=100)
 
     assert claim.messages == messages(FAILED, b"a" * 40, b"b" * 40)
     assert redis.lrange(FAILED, 0, -1) == [b"c" * 40]
@@ -157,9 +143,9 @@ def test_a_claim_stops_below_its_bytes(redis: Redis) -> None:
 
 def test_an_oversize_message_is_claimed_alone(redis: Redis) -> None:
     """No message is too big to be claimed, kept and got out of the way."""
-    push(redis, FAILED, b"x" * 1000, b"small")
-    push(redis, COMPLETED, b"small")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"x" * 1000, b"small")
+    redis.lpush(COMPLETED, b"small")
+    queues = queues_of(redis)
 
     first = queues.claim(max_bytes=100)
     queues.drop(first.token)
@@ -171,10 +157,10 @@ def test_an_oversize_message_is_claimed_alone(redis: Redis) -> None:
 
 def test_big_messages_of_one_queue_leave_the_others_their_share(redis: Redis) -> None:
     """The share of a queue is in bytes too."""
-    push(redis, FAILED, *[b"x" * 30] * 100)
-    push(redis, COMPLETED, b"y" * 30)
+    redis.lpush(FAILED, *[b"x" * 30] * 100)
+    redis.lpush(COMPLETED, b"y" * 30)
 
-    claim = worker(redis).claim(limit=100, max_bytes=300)
+    claim = queues_of(redis).claim(limit=100, max_bytes=300)
 
     assert claim.messages == messages(FAILED, *[b"x" * 30] * 9) + messages(COMPLETED, b"y" * 30)
 
@@ -201,9 +187,9 @@ def test_a_claim_whose_answer_was_lost_is_repeated_with_the_same_batch(
     redis: Redis, lose_an_answer: Callable[[], None]
 ) -> None:
     """redis-py repeats the claim by itself: the same messages, and no second batch moved."""
-    queues = worker(redis)
+    queues = queues_of(redis)
     queues.claim()  # from here on the connection stands and the server knows the script
-    push(redis, FAILED, *numbered("m", 10))
+    redis.lpush(FAILED, *numbered_raws("m", 10))
 
     lose_an_answer()
     claim = queues.claim(limit=3)
@@ -214,10 +200,10 @@ def test_a_claim_whose_answer_was_lost_is_repeated_with_the_same_batch(
 
 def test_a_repeated_claim_moves_nothing(redis: Redis) -> None:
     """A worker with a batch in flight gets that batch, under its token, however much waits."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     first = queues.claim()
-    push(redis, FAILED, b"2")
+    redis.lpush(FAILED, b"2")
     before = contents(redis)
 
     second = queues.claim(limit=1)
@@ -230,8 +216,8 @@ def test_a_drop_whose_answer_was_lost_says_false_and_has_dropped(
     redis: Redis, lose_an_answer: Callable[[], None]
 ) -> None:
     """redis-py repeats the drop by itself; the second one finds nothing to do."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     claim = queues.claim()
     queues.drop("no such token")  # from here on the connection stands and the server knows the script
 
@@ -244,8 +230,8 @@ def test_a_drop_whose_answer_was_lost_says_false_and_has_dropped(
 
 def test_a_drop_that_arrives_after_the_next_claim_deletes_nothing(redis: Redis) -> None:
     """A drop names its batch: late, it finds another token and leaves the new batch alone."""
-    push(redis, FAILED, b"1", b"2")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1", b"2")
+    queues = queues_of(redis)
     first = queues.claim(limit=1)
     queues.drop(first.token)
     second = queues.claim(limit=1)
@@ -259,8 +245,8 @@ def test_a_drop_that_arrives_after_the_next_claim_deletes_nothing(redis: Redis) 
 
 def test_a_release_that_arrives_after_the_next_claim_moves_nothing(redis: Redis) -> None:
     """A release names its batch, as a drop does."""
-    push(redis, FAILED, b"1", b"2")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1", b"2")
+    queues = queues_of(redis)
     first = queues.claim(limit=1)
     queues.drop(first.token)
     second = queues.claim(limit=1)
@@ -273,8 +259,8 @@ def test_a_release_that_arrives_after_the_next_claim_moves_nothing(redis: Redis)
 
 def test_a_batch_without_its_token_gets_another(redis: Redis) -> None:
     """Somebody who deletes the token key loses no message, and the old token is void."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     first = queues.claim()
     redis.delete("kino:token:worker-a")
 
@@ -288,8 +274,8 @@ def test_a_batch_without_its_token_gets_another(redis: Redis) -> None:
 
 def test_scripts_survive_a_flush_of_the_script_cache(redis: Redis) -> None:
     """A Redis that was restarted knows no script; the next command brings it along."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     claim = queues.claim()
     redis.script_flush()
 
@@ -303,9 +289,9 @@ def test_scripts_survive_a_flush_of_the_script_cache(redis: Redis) -> None:
 
 def test_release_puts_a_batch_back_in_its_order(redis: Redis) -> None:
     """What was released is claimed next, before what was waiting behind it, in the same order."""
-    push(redis, FAILED, b"1", b"2", b"3")
-    push(redis, COMPLETED, b"4", b"5")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1", b"2", b"3")
+    redis.lpush(COMPLETED, b"4", b"5")
+    queues = queues_of(redis)
     first = queues.claim(limit=3)
 
     released = queues.release(first.token)
@@ -317,8 +303,8 @@ def test_release_puts_a_batch_back_in_its_order(redis: Redis) -> None:
 
 def test_a_worker_that_leaves_is_forgotten(redis: Redis) -> None:
     """A clean stop leaves no key of this worker behind."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     queues.release(queues.claim().token)
 
     queues.leave()
@@ -328,12 +314,12 @@ def test_a_worker_that_leaves_is_forgotten(redis: Redis) -> None:
 
 def test_a_worker_that_leaves_a_batch_behind_is_recovered_at_once(redis: Redis) -> None:
     """Who leaves with messages in flight stays registered, and its end is no crash."""
-    push(redis, FAILED, b"1")
+    redis.lpush(FAILED, b"1")
     claim_alone(redis, A)
 
-    worker(redis, A).leave()
-    recovered = worker(redis, B).recover()
-    claim = worker(redis, B).claim()
+    queues_of(redis, A).leave()
+    recovered = queues_of(redis, B).recover()
+    claim = queues_of(redis, B).claim()
 
     assert recovered == Recovery(workers=(A,), messages=1, skipped=())
     assert claim == Claim(token=claim.token, messages=messages(FAILED, b"1"), recovered=True, crashes=0)
@@ -341,23 +327,23 @@ def test_a_worker_that_leaves_a_batch_behind_is_recovered_at_once(redis: Redis) 
 
 def test_refresh_keeps_a_worker_alive(redis: Redis) -> None:
     """A worker that refreshes is not recovered, even after its keys were lost."""
-    push(redis, FAILED, b"1")
-    queues = worker(redis)
+    redis.lpush(FAILED, b"1")
+    queues = queues_of(redis)
     queues.claim()
     redis.delete("kino:alive:worker-a", "kino:workers")
 
     queues.refresh()
 
-    assert worker(redis, B).recover() == Recovery(workers=(), messages=0, skipped=())
+    assert queues_of(redis, B).recover() == Recovery(workers=(), messages=0, skipped=())
     assert depths(redis)["in-flight"] == 1
 
 
 def test_a_dead_worker_that_was_idle_is_no_news(redis: Redis) -> None:
     """A worker that ended with nothing in flight leaves the registry, and is not named as recovered."""
-    worker(redis).refresh()
+    queues_of(redis).refresh()
     die(redis, A)
 
-    assert worker(redis, B).recover() == Recovery(workers=(), messages=0, skipped=())
+    assert queues_of(redis, B).recover() == Recovery(workers=(), messages=0, skipped=())
     assert redis.exists("kino:workers") == 0
 
 
@@ -372,18 +358,18 @@ def test_bindings_are_those_that_kombu_writes(redis: Redis, redis_url: str) -> N
     by_kombu = {key: redis.smembers(key) for key in redis.scan_iter("_kombu.*")}
     redis.flushdb()
 
-    bound = worker(redis).bind()
+    bound = queues_of(redis).bind()
 
     assert {key: redis.smembers(key) for key in redis.scan_iter("_kombu.*")} == by_kombu
     assert sorted(by_kombu) == sorted(key.encode() for key in BINDINGS)
     assert bound == BindReport(restored=tuple(sorted(SERVED)), skipped=())
-    assert worker(redis).bind() == BindReport(restored=(), skipped=())
+    assert queues_of(redis).bind() == BindReport(restored=(), skipped=())
 
 
 @pytest.mark.parametrize("key", BINDINGS)
 def test_each_lost_binding_is_put_back(redis: Redis, key: str) -> None:
     """One that is gone, or has other members only, is put back and named by its queue; the others stay as they are."""
-    queues = worker(redis)
+    queues = queues_of(redis)
     queues.bind()
     whole = redis.smembers(key)
     redis.delete(key)
@@ -405,8 +391,8 @@ def test_a_foreign_binding_is_left_alone_and_the_others_are_put_back(redis: Redi
         else:
             redis.lpush(key, "x")
 
-    bound = worker(redis).bind()
+    bound = queues_of(redis).bind()
 
     assert bound.skipped == tuple(sorted(BINDINGS[::2]))
     assert redis.exists(*BINDINGS) == len(BINDINGS)
-    assert worker(redis).bind() == BindReport(restored=(), skipped=bound.skipped)
+    assert queues_of(redis).bind() == BindReport(restored=(), skipped=bound.skipped)

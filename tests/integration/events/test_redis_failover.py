@@ -13,22 +13,18 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
-from kino_refunds.dev.processes import CeleryProcess, start_beat, start_worker
+from kino_refunds.dev.processes import start_beat, start_worker
 from kino_refunds.errors import DependencyAway
 from kino_refunds.events.connection import NotPrimary, kombu_connection, redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, BindReport, Queues, Recovery, depths, read_queued
 from kino_refunds.outbox.relay import relay_refunds
-from kino_refunds.settings import Settings
-from kino_refunds.settlement.rules import rules_of
 from tests.conftest import Database
 from tests.failover import Pair, pair
-from tests.pipeline import EMPTY, REFUNDED, ledger, open_jobs, push
+from tests.intake import make_intake, queues_of
+from tests.pipeline import EMPTY, FAILED, REFUNDED, ledger, open_jobs, push
+from tests.processes import wait_for
 from tests.scenario import Scene, make_event, until
-from workers.intake import Intake
-
-FAILED = SERVED[0]
-ME = "worker-a"
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +46,6 @@ def client(redises: Pair) -> Iterator[Redis]:
     with redis_client(redises.url()) as client:
         client.ping()
         yield client
-
-
-def queues(client: Redis, worker_id: str = ME) -> Queues:
-    return Queues(client, worker_id, alive_ttl_s=60)
 
 
 # --- each client, over the switch
@@ -95,7 +87,7 @@ def test_worker_s_command_goes_to_the_new_primary(redises: Pair, client: Redis, 
     with redises.client() as primary:
         primary.lpush(FAILED, "{}")
 
-    found = CALLS[call](queues(client))
+    found = CALLS[call](queues_of(client))
 
     assert found == WORTH[call]
     assert client.info("replication")["role"] == "master"
@@ -121,9 +113,9 @@ def read_of_nothing(read: Callable[[Redis], Any]) -> Any:
 def test_intake_settles_what_the_new_primary_has(redises: Pair, client: Redis, scene: Scene) -> None:
     """An intake that had a batch in flight at the switch drops it at the new primary, and claims what comes there."""
     open_jobs(scene, "before", "after")
-    intake = Intake(scene.worker, queues(client), rules_of(Settings()), Settings.model_construct())
+    intake = make_intake(scene, client)
     push(client, make_event("failed platform", "before"))
-    queues(client).claim()
+    queues_of(client).claim()
 
     redises.fail_over()
     sizes = [intake.run_once()]
@@ -141,7 +133,7 @@ def test_relay_tells_the_new_primary(redises: Pair, client: Redis, scene: Scene,
     """The product hears of a refund at the new primary, and once."""
     relay_refunds(engine, client, "product.refunds")  # from here on
     open_jobs(scene, "job-1")
-    intake = Intake(scene.worker, queues(client), rules_of(Settings()), Settings.model_construct())
+    intake = make_intake(scene, client)
     push(client, make_event("failed platform", "job-1"))
     intake.run_once()
 
@@ -307,18 +299,18 @@ def test_worker_and_beat_go_on(redises: Pair, database: Database, scene: Scene, 
         return {name for name, slot_at in rows if since is None or slot_at > since}
 
     try:
-        wait(lambda: ran(None) >= sweeps, worker, beat)  # the relay tells of what happens after its first round
+        wait_for(lambda: ran(None) >= sweeps, worker, beat)  # the relay tells of what happens after its first round
         with redises.client() as primary:
             push(primary, make_event("failed platform", "before"))
-        wait(lambda: scene.inbox() != {}, worker, beat)
+        wait_for(lambda: scene.inbox() != {}, worker, beat)
 
         redises.fail_over()
         ((switched_at,),) = scene.rows("SELECT max(slot_at) FROM kino.schedule_slot")
         with redises.client() as primary:
             push(primary, make_event("failed platform", "after"))
-            wait(lambda: len(scene.inbox()) == 2, worker, beat)
-            wait(lambda: ran(switched_at) >= sweeps, worker, beat)
-            wait(lambda: primary.llen("product.refunds") == 2, worker, beat)
+            wait_for(lambda: len(scene.inbox()) == 2, worker, beat)
+            wait_for(lambda: ran(switched_at) >= sweeps, worker, beat)
+            wait_for(lambda: primary.llen("product.refunds") == 2, worker, beat)
         codes = worker.stop(), beat.stop()
     finally:
         worker.kill()
@@ -326,12 +318,3 @@ def test_worker_and_beat_go_on(redises: Pair, database: Database, scene: Scene, 
 
     assert codes == (0, 0)
     assert ledger(scene) == {"before": REFUNDED, "after": REFUNDED}
-
-
-def wait(condition: Callable[[], bool], *alive: CeleryProcess) -> None:
-    def look() -> bool:
-        for process in alive:
-            process.require_alive()
-        return condition()
-
-    until(look, deadline_s=60)

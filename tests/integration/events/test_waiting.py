@@ -11,32 +11,21 @@ import pytest
 from redis import Redis
 
 from kino_refunds.events.queues import QUEUE_KEYS, QueuedMessages, depths, in_flight, read_queued
-from tests.integration.events.claims import (
-    COMPLETED,
-    FAILED,
-    TIMEOUT,
-    A,
-    B,
-    contents,
-    counts,
-    die,
-    messages,
-    numbered,
-    push,
-    worker,
-)
+from tests.intake import A, B, die, queues_of
+from tests.integration.events.claims import contents, counts, messages, numbered_raws
+from tests.pipeline import COMPLETED, FAILED, TIMEOUT
 
 
 def test_waiting_reads_every_place_at_once(redis: Redis) -> None:
     """Queues, priorities, in-flight and recovered lists: what is not decided is seen, and nothing moves."""
-    push(redis, FAILED, b"recovered")
-    worker(redis, "first").claim()
+    redis.lpush(FAILED, b"recovered")
+    queues_of(redis, "first").claim()
     die(redis, "first")
-    worker(redis, A).recover()
-    push(redis, TIMEOUT, b"in flight")
-    worker(redis, B).claim(limit=1)
-    push(redis, COMPLETED, b"queued")
-    push(redis, f"{COMPLETED}\x06\x169", b"low priority")
+    queues_of(redis, A).recover()
+    redis.lpush(TIMEOUT, b"in flight")
+    queues_of(redis, B).claim(limit=1)
+    redis.lpush(COMPLETED, b"queued")
+    redis.lpush(f"{COMPLETED}\x06\x169", b"low priority")
     before = contents(redis)
 
     found = read_queued(redis)
@@ -54,12 +43,12 @@ def test_waiting_reads_every_place_at_once(redis: Redis) -> None:
 
 def test_a_batch_in_flight_is_seen_whole_or_not_at_all(redis: Redis) -> None:
     """Who looks at a worker's hands while it claims and releases never sees a part of its batch."""
-    push(redis, FAILED, b"failed")
-    push(redis, COMPLETED, b"completed")
+    redis.lpush(FAILED, b"failed")
+    redis.lpush(COMPLETED, b"completed")
     stop = Event()
 
     def claim_and_release() -> None:
-        queues = worker(redis, A)
+        queues = queues_of(redis, A)
         while not stop.is_set():
             queues.release(queues.claim().token)
 
@@ -78,19 +67,19 @@ def test_a_batch_in_flight_is_seen_whole_or_not_at_all(redis: Redis) -> None:
 
 def test_waiting_is_complete_only_when_everything_was_read(redis: Redis) -> None:
     """Exactly as many messages as the cap are all of them; one more is not."""
-    push(redis, FAILED, *numbered("m", 40))
+    redis.lpush(FAILED, *numbered_raws("m", 40))
     exact = read_queued(redis, limit=40)
-    push(redis, COMPLETED, b"one more")
+    redis.lpush(COMPLETED, b"one more")
 
     over = read_queued(redis, limit=40)
 
-    assert exact == QueuedMessages(messages(FAILED, *numbered("m", 40)), complete=True, unreadable=())
+    assert exact == QueuedMessages(messages(FAILED, *numbered_raws("m", 40)), complete=True, unreadable=())
     assert over == replace(exact, complete=False)
 
 
 def test_waiting_stops_at_its_bytes(redis: Redis) -> None:
     """A reading of many big messages ends early and says so."""
-    push(redis, FAILED, *[b"x" * 1000] * 40)
+    redis.lpush(FAILED, *[b"x" * 1000] * 40)
 
     found = read_queued(redis, max_bytes=5000)
 

@@ -16,52 +16,25 @@ from redis import Redis
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.envelope import parse
-from kino_refunds.events.queues import QUEUE_KEYS, SERVED, Queues, depths
+from kino_refunds.events.queues import QUEUE_KEYS, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.intake.tripwire import ERRORS_MAX
-from kino_refunds.ledger import ChargeRequest, open_charges
-from kino_refunds.reconciliation.integrity import violations
+from kino_refunds.ledger import ChargeRequest
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
-from kino_refunds.settings import Settings
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.deliveries import RECONCILER, read_message
-from kino_refunds.settlement.rules import rules_of
 from kino_refunds.settlement.settle import settle
-from tests.conftest import Database
-from tests.malformed import MALFORMED, bare, envelope
+from tests.intake import make_intake
+from tests.malformed import MALFORMED, TEN_KB, bare, envelope
 from tests.malformed import event as document
+from tests.pipeline import EMPTY, FAILED, Says, open_jobs, refunded
 from tests.scenario import NOW, Scene, make_event, make_rules
 from workers import intake as intake_module
-from workers.intake import Intake
 
-FAILED = SERVED[0]
-EMPTY: dict[str, int] = {**dict.fromkeys(map(str, SERVED), 0), "in-flight": 0, "recovered": 0}
-TEN_KB = "x" * 10_000
+pytestmark = pytest.mark.usefixtures("sound_books")
+
 RULES = OverdueRules(grace=timedelta(0), asks=1, ask_window=timedelta(0), running_max=timedelta(hours=24))
-
-
-@pytest.fixture
-def scene(database: Database) -> Iterator[Scene]:
-    with Scene.of(database) as scene:
-        yield scene
-        with scene.superuser.begin() as connection:
-            assert violations(connection) == []
-
-
-def make_intake(scene: Scene, client: Redis) -> Intake:
-    settings = Settings.model_construct(intake_batch=1000, build="test")
-    return Intake(scene.worker, Queues(client, "worker-a", alive_ttl_s=60), rules_of(settings), settings)
-
-
-def charge(scene: Scene, *jobs: str, deadline: timedelta = timedelta(hours=1)) -> None:
-    scene.grant("acct-1", 10 * len(jobs))
-    with scene.product.begin() as connection:
-        open_charges(connection, [ChargeRequest(job, "acct-1", 10, NOW + deadline) for job in jobs])
-
-
-def refunded(scene: Scene) -> list[str]:
-    return [row[0] for row in scene.rows("SELECT job_id FROM kino.charge_status WHERE refunded > 0 ORDER BY job_id")]
 
 
 def kept(scene: Scene) -> list[bytes]:
@@ -84,13 +57,13 @@ def test_everything_malformed_at_once_is_kept_and_the_neighbours_settle(scene: S
     """In one batch with everything that cannot be read, what can be read settles; the rest is kept byte by byte."""
     raws = {raw for raw, _ in MALFORMED.values()}
     jobs = [f"job-{number}" for number in range(len(QUEUE_KEYS))]
-    charge(scene, *jobs)
+    open_jobs(scene, *jobs)
     for number, raw in enumerate(sorted(raws)):
         redis.lpush(QUEUE_KEYS[number % len(QUEUE_KEYS)], raw)
     for key, job in zip(QUEUE_KEYS, jobs, strict=True):
         redis.lpush(key, to_json(make_event("failed platform", job)))
 
-    size = make_intake(scene, redis).run_once()
+    size = make_intake(scene, redis, intake_batch=1000).run_once()
 
     assert size == len(raws) + len(jobs)
     assert refunded(scene) == sorted(jobs)
@@ -100,11 +73,11 @@ def test_everything_malformed_at_once_is_kept_and_the_neighbours_settle(scene: S
 
 def test_nobody_publishes_under_our_own_name(scene: Scene, redis: Redis) -> None:
     """An event on a queue that says it is the reconciler's is kept, and does not take a verdict's place."""
-    charge(scene, "job-1")
+    open_jobs(scene, "job-1")
     raw = to_json(make_event("completed", event_id="e-1", source=RECONCILER))
     redis.lpush("generation.job-completed", raw)
 
-    make_intake(scene, redis).run_once()
+    make_intake(scene, redis, intake_batch=1000).run_once()
 
     assert kept(scene) == [raw]
     assert scene.rows("SELECT reason, detail FROM kino.dead_letter") == [
@@ -161,11 +134,11 @@ def oddities() -> Iterator[bytes]:
 def test_whatever_is_odd_about_an_envelope_is_understood_or_kept(scene: Scene, redis: Redis) -> None:
     """Every field of kombu's envelope may hold anything: the event settles or is kept, and no neighbour waits."""
     odd = list(oddities())
-    charge(scene, "first", "last")
+    open_jobs(scene, "first", "last")
     redis.lpush(FAILED, to_json(make_event("failed platform", "first")), *odd)
     redis.lpush(FAILED, to_json(make_event("failed platform", "last")))
 
-    size = make_intake(scene, redis).run_once()
+    size = make_intake(scene, redis, intake_batch=1000).run_once()
 
     letters = scene.rows("SELECT CAST(coalesce(sum(seen), 0) AS bigint) FROM kino.dead_letter")
     assert size == len(odd) + 2
@@ -202,10 +175,10 @@ def test_no_damaged_message_is_lost_or_in_the_way(scene: Scene, redis: Redis, se
     """Whatever happened to a message on its way, it is decided, waits or is kept; the worker lives."""
     rng = random.Random(seed)
     raws = sorted({mutated(rng) for _ in range(300)})
-    charge(scene, "first", "last")
+    open_jobs(scene, "first", "last")
     redis.lpush(FAILED, to_json(make_event("failed platform", "first")), *raws)
     redis.lpush(FAILED, to_json(make_event("failed platform", "last")))
-    intake = make_intake(scene, redis)
+    intake = make_intake(scene, redis, intake_batch=1000)
 
     size = intake.run_once()
 
@@ -242,7 +215,7 @@ def test_an_error_of_any_text_becomes_a_dead_letter(
     scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever an exception says is stored escaped and cut, beside the event; the neighbours settle."""
-    charge(scene, *ERRORS, "good")
+    open_jobs(scene, *ERRORS, "good")
     redis.lpush(FAILED, *[to_json(make_event("failed platform", job)) for job in (*ERRORS, "good")])
 
     def failing(connection: sa.Connection, deliveries: Sequence[Any], *args: Any, **more: Any) -> Any:
@@ -253,7 +226,7 @@ def test_an_error_of_any_text_becomes_a_dead_letter(
 
     monkeypatch.setattr(batch, "settle", failing)
 
-    make_intake(scene, redis).run_once()
+    make_intake(scene, redis, intake_batch=1000).run_once()
 
     letters = scene.rows("SELECT job_id, reason, detail, exception FROM kino.dead_letter ORDER BY job_id")
     assert refunded(scene) == ["good"]
@@ -285,10 +258,10 @@ def latin1(scene: Scene) -> Iterator[Scene]:
 
 def test_an_event_that_the_session_cannot_carry_is_kept_alone(scene: Scene, latin1: Scene, redis: Redis) -> None:
     """An id that fails the statement fails its letter too: the bytes alone are kept, and nothing waits behind it."""
-    charge(scene, "good")
+    open_jobs(scene, "good")
     bad = to_json(make_event("failed platform", EMOJI))
     redis.lpush(FAILED, bad, to_json(make_event("failed platform", "good")))
-    intake = make_intake(latin1, redis)
+    intake = make_intake(latin1, redis, intake_batch=1000)
 
     sizes = [intake.run_once(), intake.run_once()]
 
@@ -305,7 +278,7 @@ def test_a_letter_that_cannot_be_written_takes_no_other_along(scene: Scene, lati
     """Of messages that do not parse each has its letter, although the text of one is refused."""
     raws = [bare(document(id=event_id, type="unknown")) for event_id in ("e-1", EMOJI, "e-2")]
     redis.lpush(FAILED, *raws)
-    intake = make_intake(latin1, redis)
+    intake = make_intake(latin1, redis, intake_batch=1000)
 
     size = intake.run_once()
 
@@ -333,12 +306,12 @@ def test_a_message_on_which_our_reading_fails_is_kept_alone(
     scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake of ours in reading one message costs that message: it is kept whole, its neighbours settle."""
-    charge(scene, "bad", "good")
+    open_jobs(scene, "bad", "good")
     bad = to_json(make_event("failed platform", "bad"))
     redis.lpush(FAILED, bad, to_json(make_event("failed platform", "good")))
     stumble(monkeypatch, b'"bad"')
 
-    size = make_intake(scene, redis).run_once()
+    size = make_intake(scene, redis, intake_batch=1000).run_once()
 
     assert size == 2
     assert refunded(scene) == ["good"]
@@ -352,7 +325,7 @@ def test_a_build_that_can_read_nothing_trips(scene: Scene, redis: Redis, monkeyp
     redis.lpush(FAILED, *[to_json(make_event("failed platform", f"job-{n}")) for n in range(ERRORS_MAX + 1)])
     stumble(monkeypatch, b"job-")
 
-    make_intake(scene, redis).run_once()
+    make_intake(scene, redis, intake_batch=1000).run_once()
 
     assert scene.rows("SELECT paused, actor FROM kino.intake_state") == [(True, "tripwire")]
     assert kept(scene) == []
@@ -363,16 +336,6 @@ def test_a_build_that_can_read_nothing_trips(scene: Scene, redis: Redis, monkeyp
 
 
 ODD = ("a\x1b[2J\x9b\n\tb", TEN_KB, "", "\u202e")
-
-
-class Says:
-    """A job source that says the same of every job."""
-
-    def __init__(self, state: JobState) -> None:
-        self.state = state
-
-    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        return dict.fromkeys(job_ids, Answer(self.state))
 
 
 def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redis: Redis) -> None:
@@ -389,9 +352,9 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
         "INSERT INTO kino.open_charge (charge_id, account_id, deadline_at, credits)"
         " SELECT charge_id, account_id, deadline_at, credits FROM kino.charge"
     )
-    charge(scene, "neighbour", deadline=-timedelta(hours=1))
+    open_jobs(scene, "neighbour", deadline=-timedelta(hours=1))
 
-    report = sweep_overdue(scene.worker, redis, Says(JobState.FAILED), make_rules(), overdue=RULES)
+    report = sweep_overdue(scene.worker, redis, Says(lambda _: Answer(JobState.FAILED)), make_rules(), overdue=RULES)
 
     assert report.overdue == 2 * len(ODD) + 1
     assert refunded(scene) == ["neighbour"]
@@ -401,9 +364,9 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
 def test_hostile_ids_go_through_the_sweep_as_ids(scene: Scene, redis: Redis, state: JobState) -> None:
     """Quotes, formats and markup in an id are text to source, event and ledger."""
     jobs = ["'; DROP TABLE kino.charge; --", "%s %(x)s", ":job_ids {} $1", "[bold]\U0001f3ac", "NULL", "a  b"]
-    charge(scene, *jobs, deadline=-timedelta(hours=1))
+    open_jobs(scene, *jobs, deadline=-timedelta(hours=1))
 
-    sweep_overdue(scene.worker, redis, Says(state), make_rules(), overdue=RULES)
+    sweep_overdue(scene.worker, redis, Says(lambda _: Answer(state)), make_rules(), overdue=RULES)
 
     assert refunded(scene) == sorted(jobs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,22 +13,11 @@ from kino_refunds.intake.gate import TRIPWIRE
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.decide import Ruling
 from kino_refunds.settlement.settle import settle
-from tests.integration.intake.gates import (
-    ANNA,
-    AT_ONCE,
-    AWAY,
-    EMPTY,
-    FAILED,
-    State,
-    charge_and_fail,
-    fail_with,
-    make_intake,
-    pause,
-    resume,
-    state,
-)
-from tests.pipeline import drain, refunded
+from tests.failing import BadBuild, fail_first
+from tests.integration.intake.gates import ANNA, AT_ONCE, AWAY, State, bad_intake, charge_and_fail, pause, resume, state
+from tests.pipeline import EMPTY, FAILED, drain, refunded
 from tests.scenario import Scene
+from workers import intake as intake_module
 
 # --- closed by a person
 
@@ -39,7 +27,7 @@ def test_a_person_s_pause_leaves_every_message_where_it_is(scene: Scene, redis: 
     charge_and_fail(scene, redis, 3)
     waiting = redis.lrange(FAILED, 0, -1)
     pause(scene)
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
 
     sizes = [intake.run_once() for _ in range(3)]
 
@@ -56,8 +44,8 @@ def test_a_batch_in_flight_is_given_back_when_a_person_pauses(
     """A batch that was kept for later goes back to its queue in its order, and settles once after the pause."""
     jobs = charge_and_fail(scene, redis, 3)
     waiting = redis.lrange(FAILED, 0, -1)
-    fail_with(monkeypatch, AWAY)
-    intake = make_intake(scene, redis)
+    fail_first(monkeypatch, intake_module, "settle_parts", AWAY)
+    intake = bad_intake(scene, redis)
     with pytest.raises(sa.exc.OperationalError):
         intake.run_once()
     in_flight = depths(redis)
@@ -78,16 +66,14 @@ def test_a_batch_in_flight_is_given_back_when_a_person_pauses(
 # --- a person and the tripwire
 
 
-def test_a_person_s_pause_takes_the_place_of_the_tripwire_s(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
-) -> None:
+def test_a_person_s_pause_takes_the_place_of_the_tripwire_s(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """What a person holds is not probed and not opened, though the build is fixed: only a person ends it."""
     jobs = charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    bad_build.fails_for(".")
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
     intake.run_once()
     taken = pause(scene)
-    bad_build("")
+    bad_build.mend()
 
     sizes = [intake.run_once() for _ in range(3)]
     held = state(scene)
@@ -112,7 +98,7 @@ def test_the_tripwire_does_not_take_the_place_of_a_person_s_pause(
         raise ZeroDivisionError("a mistake of this build")
 
     monkeypatch.setattr(batch, "settle", paused_meanwhile)
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
 
     sizes = [intake.run_once(), intake.run_once()]
 
@@ -133,7 +119,7 @@ def test_a_probe_does_not_open_what_a_person_closed_meanwhile(
         return settle(*args, **kwargs)
 
     monkeypatch.setattr(batch, "settle", paused_meanwhile)
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
 
     sizes = [intake.run_once(), intake.run_once()]
 
@@ -148,7 +134,7 @@ def test_a_person_may_open_what_the_tripwire_closed(scene: Scene, redis: Redis) 
     pause(scene, "a bad build", TRIPWIRE)
 
     opened = resume(scene, "anna")
-    sizes = drain(make_intake(scene, redis))
+    sizes = drain(bad_intake(scene, redis))
 
     assert opened
     assert sizes == [2]

@@ -15,24 +15,28 @@ from structlog.testing import CapturingLogger
 
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED, depths
-from kino_refunds.events.schema import Event, Queue, to_json
+from kino_refunds.events.schema import Queue, to_json
 from kino_refunds.settlement.batch import Part, settle_parts
 from kino_refunds.settlement.deliveries import Delivery, delivery_of
-from tests.integration.intake.batches import (
-    ACCOUNT,
+from tests.intake import B, make_intake
+from tests.integration.intake.batches import ACCOUNT, Letter, letters, outcomes
+from tests.malformed import MALFORMED, envelope
+from tests.pipeline import (
+    CAPTURED,
     COMPLETED,
+    EMPTY,
     FAILED,
+    REFUNDED,
     SAFETY,
     TIMEOUT,
-    B,
-    Letter,
+    drain,
     failures,
-    letters,
-    make_intake,
-    outcomes,
+    ledger,
+    numbered,
+    open_jobs,
+    push,
+    several,
 )
-from tests.malformed import MALFORMED, envelope
-from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
 from tests.scenario import Scene, make_event
 from workers import intake as intake_module
 from workers.intake import sub_batches
@@ -189,11 +193,6 @@ def test_a_huge_message_is_kept_whole_and_blocks_nobody(scene: Scene, redis: Red
 # --- several events in one message
 
 
-def several(*events: Event | bytes) -> bytes:
-    """One message that holds all of these."""
-    return b"[%s]" % b",".join(event if isinstance(event, bytes) else to_json(event) for event in events)
-
-
 @pytest.mark.parametrize("form", [bytes, envelope], ids=["bare", "kombu"])
 @pytest.mark.parametrize("queue", SERVED)
 def test_each_event_of_a_message_is_decided_by_itself(
@@ -229,7 +228,7 @@ def test_each_event_of_a_message_is_decided_by_itself(
 def test_a_message_of_several_events_again_changes_nothing(scene: Scene, redis: Redis, said: CapturingLogger) -> None:
     """Sent again, in the other form and beside one of its events alone, each is told what it was told first."""
     open_jobs(scene, "job-1", "job-2")
-    events = failures(["job-1", "job-2"])
+    events = failures("job-1", "job-2")
     redis.lpush(FAILED, several(*events), envelope(several(*events)), to_json(events[0]), several(*events, b"{}"))
     intake = make_intake(scene, redis)
 
@@ -247,7 +246,7 @@ def test_no_transaction_is_larger_than_a_batch(scene: Scene, redis: Redis, monke
     jobs = numbered("job", 1_200)
     open_jobs(scene, *jobs)
     for start in range(0, len(jobs), 100):
-        redis.lpush(FAILED, several(*failures(jobs[start : start + 100])))
+        redis.lpush(FAILED, several(*failures(*jobs[start : start + 100])))
     intake = make_intake(scene, redis, intake_batch=250)
     done: list[int | str] = []
 
@@ -290,7 +289,7 @@ def test_a_stop_between_two_batches_of_one_claim_releases_it(
     """What is settled by then is a duplicate for the next worker, and no event of the message is lost."""
     jobs = numbered("job", 100)
     open_jobs(scene, *jobs)
-    raw = several(*failures(jobs))
+    raw = several(*failures(*jobs))
     redis.lpush(FAILED, raw)
     intake = make_intake(scene, redis, intake_batch=40)
 

@@ -15,20 +15,10 @@ from structlog.testing import CapturingLogger
 from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.queues import SERVED, Queues, depths
 from kino_refunds.settlement.batch import Part, settle_parts
-from tests.integration.intake.batches import (
-    FAILED,
-    A,
-    B,
-    count_letters,
-    fail_first,
-    failures,
-    letters,
-    make_intake,
-    refuse,
-    refuse_no_more,
-    running,
-)
-from tests.pipeline import EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
+from tests.failing import fail_first, mend, refuse
+from tests.intake import A, B, make_intake
+from tests.integration.intake.batches import count_letters, letters, running
+from tests.pipeline import EMPTY, FAILED, REFUNDED, drain, failures, ledger, numbered, open_jobs, push
 from tests.scenario import Scene, until
 from workers import intake as intake_module
 from workers.bootstep import Binding, Chores
@@ -40,7 +30,7 @@ def test_the_thread_outlives_every_error(
     """Whatever is raised, wherever, is logged, and intake goes on."""
     monkeypatch.setattr(intake_module, "BACK_OFF_MAX_S", 0.01)
     open_jobs(scene, "job-1")
-    push(redis, *failures(["job-1"]))
+    push(redis, *failures("job-1"))
     intake = make_intake(scene, redis)
     errors = [
         RuntimeError("ours"),
@@ -75,7 +65,7 @@ def test_foreign_binding_cannot_keep_intake_from_settling(
     """A binding's key that holds something else is named once, the other bindings are put back, and events settle."""
     monkeypatch.setattr(intake_module, "BACK_OFF_MAX_S", 0.01)
     open_jobs(scene, "job-1")
-    push(redis, *failures(["job-1"]))
+    push(redis, *failures("job-1"))
     redis.set("_kombu.binding.generation.job-failed", "foreign")
     intake = make_intake(scene, redis)
     looks = 0
@@ -100,8 +90,8 @@ def test_a_stop_in_a_long_search_releases_the_batch(scene: Scene, redis: Redis) 
     """Told to stop while it looks for bad events, intake puts the batch back and leaves no key of its own."""
     jobs = numbered("job", 64)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
-    refuse(scene, ".", "PERFORM pg_sleep(0.02); RAISE EXCEPTION 'not this one'")
+    push(redis, *failures(*jobs))
+    refuse(scene, "settlement", "true", "PERFORM pg_sleep(0.02); RAISE EXCEPTION 'not this one'")
     intake = make_intake(scene, redis)
 
     with running(intake):
@@ -109,7 +99,7 @@ def test_a_stop_in_a_long_search_releases_the_batch(scene: Scene, redis: Redis) 
     left = depths(redis)
     keys = sorted(redis.scan_iter("kino:*"))
     found = len(letters(scene))
-    refuse_no_more(scene)
+    mend(scene)
     sizes = drain(make_intake(scene, redis, B))
 
     assert left == {**EMPTY, FAILED: 64}
@@ -124,7 +114,7 @@ def test_a_stop_while_postgres_is_away_releases_the_batch(
 ) -> None:
     """A worker that waits for Postgres gives its batch back when it is stopped, oldest first."""
     open_jobs(scene, "job-1", "job-2")
-    push(redis, *failures(["job-1", "job-2"]))
+    push(redis, *failures("job-1", "job-2"))
     before = redis.lrange(FAILED, 0, -1)
     away = sa.exc.OperationalError("SELECT", None, psycopg.OperationalError("away"))
     left = fail_first(monkeypatch, intake_module, "settle_parts", *[away] * 1000)
@@ -145,7 +135,7 @@ def test_a_stopped_intake_finishes_the_batch_in_hand(
     """A stop that comes while a batch settles waits for it, claims no other, and leaves no key of its own."""
     jobs = numbered("job", 30)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
+    push(redis, *failures(*jobs))
     intake = make_intake(scene, redis, intake_batch=10)
 
     def stop_and_settle(*args: Any, **kwargs: Any) -> Iterator[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
@@ -12,18 +12,33 @@ from redis import Redis
 from kino_refunds.events.queues import POISON_CRASHES, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.settlement.batch import Part, settle_parts
-from tests.integration.intake.deaths import EMPTY, FAILED, A, B, Letter, die, failed, letters, make_intake, push, queues
+from tests.intake import A, B, die, make_intake, queues_of
 from tests.malformed import envelope
-from tests.pipeline import drain, open_jobs, refunded
-from tests.scenario import Scene
+from tests.pipeline import EMPTY, FAILED, drain, failures, open_jobs, push, refunded, several
+from tests.scenario import Scene, make_event
 from workers import intake as intake_module
 
 # --- poison
 
 
+class Given(NamedTuple):
+    raw: bytes
+    reason: str
+    source: str | None
+    event_id: str | None
+    job_id: str | None
+    attempts: int
+    seen: int
+
+
+def given_up(scene: Scene) -> list[Given]:
+    rows = scene.rows("SELECT raw, reason, source, event_id, job_id, attempts, seen FROM kino.dead_letter ORDER BY raw")
+    return [Given(*row) for row in rows]
+
+
 def crash_with(client: Redis, worker_id: str, *, alone_with: bytes | None = None) -> None:
     """Let a worker recover what others left, claim, and die at once with what it holds."""
-    dying = queues(client, worker_id)
+    dying = queues_of(client, worker_id)
     dying.recover()
     claim = dying.claim()
     assert alone_with is None or [message.raw for message in claim.messages] == [alone_with]
@@ -35,8 +50,8 @@ def test_what_kills_three_workers_alone_is_a_dead_letter_unread(
 ) -> None:
     """At the third crash alone a message is kept by its exact bytes and not even parsed; its neighbours settle."""
     open_jobs(scene, "before", "poison", "after")
-    push(redis, "before", "poison", "after")
-    poison = to_json(failed("poison"))
+    push(redis, *failures("before", "poison", "after"))
+    poison = to_json(make_event("failed platform", "poison"))
     crash_with(redis, "first")
     survivor = make_intake(scene, redis, "survivor")
     survivor._queues.recover()
@@ -53,7 +68,7 @@ def test_what_kills_three_workers_alone_is_a_dead_letter_unread(
 
     assert sizes == [1]
     assert batches == [["before"], ["after"], []]
-    assert letters(scene) == [Letter(poison, "poison_crash", None, None, None, POISON_CRASHES, 1)]
+    assert given_up(scene) == [Given(poison, "poison_crash", None, None, None, POISON_CRASHES, 1)]
     assert refunded(scene) == ["after", "before"]
     assert depths(redis) == EMPTY
     assert list(redis.scan_iter("kino:crashes:*")) == []
@@ -63,17 +78,17 @@ def test_what_kills_three_workers_alone_is_a_dead_letter_unread(
 def test_fewer_crashes_are_forgiven(scene: Scene, redis: Redis, crashes: int) -> None:
     """Twice may be a coincidence: the event settles, and its crashes are forgotten."""
     open_jobs(scene, "job-1")
-    push(redis, "job-1")
+    push(redis, *failures("job-1"))
     crash_with(redis, "in-a-batch")
     for number in range(crashes):
-        crash_with(redis, f"dying-{number}", alone_with=to_json(failed("job-1")))
-    intake = make_intake(scene, redis)
+        crash_with(redis, f"dying-{number}", alone_with=to_json(make_event("failed platform", "job-1")))
+    intake = make_intake(scene, redis, B)
     intake._queues.recover()
 
     drain(intake)
 
     assert refunded(scene) == ["job-1"]
-    assert letters(scene) == []
+    assert given_up(scene) == []
     assert list(redis.scan_iter("kino:crashes:*")) == []
 
 
@@ -81,26 +96,26 @@ def test_a_crash_in_company_accuses_nobody(scene: Scene, redis: Redis) -> None:
     """Whoever dies with a batch again and again leaves no suspicion on any of its events."""
     open_jobs(scene, "job-1", "job-2")
     for number in range(POISON_CRASHES + 1):
-        push(redis, "job-1", "job-2")
-        queues(redis, f"dying-{number}").claim()
+        push(redis, *failures("job-1", "job-2"))
+        queues_of(redis, f"dying-{number}").claim()
         die(redis, f"dying-{number}")
-    intake = make_intake(scene, redis)
+    intake = make_intake(scene, redis, B)
     intake._queues.recover()
 
     sizes = drain(intake)
 
     assert sizes == [1] * 8
     assert refunded(scene) == ["job-1", "job-2"]
-    assert letters(scene) == []
+    assert given_up(scene) == []
 
 
 def test_a_letter_that_cannot_be_written_keeps_the_poison_in_flight(scene: Scene, redis: Redis) -> None:
     """A poisonous message is dropped only once its dead letter is committed, as any other."""
-    push(redis, "job-1")
+    push(redis, *failures("job-1"))
     crash_with(redis, "in-a-batch")
     for number in range(POISON_CRASHES):
         crash_with(redis, f"dying-{number}")
-    intake = make_intake(scene, redis)
+    intake = make_intake(scene, redis, B)
     intake._queues.recover()
     scene.as_superuser("REVOKE INSERT ON kino.dead_letter FROM kino_worker")
 
@@ -112,7 +127,7 @@ def test_a_letter_that_cannot_be_written_keeps_the_poison_in_flight(scene: Scene
 
     assert kept == {**EMPTY, "in-flight": 1}
     assert sizes == [1]
-    assert [letter.reason for letter in letters(scene)] == ["poison_crash"]
+    assert [letter.reason for letter in given_up(scene)] == ["poison_crash"]
     assert depths(redis) == EMPTY
 
 
@@ -152,7 +167,7 @@ def test_a_poisonous_event_of_several_is_a_dead_letter_and_its_neighbours_settle
     """What ends workers is found among the events of its message, and kept by the message and its place in it."""
     jobs = ["before", "poison", "after"]
     open_jobs(scene, *jobs)
-    raw = form(b"[%s]" % b",".join(to_json(failed(job)) for job in jobs))
+    raw = form(several(*failures(*jobs)))
     redis.lpush(FAILED, raw)
     deadly.add("poison")
     for number in range(POISON_CRASHES + 1):  # the first time in company, as it came
@@ -164,7 +179,7 @@ def test_a_poisonous_event_of_several_is_a_dead_letter_and_its_neighbours_settle
 
     assert sizes == [1]
     assert refunded(scene) == ["after", "before"]
-    assert letters(scene) == [Letter(raw, "poison_crash", None, None, None, POISON_CRASHES, 1)]
+    assert given_up(scene) == [Given(raw, "poison_crash", None, None, None, POISON_CRASHES, 1)]
     assert scene.rows("SELECT element_index, may_hold_others FROM kino.dead_letter") == [(1, True)]
     assert depths(redis) == EMPTY
     assert list(redis.scan_iter("kino:crashes:*")) == []
@@ -174,7 +189,7 @@ def test_two_poisonous_events_of_one_message_are_two_letters(scene: Scene, redis
     """What was found poisonous is not tried again while its neighbour is found out."""
     jobs = ["poison-1", "good", "poison-2"]
     open_jobs(scene, *jobs)
-    redis.lpush(FAILED, b"[%s]" % b",".join(to_json(failed(job)) for job in jobs))
+    redis.lpush(FAILED, several(*failures(*jobs)))
     deadly.update(["poison-1", "poison-2"])
     for number in range(2 * POISON_CRASHES + 1):
         live_and_die(scene, redis, f"dying-{number}")
@@ -197,17 +212,17 @@ def test_recovered_events_of_one_message_settle_one_a_transaction(
     """After a crash each is alone in work, in the order of their times, and the message goes when all are decided."""
     jobs = ["job-1", "job-2", "job-3"]
     open_jobs(scene, *jobs)
-    redis.lpush(FAILED, b"[%s]" % b",".join([*(to_json(failed(job)) for job in jobs), b"{}"]))
-    queues(redis, A).claim()
+    redis.lpush(FAILED, several(*failures(*jobs), b"{}"))
+    queues_of(redis, A).claim()
     die(redis, A)
-    intake = make_intake(scene, redis)
+    intake = make_intake(scene, redis, B)
     intake._queues.recover()
 
     sizes = drain(intake)
 
     assert (sizes, batches) == ([1], [["job-1"], ["job-2"], ["job-3"]])
     assert refunded(scene) == jobs
-    assert [letter.reason for letter in letters(scene)] == ["invalid_event"]
+    assert [letter.reason for letter in given_up(scene)] == ["invalid_event"]
     assert depths(redis) == EMPTY
 
 
@@ -217,8 +232,8 @@ def test_a_worker_that_is_taken_for_dead_stops_between_two_events(
     """Its heir settles the message; what both settle is paid once."""
     jobs = ["job-1", "job-2"]
     open_jobs(scene, *jobs)
-    redis.lpush(FAILED, b"[%s]" % b",".join(to_json(failed(job)) for job in jobs))
-    queues(redis, A).claim()
+    redis.lpush(FAILED, several(*failures(*jobs)))
+    queues_of(redis, A).claim()
     die(redis, A)
     slow, heir = make_intake(scene, redis, B), make_intake(scene, redis, "worker-c")
     slow._queues.recover()

@@ -19,8 +19,9 @@ from kino_refunds.intake.gate import pause_intake
 from kino_refunds.intake.heartbeat import Heartbeat
 from kino_refunds.settlement.batch import Part, settle_parts
 from tests.conftest import Database
-from tests.integration.intake.deaths import EMPTY, FAILED, A, B, die, letters, make_intake, push, queues
-from tests.pipeline import drain, open_jobs, refunded
+from tests.intake import A, B, die, make_intake, queues_of
+from tests.integration.intake.batches import letters
+from tests.pipeline import EMPTY, FAILED, drain, failures, open_jobs, push, refunded
 from tests.scenario import Scene, until
 from workers import bootstep as bootstep_module
 from workers import intake as intake_module
@@ -35,14 +36,14 @@ ID_A, ID_B = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00
 def test_a_dead_worker_s_batch_settles_once_one_at_a_time_between_new_ones(
     scene: Scene, redis: Redis, batches: list[list[str]]
 ) -> None:
-    """Recovered events are settled alone, and new work goes on between them: none waits for the other."""
+    """Recovery events are settled alone, and new work goes on between them: none waits for the other."""
     old, new = ["old-1", "old-2", "old-3"], ["new-1", "new-2", "new-3", "new-4"]
     open_jobs(scene, *old, *new)
-    push(redis, *old)
-    queues(redis, A).claim()
-    push(redis, *new)
+    push(redis, *failures(*old))
+    queues_of(redis, A).claim()
+    push(redis, *failures(*new))
     die(redis, A)
-    intake = make_intake(scene, redis, intake_batch=2)
+    intake = make_intake(scene, redis, B, intake_batch=2)
 
     recovered = intake._queues.recover()
     drain(intake)
@@ -56,9 +57,9 @@ def test_a_dead_worker_s_batch_settles_once_one_at_a_time_between_new_ones(
 def test_a_living_worker_s_batch_is_its_own(scene: Scene, redis: Redis) -> None:
     """As long as its alive key stands nobody takes a worker's batch, however slow it is."""
     open_jobs(scene, "job-1")
-    push(redis, "job-1")
-    queues(redis, A).claim()
-    intake = make_intake(scene, redis)
+    push(redis, *failures("job-1"))
+    queues_of(redis, A).claim()
+    intake = make_intake(scene, redis, B)
 
     recovered = intake._queues.recover()
     sizes = drain(intake)
@@ -69,11 +70,11 @@ def test_a_living_worker_s_batch_is_its_own(scene: Scene, redis: Redis) -> None:
 
 
 def test_two_survivors_share_what_is_recovered(scene: Scene, redis: Redis) -> None:
-    """Recovered once, by whoever comes first, and settled once, by whoever claims it."""
+    """Recovery once, by whoever comes first, and settled once, by whoever claims it."""
     old = [f"old-{number}" for number in range(6)]
     open_jobs(scene, *old)
-    push(redis, *old)
-    queues(redis, A).claim()
+    push(redis, *failures(*old))
+    queues_of(redis, A).claim()
     die(redis, A)
     first, second = make_intake(scene, redis, B), make_intake(scene, redis, "worker-c")
 
@@ -89,11 +90,11 @@ def test_two_survivors_share_what_is_recovered(scene: Scene, redis: Redis) -> No
 def test_a_worker_that_dies_with_a_recovered_event_is_recovered_too(scene: Scene, redis: Redis) -> None:
     """Death upon death delays an event and loses nothing."""
     open_jobs(scene, "job-1")
-    push(redis, "job-1")
+    push(redis, *failures("job-1"))
     for dying, heir in ((A, B), (B, "worker-c")):
-        queues(redis, dying).claim()
+        queues_of(redis, dying).claim()
         die(redis, dying)
-        queues(redis, heir).recover()
+        queues_of(redis, heir).recover()
 
     sizes = drain(make_intake(scene, redis, "worker-c"))
 
@@ -105,7 +106,7 @@ def test_a_worker_that_dies_with_a_recovered_event_is_recovered_too(scene: Scene
 def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker that comes back behind its heir pays nothing again and drops nobody's batch."""
     open_jobs(scene, "job-1", "job-2", "job-3")
-    push(redis, "job-1", "job-2")
+    push(redis, *failures("job-1", "job-2"))
     zombie, heir = make_intake(scene, redis, A), make_intake(scene, redis, B)
     meanwhile: list[Any] = []
 
@@ -115,7 +116,7 @@ def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypat
             die(redis, A)
             meanwhile.append(heir._queues.recover().messages)
             meanwhile.append(drain(heir))
-            push(redis, "job-3")
+            push(redis, *failures("job-3"))
             meanwhile.append(len(heir._queues.claim().messages))
         return settle_parts(*args, **kwargs)
 
@@ -137,14 +138,14 @@ def test_a_zombie_s_late_drop_does_nothing(scene: Scene, redis: Redis, monkeypat
 def test_a_drop_that_arrives_late_does_not_drop_the_next_batch(scene: Scene, redis: Redis) -> None:
     """A worker that was recovered and has claimed again loses nothing to its own drop of before."""
     open_jobs(scene, "job-1", "job-2")
-    push(redis, "job-1")
+    push(redis, *failures("job-1"))
     zombie = make_intake(scene, redis, A)
     stale = zombie._queues.claim().token
     die(redis, A)
     heir = make_intake(scene, redis, B)
     heir._queues.recover()
     drain(heir)
-    push(redis, "job-2")
+    push(redis, *failures("job-2"))
     zombie._queues.claim()
 
     dropped = zombie._queues.drop(stale), zombie._queues.release(stale)
@@ -179,9 +180,9 @@ def workers(scene: Scene) -> list[Row]:
 def test_a_heartbeat_is_a_row_that_follows_its_worker(scene: Scene, redis: Redis) -> None:
     """On call sees of each worker where it runs, what it did so far, and that it ended in order."""
     open_jobs(scene, "job-1")
-    push(redis, "job-1", "no charge")
+    push(redis, *failures("job-1", "no charge"))
     redis.lpush(FAILED, b"nonsense")
-    intake = make_intake(scene, redis)
+    intake = make_intake(scene, redis, B)
     heartbeat = Heartbeat(scene.worker, ID_A, "b1", intake.counts)
     row = Row(ID_A, socket.gethostname(), os.getpid(), "b1", {}, stopped=False)
     counts = {"batches": 1, "messages": 3, "refunded": 1, "charge_not_found": 1, "not_parsed": 1, "apply_error": 0}
@@ -274,8 +275,8 @@ def test_a_worker_that_starts_takes_over_from_a_dead_one(
     monkeypatch.setenv("KINO_DATABASE_URL", database.url())
     monkeypatch.setenv("KINO_REDIS_URL", redis_url)
     open_jobs(scene, "job-1", "job-2")
-    push(redis, "job-1", "job-2")
-    queues(redis, A).claim()
+    push(redis, *failures("job-1", "job-2"))
+    queues_of(redis, A).claim()
     die(redis, A)
     step = IntakeStep(None)
 
@@ -312,7 +313,7 @@ def test_a_worker_that_takes_nothing_stays_alive(
             until(lambda: redis.exists(alive))
             redis.delete(alive)  # as when its TTL is over
         until(lambda: redis.exists(alive))
-        recovered = queues(redis, A).recover()
+        recovered = queues_of(redis, A).recover()
         registered = redis.smembers("kino:workers")
     finally:
         step.stop(None)
@@ -327,15 +328,15 @@ def test_only_what_was_recovered_is_logged(redis: Redis, monkeypatch: pytest.Mon
     """A dead worker with a batch is a warning, and one that was idle is removed without a word."""
     said = CapturingLogger()
     monkeypatch.setattr(bootstep_module, "log", said)
-    queues(redis, A).refresh()
+    queues_of(redis, A).refresh()
     die(redis, A)
 
-    _recover(queues(redis, B))
+    _recover(queues_of(redis, B))
     quiet = list(said.calls)
-    push(redis, "job-1")
-    queues(redis, A).claim()
+    push(redis, *failures("job-1"))
+    queues_of(redis, A).claim()
     die(redis, A)
-    _recover(queues(redis, B))
+    _recover(queues_of(redis, B))
 
     assert quiet == []
     assert [(call.method_name, call.kwargs) for call in said.calls] == [("warning", {"workers": (A,), "messages": 1})]

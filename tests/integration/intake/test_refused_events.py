@@ -16,8 +16,22 @@ from kino_refunds.settlement.decide import Ruling
 from kino_refunds.settlement.deliveries import Delivery
 from kino_refunds.settlement.rules import Rules
 from kino_refunds.settlement.settle import settle
-from tests.integration.intake.batches import COMPLETED, FAILED, Letter, failures, letters, make_intake, refuse
-from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
+from tests.failing import refuse
+from tests.intake import make_intake
+from tests.integration.intake.batches import Letter, letters
+from tests.pipeline import (
+    CAPTURED,
+    COMPLETED,
+    EMPTY,
+    FAILED,
+    REFUNDED,
+    drain,
+    failures,
+    ledger,
+    numbered,
+    open_jobs,
+    push,
+)
 from tests.scenario import Scene, Waits, make_event
 
 
@@ -25,8 +39,8 @@ def test_an_event_that_the_database_refuses_is_kept_and_its_neighbours_settle(sc
     """One event that Postgres will not take becomes a dead letter with its reason; the rest of its batch settles."""
     jobs = numbered("job", 40)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
-    refuse(scene, "^job-17 ")
+    push(redis, *failures(*jobs))
+    refuse(scene, "settlement", "NEW.event_id ~ '^job-17 '", "RAISE EXCEPTION 'not this one'")
 
     sizes = drain(make_intake(scene, redis))
 
@@ -45,7 +59,7 @@ def test_our_own_mistake_with_one_event_is_a_dead_letter_too(
     """An exception of our own code is the event's dead letter, and neither the worker's end nor its neighbours'."""
     jobs = numbered("job", 10)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
+    push(redis, *failures(*jobs))
 
     def trip(connection: sa.Connection, part: list[Delivery], terms: Rules, **options: Any) -> list[Ruling]:
         if any(delivery.event.job_id == "job-3" for delivery in part):
@@ -65,7 +79,7 @@ def test_a_job_whose_credits_somebody_holds_waits_alone(brisk_scene: Scene, redi
     scene = brisk_scene
     held, *_ = [scene.charged(job) for job in ("held", "free-1", "free-2")]
     lots = ", ".join(str(lot_id) for lot_id, _ in held.lines)
-    push(redis, *failures(["free-1", "held", "free-2"]))
+    push(redis, *failures("free-1", "held", "free-2"))
     intake = make_intake(scene, redis)
 
     with scene.superuser.begin() as other:
@@ -85,7 +99,7 @@ def test_a_charge_that_another_session_is_settling_waits_alone(brisk_scene: Scen
     scene = brisk_scene
     jobs = numbered("job", 8)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
+    push(redis, *failures(*jobs))
 
     with scene.superuser.connect() as other:
         other.exec_driver_sql("""
@@ -107,8 +121,8 @@ def test_an_event_that_takes_too_long_waits_alone(brisk_scene: Scene, redis: Red
     scene = brisk_scene
     jobs = numbered("job", 8)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
-    refuse(scene, "^job-5 ", "PERFORM pg_sleep(10)")
+    push(redis, *failures(*jobs))
+    refuse(scene, "settlement", "NEW.event_id ~ '^job-5 '", "PERFORM pg_sleep(10)")
 
     sizes = drain(make_intake(scene, redis))
 
@@ -147,7 +161,7 @@ def test_a_dead_letter_that_cannot_be_written_is_not_dropped(scene: Scene, redis
     """While Postgres takes no dead letters, what would be one stays in flight, and becomes one afterwards."""
     open_jobs(scene, "job-1")
     redis.lpush(FAILED, b"{")
-    push(redis, *failures(["job-1"]))
+    push(redis, *failures("job-1"))
     scene.as_superuser("REVOKE INSERT ON kino.dead_letter FROM kino_worker")
     intake = make_intake(scene, redis)
 
@@ -167,7 +181,7 @@ def test_neighbours_settle_while_no_dead_letter_can_be_written(scene: Scene, red
     """A message that cannot be kept yet stays in flight; the events beside it do not wait for that."""
     open_jobs(scene, "job-1")
     redis.lpush(FAILED, b"{")
-    push(redis, *failures(["job-1"]))
+    push(redis, *failures("job-1"))
     scene.as_superuser("REVOKE INSERT ON kino.dead_letter FROM kino_worker")
     intake = make_intake(scene, redis)
 
@@ -182,7 +196,7 @@ def test_a_malformed_message_in_a_batch_that_is_kept_counts_once(scene: Scene, r
     """However often a batch is tried, a dead letter counts how often its message came."""
     open_jobs(scene, "job-1")
     redis.lpush(FAILED, b"{")
-    push(redis, *failures(["job-1"]))
+    push(redis, *failures("job-1"))
     scene.as_superuser("REVOKE EXECUTE ON FUNCTION kino.settle_charges(jsonb) FROM kino_worker")
     intake = make_intake(scene, redis)
     for _ in range(3):
@@ -221,8 +235,8 @@ def test_somebody_who_holds_the_letter_of_a_conflict_holds_up_no_other_event(bri
 def test_an_apply_error_that_cannot_be_written_is_not_dropped(scene: Scene, redis: Redis) -> None:
     """An event that failed leaves Redis only once its dead letter is in Postgres."""
     open_jobs(scene, "job-1")
-    push(redis, *failures(["job-1"]))
-    refuse(scene, "^job-1 ")
+    push(redis, *failures("job-1"))
+    refuse(scene, "settlement", "NEW.event_id ~ '^job-1 '", "RAISE EXCEPTION 'not this one'")
     scene.as_superuser("REVOKE INSERT ON kino.dead_letter FROM kino_worker")
     intake = make_intake(scene, redis)
 

@@ -13,8 +13,22 @@ from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.queues import SERVED, depths
 from kino_refunds.events.schema import to_json
 from tests.conftest import Database
-from tests.integration.intake.batches import COMPLETED, FAILED, TIMEOUT, Letter, failures, letters, make_intake
-from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
+from tests.intake import make_intake
+from tests.integration.intake.batches import Letter, letters
+from tests.pipeline import (
+    CAPTURED,
+    COMPLETED,
+    EMPTY,
+    FAILED,
+    REFUNDED,
+    TIMEOUT,
+    drain,
+    failures,
+    ledger,
+    numbered,
+    open_jobs,
+    push,
+)
 from tests.scenario import Scene, make_event
 
 
@@ -43,7 +57,7 @@ def test_a_killed_postgres_costs_only_time(own_servers: Servers, own_redis: Redi
     database = Database(DATABASE, own_servers)
     with Scene.of(database) as before:
         open_jobs(before, "job-1", "job-2")
-        push(own_redis, *failures(["job-1", "job-2"]))
+        push(own_redis, *failures("job-1", "job-2"))
         own_redis.lpush(FAILED, b"{")
         intake = make_intake(before, own_redis)
         own_servers.postgres.kill()
@@ -68,7 +82,7 @@ def test_a_full_redis_drains(scene: Scene, own_redis: Redis) -> None:
     """A Redis at `maxmemory` takes no new event, and intake empties it all the same."""
     jobs = numbered("job", 300)
     open_jobs(scene, *jobs)
-    push(own_redis, *failures(jobs))
+    push(own_redis, *failures(*jobs))
     own_redis.lpush(TIMEOUT, b"{")
     intake = make_intake(scene, own_redis, intake_batch=100)
     own_redis.config_set("maxmemory", 1)
@@ -104,7 +118,7 @@ def test_a_queue_key_of_the_wrong_type_is_named_and_passed_over(
 def test_a_foreign_key_of_our_own_name_stops_intake_and_loses_nothing(scene: Scene, redis: Redis) -> None:
     """Intake refuses before it moves anything, and goes on once somebody has removed the foreign value."""
     open_jobs(scene, "job-1")
-    push(redis, *failures(["job-1"]))
+    push(redis, *failures("job-1"))
     redis.set(f"kino:recovered:{TIMEOUT}", "foreign")
     intake = make_intake(scene, redis)
 

@@ -16,8 +16,10 @@ from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.settlement.batch import settle_batch
-from tests.integration.intake.batches import FAILED, A, B, fail_first, failures, make_intake, outcomes
-from tests.pipeline import CAPTURED, EMPTY, REFUNDED, drain, ledger, numbered, open_jobs, push
+from tests.failing import fail_first
+from tests.intake import A, B, make_intake
+from tests.integration.intake.batches import outcomes
+from tests.pipeline import CAPTURED, EMPTY, FAILED, REFUNDED, drain, failures, ledger, numbered, open_jobs, push
 from tests.scenario import Scene, make_event, make_rules
 from workers.intake import read_claim
 
@@ -51,7 +53,7 @@ def test_a_drop_whose_answer_was_lost_has_dropped(
     """The repeated drop finds nothing to do, deletes nothing of the next batch, and intake goes on."""
     open_jobs(scene, "job-1", "job-2")
     client = redis_client(redis_url)
-    push(client, *failures(["job-1", "job-2"]))
+    push(client, *failures("job-1", "job-2"))
     intake = make_intake(scene, client, intake_batch=1)
     real_drop, read_response = intake._queues.drop, RedisConnection.read_response
     dropped: list[bool] = []
@@ -84,7 +86,7 @@ def test_a_worker_that_died_between_commit_and_drop_paid_once(
 ) -> None:
     """The worker that gets a dead one's settled batch is told duplicates, one message at a time."""
     open_jobs(scene, "job-1", "job-2")
-    push(redis, *failures(["job-1", "job-2"]))
+    push(redis, *failures("job-1", "job-2"))
     deliveries, _ = read_claim(Queues(redis, A, alive_ttl_s=60).claim())
     settle_batch(scene.worker, deliveries, make_rules())
     redis.delete(f"kino:alive:{A}")
@@ -105,7 +107,7 @@ def test_a_worker_taken_for_dead_and_its_heir_settle_once(
     """A slow worker's batch is handed on while it settles: both settle it, and it moves once."""
     jobs = numbered("job", 5)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
+    push(redis, *failures(*jobs))
     slow, heir = make_intake(scene, redis, A), make_intake(scene, redis, B)
     real = slow._queues.drop
     taken: list[list[int]] = []
@@ -154,7 +156,7 @@ def test_statements_are_planned_once_and_not_for_every_batch(scene: Scene, redis
     """What a session prepared it keeps: a rollback between two batches would make psycopg forget all of it."""
     jobs = numbered("job", 10)
     open_jobs(scene, *jobs)
-    push(redis, *failures(jobs))
+    push(redis, *failures(*jobs))
     intake = make_intake(scene, redis, intake_batch=1)
 
     sizes = drain(intake)

@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.events.queues import depths
-from kino_refunds.events.schema import to_json
 from kino_refunds.intake.gate import TRIPWIRE
+from tests.failing import BadBuild, fail_first
+from tests.intake import A, B, make_intake
 from tests.integration.intake.gates import (
     AT_ONCE,
     AWAY,
-    EMPTY,
-    FAILED,
     NEVER,
     OPEN,
-    A,
-    B,
     State,
+    bad_intake,
     charge_and_fail,
-    fail_with,
-    letters,
-    make_intake,
+    letters_by_reason,
     pause,
     state,
 )
 from tests.malformed import bare
-from tests.pipeline import drain, numbered, open_jobs, push, refunded
+from tests.pipeline import EMPTY, FAILED, drain, failures, numbered, open_jobs, push, refunded, several
 from tests.scenario import Scene, make_event
+from workers import intake as intake_module
 
 # --- closed by the tripwire
 
 
 def test_a_bad_build_pauses_intake_and_keeps_the_rest_on_the_queue(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
+    scene: Scene, redis: Redis, bad_build: BadBuild
 ) -> None:
     """A build whose settle raises for everything leaves 51 dead letters and no more: the gate says why."""
     charge_and_fail(scene, redis, 60)
     waiting = redis.lrange(FAILED, 0, -1)
-    bad_build(".")
-    intake = make_intake(scene, redis)
+    bad_build.fails_for(".")
+    intake = bad_intake(scene, redis)
 
     sizes = [intake.run_once(), intake.run_once()]
 
     assert sizes == [60, 0]
-    assert letters(scene) == {"apply_error": (51, 51)}
+    assert letters_by_reason(scene) == {"apply_error": (51, 51)}
     assert state(scene) == State(
         paused=True, reason="51 of the last 51 events failed in build bad (worker worker-a)", actor=TRIPWIRE
     )
@@ -58,26 +53,26 @@ def test_a_bad_build_pauses_intake_and_keeps_the_rest_on_the_queue(
 
 @pytest.mark.parametrize(("errors", "tripped"), [(50, False), (51, True)])
 def test_more_than_fifty_errors_trip(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None], errors: int, *, tripped: bool
+    scene: Scene, redis: Redis, bad_build: BadBuild, errors: int, *, tripped: bool
 ) -> None:
     """Fifty events of a thousand may be bad by themselves; one more is a bad build."""
     charge_and_fail(scene, redis, errors)
-    bad_build(".")
+    bad_build.fails_for(".")
 
-    make_intake(scene, redis).run_once()
+    bad_intake(scene, redis).run_once()
 
     assert state(scene).paused is tripped
-    assert letters(scene) == {"apply_error": (errors, errors)}
+    assert letters_by_reason(scene) == {"apply_error": (errors, errors)}
     assert depths(redis) == {**EMPTY, FAILED: errors if tripped else 0}
 
 
 @pytest.mark.parametrize(("between", "tripped"), [(900, True), (1000, False)])
 def test_only_the_last_thousand_events_count(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None], between: int, *, tripped: bool
+    scene: Scene, redis: Redis, bad_build: BadBuild, between: int, *, tripped: bool
 ) -> None:
     """Errors that lie more than a thousand events back do not add up with today's."""
-    bad_build("bad")
-    intake = make_intake(scene, redis)
+    bad_build.fails_for("bad")
+    intake = bad_intake(scene, redis)
     for prefix, count in (("bad", 30), ("good", between), ("bad again", 30)):
         push(redis, *[make_event("failed platform", f"{prefix}-{n}") for n in range(count)])
         drain(intake)
@@ -88,31 +83,31 @@ def test_only_the_last_thousand_events_count(
     assert len(scene.pending()) == between
 
 
-def test_what_does_not_parse_never_counts(scene: Scene, redis: Redis, bad_build: Callable[[str], None]) -> None:
+def test_what_does_not_parse_never_counts(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """A publisher that sends nonsense cannot close the gate: its messages are kept, and the next one settles."""
-    bad_build("bad")
+    bad_build.fails_for("bad")
     redis.lpush(FAILED, *[bare({"nonsense": number}) for number in range(200)])
     push(redis, *[make_event("failed platform", f"bad-{n}") for n in range(50)])
     jobs = charge_and_fail(scene, redis, 1)
 
-    sizes = drain(make_intake(scene, redis))
+    sizes = drain(bad_intake(scene, redis))
 
     assert sizes == [251]
     assert state(scene) == OPEN
-    assert letters(scene) == {"invalid_event": (200, 200), "apply_error": (50, 50)}
+    assert letters_by_reason(scene) == {"invalid_event": (200, 200), "apply_error": (50, 50)}
     assert refunded(scene) == jobs
 
 
 # --- probing
 
 
-def test_between_probes_nothing_is_tried(scene: Scene, redis: Redis, bad_build: Callable[[str], None]) -> None:
+def test_between_probes_nothing_is_tried(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """Even a fixed build waits for its probe: a closed gate is not looked behind with every poll."""
     charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    intake = make_intake(scene, redis, probe_every_s=NEVER)
+    bad_build.fails_for(".")
+    intake = bad_intake(scene, redis, probe_every_s=NEVER)
     intake.run_once()
-    bad_build("")
+    bad_build.mend()
 
     sizes = [intake.run_once() for _ in range(3)]
 
@@ -122,12 +117,12 @@ def test_between_probes_nothing_is_tried(scene: Scene, redis: Redis, bad_build: 
 
 
 def test_a_probe_tries_one_event_and_the_gate_stays_closed_while_the_bug_remains(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
+    scene: Scene, redis: Redis, bad_build: BadBuild
 ) -> None:
     """A probe costs one event at most: the gate stays as the tripwire closed it, and the others wait."""
     charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    bad_build.fails_for(".")
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
     intake.run_once()
     closed = state(scene)
 
@@ -136,15 +131,15 @@ def test_a_probe_tries_one_event_and_the_gate_stays_closed_while_the_bug_remains
     assert sizes == [1, 1, 1]
     assert state(scene) == closed
     # The probed events had become dead letters before: they were given back with their batch.
-    assert letters(scene) == {"apply_error": (51, 54)}
+    assert letters_by_reason(scene) == {"apply_error": (51, 54)}
     assert depths(redis) == {**EMPTY, FAILED: 57}
 
 
-def test_the_fixed_build_opens_the_gate_by_itself(scene: Scene, redis: Redis, bad_build: Callable[[str], None]) -> None:
+def test_the_fixed_build_opens_the_gate_by_itself(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """The first event that settles opens the gate; then everything settles, once, without anybody's help."""
     jobs = charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    make_intake(scene, redis).run_once()
+    bad_build.fails_for(".")
+    bad_intake(scene, redis).run_once()
     fixed = make_intake(scene, redis, B, build="good", probe_every_s=AT_ONCE)
 
     sizes = drain(fixed)
@@ -160,25 +155,25 @@ def test_a_message_that_does_not_parse_proves_nothing(scene: Scene, redis: Redis
     redis.lpush(FAILED, b"nonsense")
     jobs = charge_and_fail(scene, redis, 1)
     pause(scene, "a bad build", TRIPWIRE)
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
 
     first, closed = intake.run_once(), state(scene).paused
     second = intake.run_once()
 
     assert (first, closed, second) == (1, True, 1)
     assert not state(scene).paused
-    assert letters(scene) == {"bad_json": (1, 1)}
+    assert letters_by_reason(scene) == {"bad_json": (1, 1)}
     assert refunded(scene) == jobs
 
 
 def test_a_probe_tries_one_event_although_a_batch_is_in_flight(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    scene: Scene, redis: Redis, bad_build: BadBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that kept a batch for later gives it back before it probes: the probe is one event."""
     charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    fail_with(monkeypatch, AWAY)
-    intake = make_intake(scene, redis, B, probe_every_s=AT_ONCE)
+    bad_build.fails_for(".")
+    fail_first(monkeypatch, intake_module, "settle_parts", AWAY)
+    intake = bad_intake(scene, redis, B, probe_every_s=AT_ONCE)
     with pytest.raises(sa.exc.OperationalError):
         intake.run_once()
     pause(scene, "another worker's tripwire", TRIPWIRE)
@@ -186,44 +181,37 @@ def test_a_probe_tries_one_event_although_a_batch_is_in_flight(
     size = intake.run_once()
 
     assert size == 1
-    assert letters(scene) == {"apply_error": (1, 1)}
+    assert letters_by_reason(scene) == {"apply_error": (1, 1)}
     assert depths(redis) == {**EMPTY, FAILED: 59}
 
 
 # --- several events in one message
 
 
-def several(client: Redis, *jobs: str) -> None:
-    """Publish one message with the failures of all these jobs."""
-    client.lpush(FAILED, b"[" + b",".join(to_json(make_event("failed platform", job)) for job in jobs) + b"]")
-
-
-def test_the_tripwire_counts_events_and_not_messages(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
-) -> None:
+def test_the_tripwire_counts_events_and_not_messages(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """One message of sixty events that fail closes the gate, and is given back whole."""
     jobs = numbered("job", 60)
     open_jobs(scene, *jobs)
-    several(redis, *jobs)
-    bad_build(".")
+    redis.lpush(FAILED, several(*failures(*jobs)))
+    bad_build.fails_for(".")
 
-    make_intake(scene, redis).run_once()
+    bad_intake(scene, redis).run_once()
 
     assert state(scene).actor == TRIPWIRE
-    assert letters(scene) == {"apply_error": (51, 51)}
+    assert letters_by_reason(scene) == {"apply_error": (51, 51)}
     assert depths(redis) == {**EMPTY, FAILED: 1}
 
 
-def test_a_probe_tries_one_event_of_several(scene: Scene, redis: Redis, bad_build: Callable[[str], None]) -> None:
+def test_a_probe_tries_one_event_of_several(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """Each probe tries the next event of the message, which stays until each has its row."""
     jobs = numbered("job", 3)
     open_jobs(scene, *jobs)
-    several(redis, *jobs)
-    bad_build(".")
+    redis.lpush(FAILED, several(*failures(*jobs)))
+    bad_build.fails_for(".")
     pause(scene, "a bad build", TRIPWIRE)
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
 
-    found = [(intake.run_once(), letters(scene)["apply_error"], depths(redis)[FAILED]) for _ in jobs]
+    found = [(intake.run_once(), letters_by_reason(scene)["apply_error"], depths(redis)[FAILED]) for _ in jobs]
 
     assert found == [(1, (1, 1), 1), (1, (2, 2), 1), (1, (3, 3), 0)]
     assert state(scene).paused
@@ -235,29 +223,25 @@ def test_a_probe_tries_one_event_of_several(scene: Scene, redis: Redis, bad_buil
 
 
 def test_one_bad_event_of_several_does_not_keep_the_gate_closed(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
+    scene: Scene, redis: Redis, bad_build: BadBuild
 ) -> None:
     """The probe passes over what fails and what proves nothing; the first event that settles opens the gate."""
     jobs = numbered("job", 4)
     open_jobs(scene, *jobs)
     redis.lpush(
         FAILED,
-        b"[%s]"
-        % b",".join(
-            [b'{"specversion":"1.0"}', to_json(make_event("failed platform", "no charge"))]
-            + [to_json(make_event("failed platform", job)) for job in jobs]
-        ),
+        several(b'{"specversion":"1.0"}', *failures("no charge", *jobs)),
     )
-    bad_build("job-0")
+    bad_build.fails_for("job-0")
     pause(scene, "a bad build", TRIPWIRE)
-    intake = make_intake(scene, redis, probe_every_s=AT_ONCE)
+    intake = bad_intake(scene, redis, probe_every_s=AT_ONCE)
 
     probes = [(intake.run_once(), state(scene).paused) for _ in range(3)]
     drain(intake)
 
     assert probes == [(1, True), (1, True), (1, False)]
     assert refunded(scene) == jobs[1:]
-    assert letters(scene) == {"apply_error": (1, 2), "invalid_event": (1, 1)}
+    assert letters_by_reason(scene) == {"apply_error": (1, 2), "invalid_event": (1, 1)}
     assert [*scene.pending()] == ["no charge failed platform"]
     assert depths(redis) == EMPTY
 
@@ -265,31 +249,31 @@ def test_one_bad_event_of_several_does_not_keep_the_gate_closed(
 # --- two workers
 
 
-def test_one_worker_s_tripwire_stops_the_other(scene: Scene, redis: Redis, bad_build: Callable[[str], None]) -> None:
+def test_one_worker_s_tripwire_stops_the_other(scene: Scene, redis: Redis, bad_build: BadBuild) -> None:
     """The gate is one row for all: what one worker found, no other has to find for itself."""
     charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    first = make_intake(scene, redis, A)
-    second = make_intake(scene, redis, B, probe_every_s=NEVER)
+    bad_build.fails_for(".")
+    first = bad_intake(scene, redis, A)
+    second = bad_intake(scene, redis, B, probe_every_s=NEVER)
     first.run_once()
     second.run_once()
 
     sizes = [first.run_once(), second.run_once()]
 
     assert sizes == [0, 0]
-    assert letters(scene)["apply_error"][0] <= 52
+    assert letters_by_reason(scene)["apply_error"][0] <= 52
     assert state(scene).actor == TRIPWIRE
     assert sum(depths(redis).values()) >= 59
     assert refunded(scene) == []
 
 
 def test_beside_a_bad_build_the_good_one_goes_on_after_its_probe(
-    scene: Scene, redis: Redis, bad_build: Callable[[str], None]
+    scene: Scene, redis: Redis, bad_build: BadBuild
 ) -> None:
     """In a rolling deploy each bad worker costs its 51 letters a time; what the good one takes settles once."""
     jobs = charge_and_fail(scene, redis, 60)
-    bad_build(".")
-    bad = make_intake(scene, redis, A, build="bad")
+    bad_build.fails_for(".")
+    bad = bad_intake(scene, redis, A)
     good = make_intake(scene, redis, B, build="good", probe_every_s=AT_ONCE)
 
     sizes = [bad.run_once(), good.run_once(), bad.run_once(), good.run_once(), good.run_once()]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
 from kino_refunds.ledger import Charge
-
-TICK = timedelta(microseconds=1)
 
 
 def successors(connection: sa.Connection) -> list[dict[str, Any]]:
@@ -21,18 +18,6 @@ def successors(connection: sa.Connection) -> list[dict[str, Any]]:
         " successor_of, state FROM kino.credit_lot WHERE successor_of IS NOT NULL ORDER BY lot_id"
     )
     return [dict(row) for row in rows.mappings()]
-
-
-def transfers(connection: sa.Connection, *kinds: str) -> list[tuple[Any, ...]]:
-    """Every transfer of these kinds: kind, charge, lot, lot it went to, credits."""
-    rows = connection.execute(
-        sa.text(
-            "SELECT kind, charge_id, lot_id, to_lot_id, credits FROM kino.transfer"
-            " WHERE kind = ANY(:kinds) ORDER BY transfer_id"
-        ),
-        {"kinds": list(kinds)},
-    )
-    return [tuple(row) for row in rows]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,39 +16,19 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.dev.embedded import _package
 from kino_refunds.reconciliation.integrity import violations
 from tests.conftest import Database
-from tests.integration.ledger.items import (
-    ACCOUNTS,
-    CAPTURED,
-    OF_EVE,
-    OPEN,
-    REFUNDED,
-    a_charge,
-    a_grant,
-    a_settlement,
-    call,
-    session,
-)
-from tests.integration.ledger.languages import (
-    DEADLINE_S,
-    NPM_AWAY,
-    NPM_DEADLINE_S,
-    NPM_INSTALL,
-    PROGRAMS,
-    Node,
-    Psql,
-    Said,
-    example,
-)
+from tests.documents import LEDGER, example
+from tests.integration.ledger.items import ACCOUNTS, CAPTURED, OF_EVE, OPEN, REFUNDED, call
+from tests.integration.ledger.languages import PROGRAMS, Node, Psql, Said
+from tests.ledger_items import a_charge, a_grant, a_settlement, session
+from tests.node import DEADLINE_S, run_node
 from tests.scenario import PATIENT, Scene
 
 
 @pytest.fixture
 def superuser(database: Database) -> Iterator[sa.Connection]:
     """A connection as nobody who runs: it arranges what only time or an accident would."""
-    engine = create_engine(database.url("postgres"))
-    with engine.connect() as connection:
+    with database.connect("postgres") as connection:
         yield connection
-    engine.dispose()
 
 
 @pytest.fixture
@@ -84,24 +63,11 @@ def patient(database: Database) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture(scope="session")
-def node_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The product in Node, with `pg` beside it, in a folder outside of the repository; skips where it cannot be had."""
-    if missing := [name for name in ("node", "npm") if shutil.which(name) is None]:
-        pytest.skip(f"{' and '.join(missing)} not found: apt-get install nodejs npm")
-    folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "product.mjs"):
-        shutil.copy(PROGRAMS / name, folder)
-    (folder / "ledger.mjs").write_text(example("ledger.mjs"), encoding="utf-8")
-    try:
-        installed = subprocess.run(
-            NPM_INSTALL.split(), cwd=folder, capture_output=True, text=True, timeout=NPM_DEADLINE_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm gave no answer: the npm registry must be reachable, for the package pg")
-    if installed.returncode and any(code in installed.stderr for code in NPM_AWAY):
-        pytest.skip("npm has no network: the npm registry must be reachable, for the package pg")
-    assert installed.returncode == 0, installed.stderr
-    return folder / "product.mjs"
+def node_program(node_folder: Path) -> Path:
+    """The product in Node, beside the page's example that it acts through."""
+    shutil.copy(PROGRAMS / "product.mjs", node_folder)
+    (node_folder / "ledger.mjs").write_text(example(LEDGER, "ledger.mjs"), encoding="utf-8")
+    return node_folder / "product.mjs"
 
 
 @pytest.fixture(scope="session")
@@ -133,14 +99,8 @@ def node(node_program: Path, product_url: str) -> Node:
     """Run an act of the product in Node; gives back what it printed, each BigInt as an int."""
 
     def run(act: str, given: Any = None, /) -> Any:
-        ended = subprocess.run(
-            ["node", str(node_program), act, json.dumps({} if given is None else given)],
-            env={"PATH": os.environ["PATH"], "KINO_PRODUCT_DATABASE_URL": product_url},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        words = (act, json.dumps({} if given is None else given))
+        ended = run_node(node_program, *words, KINO_PRODUCT_DATABASE_URL=product_url)
         assert ended.returncode == 0, ended.stderr
         return json.loads(
             ended.stdout, object_hook=lambda found: int(found["bigint"]) if set(found) == {"bigint"} else found

@@ -12,9 +12,17 @@ import psycopg
 from hypothesis import HealthCheck, settings
 
 from tests.conftest import Database
-
-Connection = psycopg.Connection[Any]
-Item = dict[str, Any]
+from tests.ledger_items import (
+    DEADLINE,
+    Connection,
+    Item,
+    a_charge,
+    a_grant,
+    a_reversal,
+    a_settlement,
+    a_status,
+    session,
+)
 
 ON_ONE_DATABASE = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -45,7 +53,6 @@ def written(value: object) -> str:
 # --- what each function takes ----------------------------------------------------------------------------------
 
 
-DEADLINE = "2030-01-01T00:00:00Z"
 OPEN, CAPTURED, REFUNDED, OF_EVE = (1, 2, 3), (4, 5, 6), 7, 8
 """The charges of the `arranged` ledger."""
 ACCOUNTS = ("ada", "eve", "bob")
@@ -62,46 +69,6 @@ class Function:
     optional: frozenset[str] = frozenset()
     nullable: frozenset[str] = frozenset()
     """Fields in which null says what their absence says."""
-
-
-def a_settlement(charge_id: int, **terms: Any) -> Item:
-    return {
-        "charge_id": charge_id,
-        "kind": "refunded",
-        "reason": "timeout",
-        "clause": "2.timeout",
-        "policy_version": "v",
-        "ending": "timeout.no_result",
-        "account_status": "active",
-        "event_source": "s",
-        "event_id": f"event {charge_id}",
-        "event_time": "2026-01-01T00:00:00Z",
-        **terms,
-    }
-
-
-def a_reversal(charge_id: int, **terms: Any) -> Item:
-    return {
-        "charge_id": charge_id,
-        "reason": "timeout",
-        "clause": "2.timeout",
-        "policy_version": "v",
-        "reference": "ticket-1",
-        "actor": "ann",
-        **terms,
-    }
-
-
-def a_grant(reference: str, **terms: Any) -> Item:
-    return {"reference": reference, "account_id": "ada", "credits": 10, "class": "purchased", **terms}
-
-
-def a_charge(job_id: str, **terms: Any) -> Item:
-    return {"job_id": job_id, "account_id": "ada", "credits": 10, "deadline_at": DEADLINE, **terms}
-
-
-def a_status(account_id: str, **terms: Any) -> Item:
-    return {"account_id": account_id, "status": "suspended", "reason": "asked for", "actor": "ann", **terms}
 
 
 FUNCTIONS: Final[Mapping[str, Function]] = {
@@ -183,13 +150,6 @@ class Refusal(NamedTuple):
     sqlstate: str | None
     message: str
     detail: str | None
-
-
-@contextmanager
-def session(database: Database, role: str) -> Iterator[Connection]:
-    """Open a session of a role's own."""
-    with psycopg.connect(database.url(role).replace("+psycopg", "")) as connection:
-        yield connection
 
 
 def call(connection: Connection, function: str, items: object) -> list[Any]:

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from kino_refunds.ledger import grant_lots
-from tests.clock import expire_lots
-from tests.ledger_acts import DAY, NOW, SOLD, charge, end
-
-
-def expiries(connection: sa.Connection) -> list[datetime | None]:
-    return list(connection.exec_driver_sql("SELECT expires_at FROM kino.credit_lot ORDER BY lot_id").scalars())
-
-
-def transfers(connection: sa.Connection, *kinds: str) -> list[tuple[Any, ...]]:
-    """Every transfer of these kinds: kind, lot, credits, actor."""
-    rows = connection.execute(
-        sa.text("SELECT kind, lot_id, credits, actor FROM kino.transfer WHERE kind = ANY(:kinds) ORDER BY transfer_id"),
-        {"kinds": list(kinds)},
-    )
-    return [tuple(row) for row in rows]
+from tests.clock import DAY, expire_lots
+from tests.ledger_acts import NOW, SOLD, charge, end, transfers
 
 
 def purchase_of_every_kind(product: sa.Connection, connection: sa.Connection) -> None:
@@ -46,3 +32,8 @@ def purchase_of_every_kind(product: sa.Connection, connection: sa.Connection) ->
     connection.commit()
     late = charge(product, "late", 4)
     assert late.lines == [(4, 4)]
+
+
+def lot_transfers(connection: sa.Connection, *kinds: str) -> list[tuple[Any, ...]]:
+    """Every transfer of these kinds: kind, lot, credits, actor."""
+    return transfers(connection, *kinds, columns="lot_id, credits, actor")

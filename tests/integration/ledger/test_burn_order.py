@@ -10,9 +10,8 @@ import sqlalchemy as sa
 
 from kino_refunds.errors import InsufficientCredits
 from kino_refunds.ledger import Grant, LotClass
-from tests.clock import expire_lots
-from tests.integration.ledger.charging import TICK
-from tests.ledger_acts import DAY, NOW, SOLD, charge, end_and_commit, freeze, give, lot_states, thaw, void
+from tests.clock import DAY, TICK, expire_lots
+from tests.ledger_acts import NOW, SOLD, charge, end_and_commit, freeze, give, lot_states, thaw, void
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 

@@ -29,8 +29,9 @@ from kino_refunds.ledger import (
     open_charges,
     set_account_status,
 )
-from tests.integration.ledger.charging import transfers, written
-from tests.ledger_acts import DAY, LATER, NOW, SOLD, charge, end_and_commit, give, lot_states
+from tests.clock import DAY
+from tests.integration.ledger.charging import written
+from tests.ledger_acts import LATER, NOW, SOLD, charge, end_and_commit, give, lot_states, transfers
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from kino_refunds.errors import LedgerInconsistent
 from kino_refunds.ledger import AccountStatus, Balance, LotClass, balance, set_account_status
-from tests.clock import expire_lots, set_lot_grace
-from tests.integration.ledger.charging import TICK, successors, tampered, transfers
-from tests.ledger_acts import DAY, GRACE, LATER, NOW, SOLD, charge, end_and_commit, freeze, give, lot_states, void
+from tests.clock import DAY, TICK, expire_lots, set_lot_grace
+from tests.integration.ledger.charging import successors, tampered
+from tests.ledger_acts import GRACE, LATER, NOW, SOLD, charge, end_and_commit, freeze, give, lot_states, transfers, void
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from kino_refunds.errors import InsufficientCredits
 from kino_refunds.ledger import Balance, ChargeRequest, balance, grant_lots, open_charges
-from tests.clock import expire_lots
-from tests.integration.ledger.lots import expiries, purchase_of_every_kind, transfers
-from tests.ledger_acts import DAY, NOW, SOLD, backend, charge, end, freeze, lot_states, thaw, void, waits
+from tests.clock import DAY, expire_lots
+from tests.integration.ledger.lots import lot_transfers, purchase_of_every_kind
+from tests.ledger_acts import NOW, SOLD, backend, charge, end, expiries, freeze, lot_states, thaw, void, waits
 from tests.scenario import until
 
 pytestmark = pytest.mark.usefixtures("sound_books")
@@ -57,7 +57,7 @@ class TestFreezing:
 
         with pytest.raises(InsufficientCredits):
             charge(product, "job", 1)
-        assert transfers(product, "expire", "void") == []
+        assert lot_transfers(product, "expire", "void") == []
 
     def test_a_refund_into_a_frozen_lot_stays_frozen(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Credits of frozen lots come home to them, expired ones too, and cannot be spent before the thaw."""
@@ -118,7 +118,10 @@ class TestVoiding:
 
         assert taken == 106
         assert lot_states(connection) == [(1, "active", 100), (2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
-        assert transfers(connection, "void") == [("void", 2, 100, "ops"), ("void", 4, 6, "ops")]
+        assert lot_transfers(connection, "void") == [
+            ("void", 2, 100, "ops"),
+            ("void", 4, 6, "ops"),
+        ]
 
     def test_voiding_is_for_good(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Neither a second void, nor a freeze, nor a thaw, nor expiry finds a voided lot."""
@@ -148,7 +151,7 @@ class TestVoiding:
         connection.commit()
 
         assert lot_states(connection)[1:] == [(2, "voided", 0), (3, "voided", 0), (4, "voided", 0)]
-        assert transfers(connection, "void")[-1] == ("void", 4, 4, "settlement")
+        assert lot_transfers(connection, "void")[-1] == ("void", 4, 4, "settlement")
 
 
 Act = Callable[[sa.Connection], object]

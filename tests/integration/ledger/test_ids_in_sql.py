@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kino_refunds.ledger.values import require_id
 from tests.conftest import Database
-from tests.integration.ledger.items import ON_ONE_DATABASE, session
+from tests.integration.ledger.items import ON_ONE_DATABASE
+from tests.ledger_items import session
 
 
 def is_id(text: str) -> bool:

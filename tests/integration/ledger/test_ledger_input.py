@@ -20,21 +20,15 @@ from tests.integration.ledger.items import (
     REFUSED_BY_JSONB,
     RIGHT_TYPE,
     TYPES,
-    Item,
     Raw,
     Refusal,
-    a_charge,
-    a_grant,
-    a_reversal,
-    a_settlement,
-    a_status,
     attempt,
     call,
     names,
     nothing_left_behind,
-    session,
     wrong,
 )
+from tests.ledger_items import Item, a_charge, a_grant, a_reversal, a_settlement, a_status, session
 
 # --- what each function takes ----------------------------------------------------------------------------------
 

@@ -43,13 +43,11 @@ from kino_refunds.ledger import (
     void_purchase,
 )
 from kino_refunds.reconciliation.integrity import violations
-from tests.clock import clock_at
+from tests.clock import DAY, SECOND, clock_at
 from tests.conftest import Database
 from tests.ledger_acts import balance_at, settlement
 
 NOW = datetime.now(UTC)
-SECOND = timedelta(seconds=1)
-DAY = timedelta(days=1)
 GRACE = 7 * DAY
 NEVER = datetime.max.replace(tzinfo=UTC)
 CLASSES = ["promotional", "courtesy", "subscription", "purchased", "lifetime"]

@@ -28,10 +28,9 @@ from kino_refunds.ledger import (
     set_account_status,
 )
 from kino_refunds.reconciliation.integrity import violations
-from tests.clock import clock_at, expire_lots
+from tests.clock import DAY, clock_at, expire_lots
 from tests.conftest import Database
 from tests.ledger_acts import (
-    DAY,
     LATER,
     NOW,
     SOLD,

@@ -11,22 +11,8 @@ import pytest
 
 from kino_refunds.ledger.values import CREDITS_MAX
 from tests.conftest import Database
-from tests.integration.ledger.items import (
-    DEADLINE,
-    FUNCTIONS,
-    Item,
-    Refusal,
-    a_charge,
-    a_grant,
-    a_reversal,
-    a_settlement,
-    a_status,
-    attempt,
-    call,
-    names,
-    nothing_left_behind,
-    session,
-)
+from tests.integration.ledger.items import FUNCTIONS, Refusal, attempt, call, names, nothing_left_behind
+from tests.ledger_items import DEADLINE, Item, a_charge, a_grant, a_reversal, a_settlement, a_status, session
 
 # --- what does not belong together -----------------------------------------------------------------------------
 
@@ -233,6 +219,35 @@ def test_a_product_that_waits_is_told_to_try_again(
         other.rollback()
 
     assert names(found, "busy", "try again", sqlstate="KR007"), found
+
+
+@pytest.mark.parametrize(
+    ("function", "items", "held"),
+    [
+        ("reverse_charges", [a_reversal(4)], "SELECT FROM kino.credit_lot FOR UPDATE"),
+        ("set_account_status", [a_status("ada")], "SELECT FROM kino.account FOR UPDATE"),
+    ],
+)
+def test_on_call_that_waits_is_told_to_try_again(ledger: Database, function: str, items: list[Item], held: str) -> None:
+    """A person's call that waits for longer than the session's lock timeout says so in words, and changes nothing."""
+    with session(ledger, "postgres") as other, nothing_left_behind(ledger, "kino_oncall") as connection:
+        other.execute(held.encode())
+        connection.execute(b"SET lock_timeout = 100")
+        found = attempt(connection, function, items)
+        other.rollback()
+
+    assert names(found, "busy", "try again", sqlstate="KR007"), found
+
+
+def test_a_charge_that_is_settled_already_is_named_with_its_job(ledger: Database) -> None:
+    """Who reads the error knows jobs and not numbers."""
+    with session(ledger, "kino_worker") as connection:
+        call(connection, "settle_charges", [a_settlement(1)])
+
+    with nothing_left_behind(ledger, "kino_worker") as connection:
+        found = attempt(connection, "settle_charges", [a_settlement(1)])
+
+    assert names(found, "charge 1 of job 'job 1'", sqlstate="KR003"), found
 
 
 PLANTED: Final[Sequence[tuple[str, str, str]]] = (

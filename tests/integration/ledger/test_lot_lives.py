@@ -28,10 +28,9 @@ from kino_refunds.ledger import (
     unvoid_purchase,
 )
 from kino_refunds.reconciliation.verified import sample_clock
-from tests.clock import clock_at, set_lot_grace
+from tests.clock import DAY, HOUR, TICK, clock_at, set_lot_grace
 from tests.conftest import Database
 from tests.ledger_acts import (
-    DAY,
     DISPUTE,
     GRACE,
     NOW,
@@ -40,6 +39,7 @@ from tests.ledger_acts import (
     balance_at,
     charge,
     end_and_commit,
+    expiries,
     freeze,
     give,
     lot_states,
@@ -49,17 +49,11 @@ from tests.ledger_acts import (
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 
-HOUR = timedelta(hours=1)
-TICK = timedelta(microseconds=1)
 PROMOTION = Grant("welcome", "ada", 10, LotClass.PROMOTIONAL, NOW + DAY)
 
 
 CONNECTS_AS = "kino_owner"
 """It may call every function of the ledger: also those that only functions call."""
-
-
-def expiries(connection: sa.Connection) -> list[datetime | None]:
-    return list(connection.exec_driver_sql("SELECT expires_at FROM kino.credit_lot ORDER BY lot_id").scalars())
 
 
 def failing(product: sa.Connection, connection: sa.Connection, job_id: str, at: datetime, took: timedelta) -> Charge:

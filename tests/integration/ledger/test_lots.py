@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from kino_refunds.errors import GrantConflict
 from kino_refunds.ledger import Balance, Grant, Lot, LotClass, LotState, balance, grant_lots
 from kino_refunds.ledger.values import CREDITS_MAX
-from tests.clock import expire_lots
-from tests.integration.ledger.lots import expiries, transfers
-from tests.ledger_acts import DAY, NOW, SOLD, charge, freeze, lot_states, thaw
+from tests.clock import DAY, expire_lots
+from tests.integration.ledger.lots import lot_transfers
+from tests.ledger_acts import NOW, SOLD, charge, expiries, freeze, lot_states, thaw
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 
@@ -40,7 +40,7 @@ class TestGrants:
             Lot(1, "order-1", "ada", LotClass.PURCHASED, 100, 100, 50, NOW + 30 * DAY, LotState.ACTIVE),
         ]
         assert balance(product, "ada") == Balance(100, 0)
-        assert transfers(product, "grant") == [("grant", 1, 100, "grant")]
+        assert lot_transfers(product, "grant") == [("grant", 1, 100, "grant")]
         product.commit()
 
     def test_nothing_is_granted_before_the_caller_commits(self, product: sa.Connection) -> None:
@@ -71,7 +71,7 @@ class TestGrants:
         again = grant_lots(product, [SOLD])
 
         assert again == [replace(first, remaining=70)]
-        assert transfers(product, "grant") == [("grant", 1, 100, "grant")]
+        assert lot_transfers(product, "grant") == [("grant", 1, 100, "grant")]
 
     def test_a_grant_twice_in_one_call_is_one_lot(self, product: sa.Connection) -> None:
         """A list that names a grant twice gives it once."""
@@ -247,7 +247,7 @@ class TestExpiry:
 
         assert counts == [1, 0]
         assert lot_states(connection) == [(1, "expired", 0)]
-        assert transfers(connection, "expire") == [("expire", 1, 70, "expiry")]
+        assert lot_transfers(connection, "expire") == [("expire", 1, 70, "expiry")]
         assert balance(connection, "ada") == Balance(0, 30)
 
     def test_a_lot_expires_at_its_instant_and_not_before(
@@ -291,7 +291,7 @@ class TestExpiry:
 
         assert count == 1
         assert lot_states(connection) == [(1, "expired", 0)]
-        assert transfers(connection, "expire") == []
+        assert lot_transfers(connection, "expire") == []
 
     def test_a_sweep_takes_no_more_than_its_limit(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Sweeps of a limited size together expire each lot once."""
@@ -317,4 +317,7 @@ class TestExpiry:
         connection.commit()
 
         assert (first, second) == (1, 1)
-        assert transfers(connection, "expire") == [("expire", 2, 100, "expiry"), ("expire", 1, 100, "expiry")]
+        assert lot_transfers(connection, "expire") == [
+            ("expire", 2, 100, "expiry"),
+            ("expire", 1, 100, "expiry"),
+        ]

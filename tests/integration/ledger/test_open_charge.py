@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import psycopg
 import pytest
@@ -18,12 +17,11 @@ from kino_refunds.db.migrate import _config, migrate
 from kino_refunds.dev.embedded import Servers
 from kino_refunds.ledger import ChargeRequest, open_charges
 from kino_refunds.reconciliation.integrity import violations
+from tests.clock import HOUR
 from tests.command_line import Run
-from tests.conftest import Database
+from tests.conftest import INSUFFICIENT_PRIVILEGE, Database
 from tests.scenario import NOW, Scene, make_event, until
 
-HOUR = timedelta(hours=1)
-REFUSED = "42501"
 SETTLED_RAW = """
     INSERT INTO kino.settlement (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)
     SELECT charge_id, 'captured', 'completed', '1', 'v', 's', job_id, now() FROM kino.charge WHERE job_id = '{}'
@@ -37,16 +35,6 @@ def open_jobs(scene: Scene) -> list[tuple[str, str, int]]:
         " WHERE o.deadline_at = c.deadline_at ORDER BY c.job_id"
     )
     return [tuple(row) for row in rows]
-
-
-def refusal(role: sa.Engine, *statements: str) -> str | None:
-    with role.connect() as connection:
-        try:
-            for statement in statements:
-                connection.exec_driver_sql(statement)
-        except sa.exc.DBAPIError as error:
-            return getattr(error.orig, "sqlstate", None)
-    return None
 
 
 @pytest.mark.usefixtures("sound_books")
@@ -120,9 +108,9 @@ FORGED = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_the_product_does_not_choose_when_or_under_which_number(scene: Scene, what: str) -> None:
+def test_the_product_does_not_choose_when_or_under_which_number(database: Database, what: str) -> None:
     """Times, numbers and states are the ledger's; what is open is nobody's to write."""
-    assert refusal(scene.product, FORGED[what]) == REFUSED
+    assert database.refusal("kino_product", FORGED[what]) == INSUFFICIENT_PRIVILEGE
 
 
 CHOSEN_INSTANTS = {
@@ -149,20 +137,19 @@ def test_an_instant_that_no_program_can_read_is_refused(scene: Scene, constraint
 
 
 @pytest.mark.parametrize("function", ["charge_opens", "charge_ends"])
-@pytest.mark.parametrize("party", ["product", "worker"])
-def test_nobody_borrows_the_triggers(scene: Scene, party: str, function: str) -> None:
+@pytest.mark.parametrize("role", ["kino_product", "kino_worker"])
+def test_nobody_borrows_the_triggers(database: Database, role: str, function: str) -> None:
     """On a table of the caller's own the trigger would write open_charge with the owner's rights: it is refused."""
-    role: sa.Engine = getattr(scene, party)
-    scene.as_superuser("GRANT TEMPORARY ON DATABASE " + str(role.url.database) + " TO PUBLIC")
+    database.execute("postgres", f"GRANT TEMPORARY ON DATABASE {database.name} TO PUBLIC")
 
-    refused = refusal(
+    refused = database.refusal(
         role,
         "CREATE TEMP TABLE mine (charge_id bigint, account_id text, deadline_at timestamptz, credits bigint)",
         "CREATE TRIGGER t AFTER INSERT ON mine REFERENCING NEW TABLE AS new_rows"
         f" FOR EACH STATEMENT EXECUTE FUNCTION kino.{function}()",
     )
 
-    assert refused == REFUSED
+    assert refused == INSUFFICIENT_PRIVILEGE
 
 
 def test_a_temporary_table_of_that_name_is_not_written(scene: Scene) -> None:

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from kino_refunds.ledger import AccountStatus, Balance, Charge
 from kino_refunds.ledger.callers import RAISED
-from tests.integration.ledger.languages import PAGE, PROGRAMS, Node, Psql, Said, example
+from tests.documents import LEDGER, example, text_of
+from tests.integration.ledger.languages import PROGRAMS, Node, Psql, Said
 from tests.scenario import Scene, make_event
 
 MOST_LOTS = 32_767
@@ -110,7 +111,7 @@ def item(credits: int) -> dict[str, Any]:
 
 
 def charge_in_psql(psql: Psql, credits: int) -> str:
-    return psql(example("submit.psql"), job_id="job-42", account_id="acme", credits=str(credits)).errors
+    return psql(example(LEDGER, "submit.psql"), job_id="job-42", account_id="acme", credits=str(credits)).errors
 
 
 def charge_in_node(node: Node, credits: int) -> str:
@@ -227,7 +228,7 @@ def test_a_refused_grant_leaves_the_products_own_row(
 
 def test_the_page_tells_every_error_that_these_functions_raise() -> None:
     """The table of errors names each SQLSTATE of grant_lots and open_charges, under the name that it has in Python."""
-    rows = re.findall(r"^\| `(KR\d+)` \| (\w+) \|", PAGE.read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `(KR\d+)` \| (\w+) \|", text_of(LEDGER), re.MULTILINE)
     tried = {refusal.sqlstate for refusal in CHARGES.values()} | {refusal.sqlstate for refusal in GRANTS.values()}
 
     assert rows == [(sqlstate, RAISED[sqlstate].__name__) for sqlstate in sorted(tried)]
@@ -244,7 +245,7 @@ def test_a_person_in_psql_grants_charges_and_reads(scene: Scene, psql: Psql) -> 
     job = {"job_id": "job-42", "account_id": "acme", "credits": "8"}
 
     granted = [psql(script, purchase_id="purchase-1", items=items) for _ in range(2)]
-    opened = [psql(example("submit.psql"), **job) for _ in range(2)]
+    opened = [psql(example(LEDGER, "submit.psql"), **job) for _ in range(2)]
 
     lot = ["order-1", "acme", "purchased", "10", "10", "100", "2090-01-31 11:00:00+00", "p-1", "active"]
     assert granted == [Said([lot], "")] * 2

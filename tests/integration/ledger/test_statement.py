@@ -23,9 +23,9 @@ from kino_refunds.ledger import (
     statement,
 )
 from kino_refunds.ledger.values import CREDITS_MAX
-from tests.clock import clock_at, expire_lots
+from tests.clock import DAY, clock_at, expire_lots
 from tests.conftest import Database
-from tests.ledger_acts import DAY, NOW, SOLD, charge, end_and_commit, freeze, give, thaw, void
+from tests.ledger_acts import NOW, SOLD, charge, end_and_commit, freeze, give, thaw, void
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -18,33 +14,12 @@ from redis import Redis
 
 from kino_refunds.errors import RelayNotReady
 from kino_refunds.outbox.relay import Rewind, relay_refunds, rewind_relay
-from kino_refunds.settings import PREFIX
-from tests.command_line import Run
+from tests.command_line import SCRIPT, Run, outside
 from tests.conftest import Database
+from tests.integration.outbox.news import QUEUE, cursor, read_news, refund
 from tests.scenario import NOW, PATIENT, Scene, make_event, until
 
-QUEUE = "kino.credits-refunded"
-SCRIPT = Path(sys.executable).with_name("kino-refunds")
 LONG_AGO = "2001-01-01T00:00:00Z"
-
-
-def refund(scene: Scene, *job_ids: str, at: datetime = NOW) -> list[str]:
-    """Charge jobs, refund them in one transaction at an instant, and return the ids of the news."""
-    charges = [scene.charged(job_id) for job_id in job_ids]
-    scene.settle(*[make_event("failed platform", job_id) for job_id in job_ids], now=at)
-    return [f"refund:{charge.charge_id}" for charge in charges]
-
-
-def told(redis: Redis) -> list[str]:
-    """The ids of what a consumer reads, the oldest first; they are read only once."""
-    news = [json.loads(raw)["id"] for raw in reversed(redis.lrange(QUEUE, 0, -1))]
-    redis.delete(QUEUE)
-    return news
-
-
-def cursor(scene: Scene) -> Any:
-    """The relay's cursor."""
-    return scene.rows("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor")
 
 
 def settled_at(scene: Scene, job_id: str) -> datetime:
@@ -75,7 +50,7 @@ def test_what_redis_lost_is_told_again_under_the_same_ids(run: Run, scene: Scene
     said = run("relay", "rewind", "--to", since.isoformat(), "--yes", "--json")
     later = refund(scene, "job-4")
     relay_refunds(scene.worker, redis, QUEUE)
-    first = told(redis)
+    first = read_news(redis)
     everything = run("relay", "rewind", "--to", LONG_AGO, "--yes")
     relay_refunds(scene.worker, redis, QUEUE)
 
@@ -88,7 +63,7 @@ def test_what_redis_lost_is_told_again_under_the_same_ids(run: Run, scene: Scene
     }
     assert first == lost + later
     assert everything.out.startswith(f"4 refunds since {LONG_AGO} are told again, the oldest settled at ")
-    assert told(redis) == before + lost + later
+    assert read_news(redis) == before + lost + later
 
 
 def test_a_correction_is_told_again_too(scene: Scene, redis: Redis) -> None:
@@ -99,14 +74,14 @@ def test_a_correction_is_told_again_too(scene: Scene, redis: Redis) -> None:
     refund(scene, "job-1")
     scene.correct(charge)
     relay_refunds(scene.worker, redis, QUEUE)
-    told(redis)
+    read_news(redis)
 
     with scene.worker.begin() as connection:
         found = rewind_relay(connection, settled_at(scene, "corrected"))
     relay_refunds(scene.worker, redis, QUEUE)
 
     assert found == Rewind(1, settled_at(scene, "corrected").astimezone(UTC))
-    assert told(redis) == [f"refund:{charge.charge_id}"]
+    assert read_news(redis) == [f"refund:{charge.charge_id}"]
 
 
 def test_transactions_whose_times_do_not_follow_their_order_are_all_told(scene: Scene, redis: Redis) -> None:
@@ -116,7 +91,7 @@ def test_transactions_whose_times_do_not_follow_their_order_are_all_told(scene: 
     move_settlement(scene, "slow", timedelta(hours=1))
     move_settlement(scene, "last", timedelta(hours=1))
     relay_refunds(scene.worker, redis, QUEUE)
-    told(redis)
+    read_news(redis)
 
     with scene.worker.begin() as connection:
         found = rewind_relay(connection, settled_at(scene, "quick") + timedelta(minutes=1))
@@ -124,7 +99,7 @@ def test_transactions_whose_times_do_not_follow_their_order_are_all_told(scene: 
 
     # What lies in between is told again although it is older: that is what "at least once" allows.
     assert found.told_again == 3
-    assert told(redis) == slow + quick + last
+    assert read_news(redis) == slow + quick + last
 
 
 def test_a_rewind_never_goes_forward(run: Run, scene: Scene, redis: Redis) -> None:
@@ -138,7 +113,7 @@ def test_a_rewind_never_goes_forward(run: Run, scene: Scene, redis: Redis) -> No
     assert (said.code, said.json["told_again"], said.json["oldest_at"]) == (0, 0, None)
     assert cursor(scene) == before
     relay_refunds(scene.worker, redis, QUEUE)
-    assert told(redis) == waits
+    assert read_news(redis) == waits
 
 
 def test_a_dry_run_counts_and_writes_nothing(run: Run, scene: Scene, redis: Redis) -> None:
@@ -210,7 +185,7 @@ def test_a_rewind_waits_for_a_round_and_takes_back_what_it_told(database: Databa
         relay_refunds(scene.worker, redis, QUEUE)
 
         assert found.told_again == 1
-        assert told(redis) == news
+        assert read_news(redis) == news
 
 
 def test_a_round_that_does_not_end_is_said(scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,14 +211,14 @@ def test_a_person_is_asked_with_the_count(
     relay_refunds(scene.worker, redis, QUEUE)
     news = refund(scene, "job-1")
     relay_refunds(scene.worker, redis, QUEUE)
-    told(redis)
+    read_news(redis)
     ours, theirs = pty.openpty()
     program = subprocess.Popen(
         [SCRIPT, "relay", "rewind", "--to", LONG_AGO],
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={n: v for n, v in os.environ.items() if not n.startswith(PREFIX)} | {"KINO_DATABASE_URL": database.url()},
+        env=outside() | {"KINO_DATABASE_URL": database.url()},
     )
     os.close(theirs)
     os.write(ours, answer)
@@ -255,4 +230,4 @@ def test_a_person_is_asked_with_the_count(
     assert program.returncode == code
     assert f"1 refund since {LONG_AGO} would be told again" in asked
     relay_refunds(scene.worker, redis, QUEUE)
-    assert told(redis) == (news if again else [])
+    assert read_news(redis) == (news if again else [])

@@ -57,7 +57,6 @@ KNOWN = {
 }
 COLUMNS = "job_id, state, origin, stage, result_produced, finished_at"
 QUERY = f"SELECT {COLUMNS} FROM public.job WHERE job_id = ANY(CAST(:job_ids AS text[]))"
-TEN_KB = "x" * 10_000
 
 
 BROKEN, FOREIGN = SourceBroken, ForeignAnswer

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.events.schema import Queue
@@ -14,18 +13,15 @@ from kino_refunds.ledger import Charge, ChargeRequest, open_charges
 from kino_refunds.reconciliation.overdue import OverdueRules, sweep_overdue
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.dead_letters import DeadLetter, LetterReason
-from tests.clock import clock_at, record_dead_letters
-from tests.malformed import envelope
+from tests.clock import SECOND, clock_at
 from tests.scenario import NOW, Scene, make_rules
 
-SECOND, HOUR, TICK = timedelta(seconds=1), timedelta(hours=1), timedelta(microseconds=1)
 GRACE = timedelta(seconds=60)
 RULES = OverdueRules(grace=GRACE, asks=3, ask_window=timedelta(minutes=3), running_max=timedelta(hours=24))
 SPACING = RULES.ask_spacing
 DUE = NOW - SECOND
 """Deadline plus grace of a charge that is overdue at NOW, unless a test says otherwise."""
 UNKNOWN, RUNNING, COMPLETED = (Answer(s) for s in (JobState.UNKNOWN, JobState.RUNNING, JobState.COMPLETED))
-WIRE_FORMS: dict[str, Callable[[bytes], bytes]] = {"bare": lambda raw: raw, "kombu": envelope}
 
 
 class Source:
@@ -128,9 +124,7 @@ def keep_letter(
         other_job_ids=others,
         may_hold_others=nameless,
     )
-    with scene.worker.begin() as connection:
-        record_dead_letters(connection, [letter], now=at, build="test")
-        connection.execute(
-            sa.text("UPDATE kino.dead_letter SET status = :status WHERE message_key = :key"),
-            {"status": status, "key": key},
-        )
+    scene.keep(letter, at=at)
+    scene.rows(
+        "UPDATE kino.dead_letter SET status = :status WHERE message_key = :key RETURNING 1", status=status, key=key
+    )

@@ -26,14 +26,13 @@ from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.reconciliation.verified import read_verified, sample_clock
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.deliveries import delivery_of
-from tests.clock import clock_at, run_ahead
+from tests.clock import HOUR, MINUTE, clock_at, run_ahead
 from tests.command_line import Run
 from tests.conftest import Database
-from tests.integration.workers.celery_processes import log_of_file, settings_of
+from tests.processes import log_of_file, settings_of
 from tests.scenario import Scene, make_event, make_rules, until
 from workers import tasks
 
-HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 RULES = OverdueRules(grace=MINUTE, asks=3, ask_window=3 * MINUTE, running_max=24 * HOUR)
 
 

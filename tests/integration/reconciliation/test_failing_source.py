@@ -11,9 +11,9 @@ from redis import Redis
 
 from kino_refunds.errors import BadSettings, SourceUnreachable
 from kino_refunds.reconciliation.sources import Answer, JobState
+from tests.clock import HOUR
 from tests.integration.reconciliation.sweeps import (
     COMPLETED,
-    HOUR,
     SPACING,
     UNKNOWN,
     Careless,

@@ -17,7 +17,6 @@ from tests.integration.reconciliation.job_sources import (
     FAILED,
     FOREIGN,
     KNOWN,
-    TEN_KB,
     UNKNOWN,
     Endpoint,
     Reply,
@@ -26,6 +25,7 @@ from tests.integration.reconciliation.job_sources import (
     rows,
     send,
 )
+from tests.malformed import TEN_KB
 
 
 class TestHttpSource(JobSourceContract):

@@ -6,27 +6,24 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import datetime, timedelta
 
 import pytest
 from redis import Redis
 
-from kino_refunds.events.schema import ID_LENGTH_MAX, ErrorOrigin, Queue, SafetyStage, to_json
-from kino_refunds.reconciliation.guard import OverdueCharge
+from kino_refunds.events.schema import ErrorOrigin, Queue, SafetyStage, to_json
 from kino_refunds.reconciliation.integrity import violations
-from kino_refunds.reconciliation.overdue import OverdueReport, event_of
+from kino_refunds.reconciliation.overdue import OverdueReport
 from kino_refunds.reconciliation.sources import Answer, JobState
+from tests.clock import SECOND, TICK
 from tests.integration.reconciliation.sweeps import (
     COMPLETED,
     DUE,
     GRACE,
-    HOUR,
     REFUNDED_ONE,
     RULES,
     RUNNING,
-    SECOND,
     SPACING,
-    TICK,
     UNKNOWN,
     Source,
     asks,
@@ -37,6 +34,7 @@ from tests.integration.reconciliation.sweeps import (
     sweep,
     withheld,
 )
+from tests.pipeline import ENDS
 from tests.scenario import NOW, Broken, Scene, make_event
 
 pytestmark = pytest.mark.usefixtures("stopped_clock")
@@ -83,38 +81,6 @@ def test_what_the_source_knows_settles_as_an_event_of_ours(scene: Scene, redis: 
 
 
 FINISHED = DUE - timedelta(minutes=5, microseconds=1)
-ENDINGS = [
-    COMPLETED,
-    *(Answer(JobState.FAILED, origin=origin) for origin in ErrorOrigin),
-    *(Answer(JobState.REJECTED, stage=stage) for stage in SafetyStage),
-    *(Answer(JobState.TIMED_OUT, result_produced=produced) for produced in (False, True)),
-]
-
-
-def test_all_that_an_event_says_stands_in_its_id() -> None:
-    """Two answers give two ids or the same event: never one id with two contents, which would be a conflict."""
-    charge = OverdueCharge(7, "job-1", "acct-1", 10, NOW - HOUR, DUE, 0)
-    times = [None, DUE, FINISHED, FINISHED + TICK, datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC)]
-    answers = [replace(answer, finished_at=at) for answer in ENDINGS for at in times]
-
-    events = [event_of(charge, answer) for answer in answers]
-
-    assert len({event.id for event in events}) == len({to_json(event) for event in events}) == len(answers)
-    assert [event_of(charge, replace(answer)) for answer in answers] == events
-    assert max(len(event.id.replace(":7:", f":{2**63 - 1}:")) for event in events) <= ID_LENGTH_MAX
-    assert event_of(charge, replace(COMPLETED, finished_at=FINISHED)).id == (
-        f"overdue:7:completed@{FINISHED:%Y-%m-%dT%H:%M:%S.%fZ}"
-    )
-
-
-def test_one_instant_in_two_time_zones_is_one_event() -> None:
-    """A source whose sessions differ in their time zone says the same thing."""
-    charge = OverdueCharge(7, "job-1", "acct-1", 10, NOW - HOUR, DUE, 0)
-    elsewhere = FINISHED.astimezone(timezone(timedelta(hours=-7, minutes=-30)))
-
-    here, there = (event_of(charge, replace(COMPLETED, finished_at=at)) for at in (FINISHED, elsewhere))
-
-    assert (here.id, to_json(here)) == (there.id, to_json(there))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +88,7 @@ def test_one_instant_in_two_time_zones_is_one_event() -> None:
     [FINISHED, NOW + timedelta(days=400), NOW - timedelta(days=4000)],
     ids=["known", "in the future", "long before the charge"],
 )
-@pytest.mark.parametrize("answer", ENDINGS, ids=str)
+@pytest.mark.parametrize("answer", ENDS, ids=str)
 def test_time_that_the_source_gives_is_the_events(
     scene: Scene, redis: Redis, answer: Answer, finished_at: datetime
 ) -> None:
@@ -140,7 +106,7 @@ def test_time_that_the_source_gives_is_the_events(
 
 
 @pytest.mark.parametrize("first_knows", [True, False])
-@pytest.mark.parametrize("answer", ENDINGS, ids=str)
+@pytest.mark.parametrize("answer", ENDS, ids=str)
 def test_two_sweeps_that_disagree_on_the_time_settle_once(
     scene: Scene, redis: Redis, answer: Answer, *, first_knows: bool
 ) -> None:

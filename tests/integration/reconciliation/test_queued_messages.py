@@ -12,23 +12,21 @@ from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import Queues, read_queued
 from kino_refunds.events.schema import Queue, to_json
 from kino_refunds.reconciliation import guard
+from tests.clock import DAY, HOUR, SECOND, TICK
 from tests.integration.reconciliation.sweeps import (
     COMPLETED,
     DUE,
-    HOUR,
     REFUNDED_ONE,
-    SECOND,
     SPACING,
-    TICK,
     UNKNOWN,
-    WIRE_FORMS,
     Source,
     charged,
     statuses,
     sweep,
     withheld,
 )
-from tests.malformed import MALFORMED
+from tests.malformed import MALFORMED, WIRE_FORMS
+from tests.pipeline import several
 from tests.scenario import NOW, Scene, make_event
 
 pytestmark = pytest.mark.usefixtures("stopped_clock")
@@ -97,7 +95,7 @@ def test_no_verdict_on_a_job_that_a_waiting_message_names(scene: Scene, redis: R
     """Its end waits for us, however new it says it is; its neighbour, of whom nothing waits, is settled."""
     charged(scene, "job-1", "job-2", "job-3")
     other = to_json(make_event("completed", "job-2", at=at))
-    both = b"[%s]" % b",".join([to_json(make_event("failed platform", "somebody", at=at)), other])
+    both = several(make_event("failed platform", "somebody", at=at), other)
     redis.lpush(Queue.TIMEOUT, WIRE_FORMS[form](to_json(make_event("completed", at=at))), WIRE_FORMS[form](both))
 
     came_to = sweep(scene, redis)
@@ -110,13 +108,12 @@ def test_the_oldest_event_of_a_waiting_message_decides(scene: Scene, redis: Redi
     """Of several events in one message each could be what holds a verdict back."""
     charged(scene, "job-1")
     times = [NOW, DUE, NOW + SECOND]
-    raw = b"[%s]" % b",".join(to_json(make_event("completed", f"o-{n}", at=at)) for n, at in enumerate(times))
+    raw = several(*(make_event("completed", f"o-{n}", at=at) for n, at in enumerate(times)))
     redis.lpush(Queue.JOB_COMPLETED, raw)
 
     assert sweep(scene, redis) == withheld(older_message_waiting=1)
 
 
-DAY = 24 * HOUR
 STUCK: dict[str, bytes] = {
     "nonsense": b"nonsense",
     "old": to_json(make_event("completed", "somebody", at=NOW - DAY)),

@@ -9,17 +9,8 @@ from kino_refunds.errors import BadSettings, KinoError, SourceTimeout, SourceUna
 from kino_refunds.reconciliation.adapters import SqlSource
 from kino_refunds.reconciliation.contract import JobSourceContract
 from kino_refunds.reconciliation.sources import Answer, JobSource
-from tests.integration.reconciliation.job_sources import (
-    BROKEN,
-    COMPLETED,
-    FAILED,
-    FOREIGN,
-    JOBS,
-    KNOWN,
-    QUERY,
-    TEN_KB,
-    UNKNOWN,
-)
+from tests.integration.reconciliation.job_sources import BROKEN, COMPLETED, FAILED, FOREIGN, JOBS, KNOWN, QUERY, UNKNOWN
+from tests.malformed import TEN_KB
 
 
 class TestSqlSource(JobSourceContract):

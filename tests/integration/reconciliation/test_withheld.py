@@ -9,20 +9,14 @@ from datetime import datetime, timedelta
 import pytest
 from redis import Redis
 
-from kino_refunds.events.queues import Queues
 from kino_refunds.events.schema import Queue, to_json
-from kino_refunds.settings import Settings
 from kino_refunds.settlement.decide import Busy
-from kino_refunds.settlement.rules import rules_of
-from tests.clock import clock_at
+from tests.clock import HOUR, SECOND, TICK, clock_at
+from tests.intake import make_intake
 from tests.integration.reconciliation.sweeps import (
-    HOUR,
     REFUNDED_ONE,
-    SECOND,
     SPACING,
-    TICK,
     UNKNOWN,
-    WIRE_FORMS,
     Source,
     charged,
     keep_letter,
@@ -30,10 +24,9 @@ from tests.integration.reconciliation.sweeps import (
     sweep,
     withheld,
 )
-from tests.malformed import envelope
-from tests.pipeline import drain
+from tests.malformed import WIRE_FORMS, envelope
+from tests.pipeline import drain, several
 from tests.scenario import NOW, Scene, make_event
-from workers.intake import Intake
 
 pytestmark = pytest.mark.usefixtures("stopped_clock")
 
@@ -162,8 +155,8 @@ HELD_BY_US: dict[str, bytes] = {
     "two lines": b"\n".join(completions("job-1", "job-2")),
     "one after the other": b"".join(completions("job-1", "job-2")),
     "two jobs": completions("job-1")[0].replace(b'"subject":"job-1"', b'"subject":"job-2"'),
-    "an array cut off": b"[" + b",".join(completions("job-1", "job-2", "job-3"))[:-2],
-    "an array of too many": b"[" + b",".join(completions(*(f"job-{number}" for number in range(1, 102)))) + b"]",
+    "an array cut off": several(*completions("job-1", "job-2", "job-3"))[:-3],
+    "an array of too many": several(*completions(*(f"job-{number}" for number in range(1, 102)))),
     "an object around them": b'{"events":[' + b",".join(completions("job-1", "job-2")) + b"]}",
     "base64 cut off": envelope(b"\n".join(completions("job-1", "job-2")))[:-40],
     "not utf-8": b"\xff" + b"".join(completions("job-1", "job-2")),
@@ -182,9 +175,8 @@ def test_a_completion_that_we_hold_and_cannot_read_protects_its_job(
     """Whatever came instead of an event, and by whichever queue: no job that could be in it is refunded meanwhile."""
     charged(scene, "job-1", "job-2")
     redis.lpush(queue, raw)
-    settings = Settings.model_construct()
     with clock_at(scene.worker, NOW + TICK):
-        drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), rules_of(settings), settings))
+        drain(make_intake(scene, redis))
 
     came_to = sweep(scene, redis, now=NOW + SECOND)
 
@@ -196,9 +188,8 @@ def test_a_completion_that_we_hold_and_cannot_read_protects_its_job(
 def test_completions_in_one_message_are_captured(scene: Scene, redis: Redis, form: str) -> None:
     """An array of three completions is three completions."""
     charged(scene, "job-1", "job-2", "job-3")
-    redis.lpush(Queue.JOB_COMPLETED, WIRE_FORMS[form](b"[%s]" % b",".join(completions("job-1", "job-2", "job-3"))))
-    settings = Settings.model_construct()
-    drain(Intake(scene.worker, Queues(redis, "worker-1", alive_ttl_s=60), rules_of(settings), settings))
+    redis.lpush(Queue.JOB_COMPLETED, WIRE_FORMS[form](several(*completions("job-1", "job-2", "job-3"))))
+    drain(make_intake(scene, redis))
 
     sweep(scene, redis)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from kino_refunds.settlement import settle as settle_module
-from tests.scenario import PATIENT, Scene
-
-if TYPE_CHECKING:
-    from tests.conftest import Database
+from tests.conftest import Database
 from tests.integration.settlement.races import Gate
+from tests.scenario import PATIENT, Scene
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 
 from kino_refunds.ledger import Balance
 from kino_refunds.settlement import batch as batch_module
+from tests.clock import SECOND
 from tests.integration.settlement.races import LOCK_LOT, SETTLE_BY_HAND, held
 from tests.scenario import EVENT_AT, NOW, SOURCE, Scene, Waits, make_event
 
-SECOND = timedelta(seconds=1)
 LATER = NOW + timedelta(hours=1)
 
 

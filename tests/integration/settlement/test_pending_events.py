@@ -10,10 +10,8 @@ from kino_refunds.ledger import Balance
 from kino_refunds.settlement.decide import Busy
 from kino_refunds.settlement.deliveries import GIVE_UP_AFTER, delivery_of
 from kino_refunds.settlement.pending import LONGEST_DELAY
-from tests.clock import lease_due
+from tests.clock import SECOND, lease_due
 from tests.scenario import EVENT_AT, LEASE, NOW, Dead, Scene, Waits, make_event
-
-SECOND = timedelta(seconds=1)
 
 
 def test_a_charge_that_arrives_makes_its_event_due(scene: Scene) -> None:

@@ -6,13 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from tests.clock import expire_lots, set_lot_grace
+from tests.clock import SECOND, expire_lots, set_lot_grace
 from tests.integration.settlement.races import Gate, race
 from tests.ledger_acts import void
 from tests.scenario import NOW, Moved, Scene, make_event, until
-
-SECOND = timedelta(seconds=1)
-
 
 # A refund against what happens to its lot. The grace is nought here, so that the lot's state alone decides.
 

@@ -16,18 +16,8 @@ from kino_refunds.settlement import decide as decide_module
 from kino_refunds.settlement.batch import settle_batch, settle_parts
 from kino_refunds.settlement.deliveries import GIVE_UP_AFTER
 from kino_refunds.settlement.pending import LONGEST_DELAY
-from tests.scenario import (
-    EVENT_AT,
-    KINDS,
-    NOW,
-    Dead,
-    Scene,
-    Story,
-    Waits,
-    deliveries_of,
-    make_event,
-    make_rules,
-)
+from tests.failing import mend, refuse
+from tests.scenario import EVENT_AT, KINDS, NOW, Dead, Scene, Story, Waits, deliveries_of, make_event, make_rules
 
 if TYPE_CHECKING:
     from kino_refunds.events.schema import Event
@@ -35,20 +25,6 @@ if TYPE_CHECKING:
 
 JOBS = [f"job-{number}" for number in range(9)]
 BAD = "job-4"
-
-
-def refuse(scene: Scene, table: str, condition: str, action: str) -> None:
-    """Make the database do `action` (plpgsql) for each row of a table that fulfils `condition`."""
-    scene.as_superuser(
-        f"CREATE FUNCTION kino.planted() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {action}; RETURN NEW; END $$",
-        "GRANT EXECUTE ON FUNCTION kino.planted() TO PUBLIC",
-        f"CREATE TRIGGER planted BEFORE INSERT ON kino.{table} FOR EACH ROW WHEN ({condition})"
-        " EXECUTE FUNCTION kino.planted()",
-    )
-
-
-def mend(scene: Scene) -> None:
-    scene.as_superuser("DROP FUNCTION kino.planted() CASCADE")
 
 
 def charge_all(scene: Scene) -> list[Event]:
@@ -367,7 +343,7 @@ HURRIED = SessionLimits(statement_timeout_ms=1000)
 HURRIED_AS_A_WHOLE = SessionLimits(transaction_timeout_ms=1000)
 
 
-def make_slow(scene: Scene, table: str, condition: str) -> None:
+def stall(scene: Scene, table: str, condition: str) -> None:
     """Make a statement that inserts rows which fulfil `condition` take longer than anybody waits."""
     scene.as_superuser(
         "CREATE FUNCTION kino.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -383,7 +359,7 @@ def test_a_batch_that_is_too_slow_as_a_whole_is_settled_in_parts(database: Datab
     """A time-out splits the batch: parts that are fast enough are settled, and nobody becomes a dead letter."""
     with Scene.of(database, limits=limits) as scene:
         events = charge_all(scene)
-        make_slow(scene, "inbox_event", "count(*) > 3")
+        stall(scene, "inbox_event", "count(*) > 3")
 
         said = scene.settle_batch(*events)
 
@@ -396,7 +372,7 @@ def test_an_event_that_is_too_slow_by_itself_waits(database: Database) -> None:
     """An event that times out alone is put off: it may be the hour, so it is neither lost nor in the way."""
     with Scene.of(database, limits=HURRIED) as scene:
         events = charge_all(scene)
-        make_slow(scene, "inbox_event", f"bool_or(job_id = '{BAD}')")
+        stall(scene, "inbox_event", f"bool_or(job_id = '{BAD}')")
 
         said = scene.settle_batch(*events)
 
@@ -409,7 +385,7 @@ def test_a_later_event_of_a_job_that_was_too_slow_is_put_off_as_well(database: D
     """A completion must not overtake the failure before it because the failure took too long."""
     with Scene.of(database, limits=HURRIED) as scene:
         scene.charged()
-        make_slow(scene, "inbox_event", "bool_or(event_id = 'job-1 timeout')")
+        stall(scene, "inbox_event", "bool_or(event_id = 'job-1 timeout')")
 
         said = scene.settle_batch(make_event("completed", at=NOW), make_event("timeout", at=EVENT_AT))
 
@@ -420,7 +396,7 @@ def test_an_event_that_is_always_too_slow_is_given_up_after_a_day(database: Data
     """Waiting ends for a busy event too: after a day it is a dead letter that says it was busy."""
     with Scene.of(database, limits=HURRIED) as scene:
         scene.charged()
-        make_slow(scene, "inbox_event", "true")
+        stall(scene, "inbox_event", "true")
         scene.settle_batch(make_event("timeout"))
 
         scene.sweep(now=NOW + LONGEST_DELAY)

@@ -11,11 +11,8 @@ from kino_refunds.events.schema import JobFailed
 from kino_refunds.ledger import Balance
 from kino_refunds.policy.document import Policy, make_policy, published_policy
 from kino_refunds.settlement.deliveries import delivery_of
-from tests.clock import settle_at
+from tests.clock import SECOND, settle_at
 from tests.scenario import EVENT_AT, NOW, SOURCE, Dead, Scene, Waits, make_event, make_rules
-
-SECOND = timedelta(seconds=1)
-
 
 # The same event.
 

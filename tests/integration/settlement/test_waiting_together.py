@@ -12,10 +12,10 @@ from kino_refunds.events.schema import Event
 from kino_refunds.settlement import inbox
 from kino_refunds.settlement.decide import Busy
 from kino_refunds.settlement.pending import read_pending
+from tests.clock import SECOND
 from tests.conftest import Database
 from tests.scenario import EVENT_AT, NOW, Scene, make_event, until
 
-SECOND = timedelta(seconds=1)
 HOLD_LOTS = "SELECT FROM kino.credit_lot FOR NO KEY UPDATE"
 
 

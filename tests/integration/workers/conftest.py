@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kino_refunds.db.migrate import migrate
-from kino_refunds.dev.embedded import DATABASE, Servers, servers
+from kino_refunds.dev.embedded import DATABASE, Servers
 from kino_refunds.dev.processes import CeleryProcess
 from kino_refunds.events.connection import redis_client
 from tests.conftest import Database
-from tests.integration.workers.celery_processes import Start, settings_of, starter
+from tests.processes import Start, settings_of, starter
 
 
 @pytest.fixture
@@ -26,14 +25,6 @@ def processes() -> Iterator[list[CeleryProcess]]:
 @pytest.fixture
 def start(processes: list[CeleryProcess], database: Database, redis_url: str, tmp_path: Path) -> Start:
     return starter(processes, settings_of(database, redis_url), tmp_path)
-
-
-@pytest.fixture(scope="module")
-def own_servers() -> Iterator[Servers]:
-    """Servers that these tests may kill."""
-    with servers() as running:
-        migrate(running.database_url(role="kino_owner"))
-        yield running
 
 
 @pytest.fixture

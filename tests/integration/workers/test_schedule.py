@@ -1,32 +1,22 @@
-"""What runs by itself: one run a slot, who notices a missing one, and the relay that tells of every refund."""
+"""What runs by itself: one run a slot, and who notices a missing one."""
 
 from __future__ import annotations
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
-import sqlalchemy as sa
-from redis import Redis
-from redis.exceptions import ResponseError
 
-from kino_refunds.ledger import settle_charges
-from kino_refunds.outbox.relay import relay_refunds
-from kino_refunds.schedule import KEPT_FOR, Entry, Run, entries, finish_slot
+from kino_refunds.schedule import KEPT_FOR, Entry, Run, finish_slot
 from kino_refunds.settings import Settings, load_settings
-from tests.clock import claim_slot, read_schedule
-from tests.ledger_acts import settlement
-from tests.scenario import EVENT_AT, Scene, make_event
+from tests.clock import HOUR, MINUTE, SECOND, claim_slot, read_schedule
+from tests.scenario import Scene, make_event
 from workers import tasks
 from workers.schedule import beat_schedule
 
-SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 SLOT = datetime(2026, 11, 2, 10, 0, tzinfo=UTC)
 ENTRY = Entry("kino.expire_lots", MINUTE, "expire lots")
-QUEUE = "kino.credits-refunded"
 
 
 # --- slots
@@ -100,17 +90,6 @@ def test_each_entry_has_its_own_slots(scene: Scene) -> None:
     claimed = [claim(scene, SLOT), claim(scene, SLOT, entry=other)]
 
     assert claimed == [SLOT, SLOT]
-
-
-@pytest.mark.parametrize("every", [2.0, 5.0, 60.0, 7.5])
-def test_a_slot_begins_at_the_same_instant_everywhere(every: float) -> None:
-    """Slots are counted from the epoch, so that machines agree without talking; every instant lies in one."""
-    entry = Entry("any", timedelta(seconds=every), "any")
-
-    starts = [entry.slot(SLOT + SECOND * n / 4) for n in range(40)]
-
-    assert all(entry.slot(start) == start for start in starts)
-    assert all(start <= SLOT + SECOND * n / 4 < start + entry.every for n, start in enumerate(starts))
 
 
 def test_a_late_beat_runs_now_and_not_twice(scene: Scene) -> None:
@@ -243,200 +222,3 @@ def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as
 
     ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")
     assert before + alive_ttl <= leased_until <= after + alive_ttl
-
-
-def test_what_is_off_is_not_scheduled() -> None:
-    """Without a job source nobody is asked, and without a queue nobody is told; both are off by default."""
-    always = ["kino.sweep_retries", "kino.expire_lots", "kino.sample_clock"]
-
-    default = entries(Settings.model_construct())
-    everything = entries(Settings.model_construct(job_source="none", relay_queue=QUEUE))
-
-    assert [entry.name for entry in default] == always
-    assert [entry.name for entry in everything] == [*always, "kino.sweep_overdue", "kino.relay_refunds"]
-    assert sorted(beat_schedule(Settings.model_construct())) == sorted(always)
-
-
-def test_an_empty_setting_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`KINO_RELAY_QUEUE=` in a compose file configures no queue: nothing must fill a Redis unread."""
-    monkeypatch.setenv("KINO_RELAY_QUEUE", "")
-
-    names = [entry.name for entry in entries(load_settings())]
-
-    assert "kino.relay_refunds" not in names
-
-
-# --- the relay
-
-
-def start_relay(scene: Scene, redis: Redis) -> None:
-    """The first round only marks where to start."""
-    assert relay_refunds(scene.worker, redis, QUEUE) == 0
-
-
-def told(redis: Redis) -> list[dict[str, Any]]:
-    """What a consumer has read: the oldest first."""
-    return [json.loads(raw) for raw in reversed(redis.lrange(QUEUE, 0, -1))]
-
-
-def ids(redis: Redis) -> list[str]:
-    return [event["id"] for event in told(redis)]
-
-
-def cursor(scene: Scene) -> list[Any]:
-    return scene.rows("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor")
-
-
-def refund(scene: Scene, job_id: str) -> str:
-    """Charge a job, refund it, and return the id of the news."""
-    charge = scene.charged(job_id)
-    scene.settle(make_event("failed platform", job_id))
-    return f"refund:{charge.charge_id}"
-
-
-def test_each_refund_is_told_once_in_its_order(scene: Scene, redis: Redis) -> None:
-    """The product hears of every refund, oldest transaction first, and of nothing twice."""
-    start_relay(scene, redis)
-    refunds = [refund(scene, f"job-{number}") for number in (3, 1, 2)]
-    scene.charged("captured")
-    scene.settle(make_event("completed", "captured"))
-
-    first = relay_refunds(scene.worker, redis, QUEUE)
-    again = relay_refunds(scene.worker, redis, QUEUE)
-    refunds.append(refund(scene, "job-0"))
-    later = relay_refunds(scene.worker, redis, QUEUE)
-
-    assert (first, again, later) == (3, 0, 1)
-    assert ids(redis) == refunds
-
-
-def test_the_news_is_a_cloud_event_that_says_what_and_why(scene: Scene, redis: Redis) -> None:
-    """Each refund is one CloudEvent with its account, whole credits, reason, clause and policy version."""
-    start_relay(scene, redis)
-    event_id = refund(scene, "job-1")
-    ((settled_at,),) = scene.rows("SELECT settled_at FROM kino.settlement")
-
-    relay_refunds(scene.worker, redis, QUEUE)
-
-    assert told(redis) == [
-        {
-            "specversion": "1.0",
-            "id": event_id,
-            "source": "kino-refunds",
-            "type": "kino.credits-refunded.v1",
-            "time": settled_at.astimezone(UTC).isoformat(),
-            "subject": "job-1",
-            "data": {
-                "job_id": "job-1",
-                "account_id": "acct of job-1",
-                "credits": 10,
-                "reason": "generation_failure",
-                "clause": "2.failure",
-                "policy_version": "2025-12-14",
-            },
-        }
-    ]
-
-
-def test_a_correction_is_told_like_a_refund(scene: Scene, redis: Redis) -> None:
-    """A captured charge that was refunded later is news under the same id form, in its place in the order."""
-    start_relay(scene, redis)
-    charge = scene.charged("corrected")
-    scene.settle(make_event("completed", "corrected"))
-    first = refund(scene, "job-1")
-    scene.correct(charge)
-    last = refund(scene, "job-2")
-
-    count = relay_refunds(scene.worker, redis, QUEUE)
-
-    assert count == 3
-    assert ids(redis) == [first, f"refund:{charge.charge_id}", last]
-
-
-def test_one_transaction_s_refunds_are_told_across_rounds(scene: Scene, redis: Redis) -> None:
-    """A batch of refunds larger than a round is told to its end, none left out and none twice."""
-    start_relay(scene, redis)
-    charges = [scene.charged(f"job-{number}") for number in range(5)]
-    scene.settle(*[make_event("timeout", f"job-{number}") for number in range(5)])
-
-    counts = [relay_refunds(scene.worker, redis, QUEUE, limit=2) for _ in range(4)]
-
-    assert counts == [2, 2, 1, 0]
-    assert ids(redis) == [f"refund:{charge.charge_id}" for charge in charges]
-
-
-def test_nothing_above_the_horizon_is_told(scene: Scene, redis: Redis) -> None:
-    """While an older transaction is open its refund may still come, so nobody behind it is told of first."""
-    start_relay(scene, redis)
-    held = scene.charged("held")
-    with scene.worker.connect() as open_one:
-        settle_charges(open_one, [settlement(held, at=EVENT_AT)])
-        behind = refund(scene, "behind")
-
-        while_open = relay_refunds(scene.worker, redis, QUEUE)
-        open_one.commit()
-    afterwards = relay_refunds(scene.worker, redis, QUEUE)
-
-    assert (while_open, afterwards) == (0, 2)
-    assert ids(redis) == [f"refund:{held.charge_id}", behind]
-
-
-def test_what_redis_refused_is_told_later(scene: Scene, redis: Redis) -> None:
-    """The cursor moves only behind what Redis took: a refusal costs time, never a refund's news."""
-    start_relay(scene, redis)
-    refunds = [refund(scene, "job-1"), refund(scene, "job-2")]
-    before = cursor(scene)
-    redis.set(QUEUE, "no list")
-
-    with pytest.raises(ResponseError):
-        relay_refunds(scene.worker, redis, QUEUE)
-    after = cursor(scene)
-    redis.delete(QUEUE)
-    count = relay_refunds(scene.worker, redis, QUEUE)
-
-    assert after == before
-    assert count == 2
-    assert ids(redis) == refunds
-
-
-def test_what_was_pushed_and_not_committed_is_told_again_under_the_same_id(scene: Scene, redis: Redis) -> None:
-    """At least once: after a COMMIT that failed the same refunds come again, and consumers know them by their ids."""
-    start_relay(scene, redis)
-    refunds = [refund(scene, "job-1"), refund(scene, "job-2")]
-    # FOR UPDATE needs the right to update one column; moving the cursor needs it for both.
-    scene.as_superuser(
-        "REVOKE UPDATE ON kino.relay_cursor FROM kino_worker", "GRANT UPDATE (xid) ON kino.relay_cursor TO kino_worker"
-    )
-
-    with pytest.raises(sa.exc.ProgrammingError):
-        relay_refunds(scene.worker, redis, QUEUE)
-    scene.as_superuser("GRANT UPDATE ON kino.relay_cursor TO kino_worker")
-    relay_refunds(scene.worker, redis, QUEUE)
-
-    assert ids(redis) == refunds * 2
-
-
-def test_two_relays_at_once_tell_once(scene: Scene, redis: Redis) -> None:
-    """While one round is under way a second does nothing and does not wait."""
-    start_relay(scene, redis)
-    news = refund(scene, "job-1")
-
-    with scene.worker.begin() as other:
-        other.execute(sa.text("SELECT 1 FROM kino.relay_cursor FOR UPDATE"))
-        second = relay_refunds(scene.worker, redis, QUEUE)
-    first = relay_refunds(scene.worker, redis, QUEUE)
-
-    assert (second, first) == (0, 1)
-    assert ids(redis) == [news]
-
-
-def test_whoever_switches_the_relay_on_hears_of_what_happens_from_then_on(scene: Scene, redis: Redis) -> None:
-    """Years of refunds are not poured into Redis on the first day."""
-    refund(scene, "long ago")
-
-    first = relay_refunds(scene.worker, redis, QUEUE)
-    news = refund(scene, "job-1")
-    second = relay_refunds(scene.worker, redis, QUEUE)
-
-    assert (first, second) == (0, 1)
-    assert ids(redis) == [news]

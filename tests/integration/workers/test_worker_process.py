@@ -19,7 +19,8 @@ from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, Queues, Recovery, depths, read_queued
 from kino_refunds.events.schema import queue_of, to_json
 from tests.conftest import Database
-from tests.integration.workers.celery_processes import (
+from tests.pipeline import EMPTY, REFUNDED, ledger, numbered, open_jobs, push
+from tests.processes import (
     Start,
     count_settled,
     drained,
@@ -33,7 +34,6 @@ from tests.integration.workers.celery_processes import (
     starter,
     wait_for,
 )
-from tests.pipeline import EMPTY, REFUNDED, ledger, numbered, open_jobs, push
 from tests.scenario import Scene
 
 

@@ -18,8 +18,8 @@ from kino_refunds.errors import DependencyAway
 from kino_refunds.events.publisher import EventPublisher
 from tests.conftest import Database
 from tests.faults.proxy import Proxy
-from tests.integration.workers.celery_processes import Start, celery_fails, log_of, said, settings_of, starter, wait_for
 from tests.pipeline import REFUNDED, ledger, open_jobs
+from tests.processes import Start, celery_fails, log_of, said, settings_of, starter, wait_for
 from tests.scenario import Scene, make_event
 
 # --- settings that Celery reads by itself

@@ -10,8 +10,8 @@ from redis import Redis
 
 from kino_refunds.ledger import ChargeRequest, open_charges
 from tests.conftest import Database
-from tests.integration.workers.celery_processes import Start, endings, log_of, settled, sweeps_of, text_of, wait_for
 from tests.pipeline import ledger, open_jobs, push
+from tests.processes import Start, endings, log_of, settled, sweeps_of, text_of, wait_for
 from tests.scenario import Scene
 
 WARNED_OF = "overdue jobs are not asked about"

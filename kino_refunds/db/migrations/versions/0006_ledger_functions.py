@@ -11,7 +11,7 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-LEDGER_FUNCTIONS = "4495416d7206fb3b6e2c9ea871b0aad5a44ae3d863366a2adc95b08b51559f7b"
+LEDGER_FUNCTIONS = "b40064c106c04a17d72bc9b98f73477ebb78622d35ae6af2fab286e48626ae5a"
 """The digest of the functions that belong to this revision: other functions need another migration, or a build of
 before would put its own in their place."""
 

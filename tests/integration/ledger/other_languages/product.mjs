@@ -89,7 +89,7 @@ const acts = {
   submit: (job) => submit({ deadline, ...job }),
   submitAll: (jobs) => Promise.all(jobs.map((job) => submit({ deadline, ...job }))),
   read: ({ job, account }) => read(pool, job, account),
-  // What the README warns of: an array that is not made into a string first.
+  // What the page warns of: an array that is not made into a string first.
   array: () => pool.query(OPEN, [[item("job-42", "acme", 8)]]).catch((error) => error.code),
   twice,
   crossed,

@@ -1,24 +1,25 @@
-"""Real workers and beats of Celery, what they log, and what they settle."""
+"""Real processes: workers and beats of Celery, what they log and settle, and what runs in a folder."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from redis import Redis
 
 from kino_refunds.dev.processes import CeleryProcess, environment_of, start_beat, start_worker
-from kino_refunds.events.queues import SERVED, depths
+from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Event
 from tests.conftest import Database
 from tests.pipeline import CAPTURED, EMPTY, REFUNDED
 from tests.scenario import Scene, make_event, until
 
-FAILED, TIMEOUT, SAFETY, COMPLETED = SERVED
 KINDS = ("failed platform", "timeout", "safety before", "completed")
 
 
@@ -125,3 +126,15 @@ def sweeps_of(scene: Scene) -> int:
 def text_of(process: CeleryProcess) -> str:
     assert process.log_file is not None
     return process.log_file.read_text(encoding="utf-8")
+
+
+def processes_of(folder: Path) -> set[int]:
+    """Every process but this one that works in the folder, or has it on its command line or in its environment."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            named = os.fsencode(folder) in told or (process / "cwd").readlink().is_relative_to(folder)
+            if named and process.name != str(os.getpid()):
+                found.add(int(process.name))
+    return found

@@ -1,11 +1,10 @@
-"""`grant`, `balance`, `statement`: what an account has and why."""
+"""`accounts`: what an account has and why."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Annotated
 
-import sqlalchemy as sa
 import typer
 
 from kino_refunds import ledger
@@ -21,16 +20,12 @@ from kino_refunds.cli.options import (
     require_past,
 )
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_items, print_json
+from kino_refunds.db.clock import read_clock
+from kino_refunds.db.engine import Connection
+from kino_refunds.desk.accounts import account_exists, was_granted
 from kino_refunds.ledger import Grant, LotClass
 
 Account = Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("grant")(grant)
-    app.command("balance")(balance)
-    app.command("statement")(statement)
 
 
 def grant(
@@ -55,17 +50,25 @@ def grant(
 
     The first grant creates the account. Connects to KINO_PRODUCT_DATABASE_URL if that is set.
 
-    Example: kino-refunds grant acme 500 --reference order-1234
+    Example: kino-refunds accounts grant acme 500 --reference order-1234
     """
     expiry = None if expires_at is None else read_time(expires_at, Edge.END)
     try:
-        wanted = Grant(reference, account, credits, lot_class, expiry, priority, purchase)
+        wanted = Grant(
+            reference=reference,
+            account_id=account,
+            credits=credits,
+            lot_class=lot_class,
+            expires_at=expiry,
+            priority=priority,
+            purchase_id=purchase,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with product_connection() as connection:
         # The same grant again is fine for ever, and so also after it has expired.
-        if expiry is not None and not _was_granted(connection, reference):
-            require_future(connection, "--expires-at", expiry, although_past=although_past)
+        if expiry is not None and not was_granted(connection, reference):
+            require_future("--expires-at", expiry, now=read_clock(connection), although_past=although_past)
         lot = ledger.grant_lots(connection, [wanted], actor=by)[0]
     if as_json:
         print_json(lot)
@@ -73,19 +76,19 @@ def grant(
         print_facts(asdict(lot).items())
 
 
-def balance(
+def show(
     account: Account,
     at: Annotated[str | None, typer.Option(help="At an instant (RFC 3339) instead of now.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Show what an account can spend and what is held.
 
-    Example: kino-refunds balance acme --at 2026-01-31T12:00:00Z
+    Example: kino-refunds accounts show acme --at 2026-01-31T12:00:00Z
     """
     instant = None if at is None else read_time(at, Edge.END)
     with ledger_connection() as connection:
         if instant is not None:
-            require_past(connection, "--at", instant)
+            require_past("--at", instant, now=read_clock(connection))
         if not _exists(connection, account):
             return 1
         found = ledger.balance(connection, account, at=instant)
@@ -108,7 +111,7 @@ def statement(
     Credits are signed by their effect on the wallet. What a transaction that is still open may precede is
     not listed yet, and said on standard error.
 
-    Example: kino-refunds statement acme --limit 20
+    Example: kino-refunds accounts statement acme --limit 20
     """
     with ledger_connection() as connection:
         if not _exists(connection, account):
@@ -129,15 +132,8 @@ def statement(
     return 0
 
 
-def _was_granted(connection: sa.Connection, reference: str) -> bool:
-    found = sa.text("SELECT EXISTS (SELECT FROM kino.credit_lot WHERE reference = :reference)")
-    return bool(connection.execute(found, {"reference": reference}).scalar_one())
-
-
-def _exists(connection: sa.Connection, account: str) -> bool:
-    found = connection.execute(
-        sa.text("SELECT true FROM kino.account WHERE account_id = :account_id"), {"account_id": account}
-    ).scalar_one_or_none()
-    if found is None:
-        print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds grant)")
-    return found is not None
+def _exists(connection: Connection, account: str) -> bool:
+    if account_exists(connection, account):
+        return True
+    print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds accounts grant)")
+    return False

@@ -1,8 +1,7 @@
-"""`overdue run`: ask about jobs whose event never came."""
+"""`charges ask`: ask about jobs whose event never came."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -10,27 +9,15 @@ import typer
 from kino_refunds.cli.exit_codes import AWAY, FINDING
 from kino_refunds.cli.options import AsJson, By, ledger_engine
 from kino_refunds.cli.output import errors, print_facts, print_json
+from kino_refunds.desk.asks import ask_now
 from kino_refunds.events.connection import redis_client
 from kino_refunds.reconciliation.adapters import source_of
-from kino_refunds.reconciliation.overdue import OverdueReport, overdue_rules_of, sweep_overdue
-from kino_refunds.schedule import Entry, begin_by_hand, finish_slot
+from kino_refunds.reconciliation.overdue import OverdueReport, overdue_rules_of
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.rules import rules_of
 
-BY_HAND = Entry("by hand: overdue run", timedelta(0), "a person asked about jobs without an event")
 
-
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    overdue = typer.Typer(
-        help="Jobs past their deadline that nothing has settled.\n\nExample: kino-refunds overdue run --dry-run",
-        no_args_is_help=True,
-    )
-    overdue.command("run")(run)
-    app.add_typer(overdue, name="overdue")
-
-
-def run(
+def ask(
     by: By,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
@@ -45,7 +32,7 @@ def run(
     Exit code 1 means that the job source gave no answer for some jobs, or one that breaks its contract; `source
     problem` says what. 3 means that Redis or the job source is away.
 
-    Example: kino-refunds overdue run --dry-run --json
+    Example: kino-refunds charges ask --dry-run --json
     """
     settings = load_settings()
     with (
@@ -53,20 +40,16 @@ def run(
         ledger_engine(settings) as engine,
         redis_client(settings.require_redis_url()) as client,
     ):
-        with engine.begin() as connection:
-            slot_at = None if dry_run else begin_by_hand(connection, BY_HAND, actor=by)
-        report = sweep_overdue(
+        report = ask_now(
             engine,
             client,
             source,
             rules_of(settings),
             overdue=overdue_rules_of(settings),
+            actor=by,
             dry_run=dry_run,
             progress=_show_progress,
         )
-        if slot_at is not None:
-            with engine.begin() as connection:
-                finish_slot(connection, BY_HAND, slot_at, report.as_dict())
     if as_json:
         print_json(report.as_dict())
     else:

@@ -1,4 +1,4 @@
-"""`replay-trace`: the main job on real input."""
+"""`trace run`: the main job on real input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kino_refunds.cli.options import AsJson
 from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
-from kino_refunds.cli.servers import interrupted_by_signals
+from kino_refunds.cli.signals import interrupted_by_signals
 from kino_refunds.demo import trace_run as runs
 from kino_refunds.demo.trace import Workload, read_trace
 from kino_refunds.demo.trace_run import TraceReport
@@ -24,12 +24,7 @@ DISAGREEMENTS_SHOWN = 10
 Report = Callable[[str, int, int], None]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    app.command("replay-trace")(replay_trace)
-
-
-def replay_trace(
+def run(
     file: Annotated[Path, typer.Argument(help="A CSV like gentd26-first60.csv.", metavar="FILE", dir_okay=False)],
     as_json: AsJson = False,
 ) -> int:
@@ -42,7 +37,7 @@ def replay_trace(
     the event of the last two never comes), exec_time_seconds, groupId (the account) and num_images_per_prompt
     (the credits; empty: 1).
 
-    Example: kino-refunds replay-trace gentd26-first60.csv --json
+    Example: kino-refunds trace run gentd26-first60.csv --json
     """
     grace = Settings.model_construct().overdue_grace
     return _run(read_trace(file, now=datetime.now(UTC), grace=grace), as_json=as_json)

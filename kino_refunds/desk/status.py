@@ -1,4 +1,4 @@
-"""How things stand: what is open, waits, or disagrees, and whether that is fine; for `status` and the doctor."""
+"""How things stand: what is open, waits or disagrees, and whether that is fine; for `status` and the doctor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from kino_refunds.events.queues import depths
 from kino_refunds.intake.gate import Gate, read_gate
 from kino_refunds.intake.heartbeat import read_workforce
 from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verified, read_verified
 from kino_refunds.schedule import Run, entries, read_schedule
 
 if TYPE_CHECKING:
+    import redis
+
+    from kino_refunds.db.engine import Connection, Engine
     from kino_refunds.settings import Settings
 
 OVERDUE_MAX = timedelta(minutes=5)
@@ -89,7 +93,7 @@ class Standing:
             late = self.overdue_late
             text = f"overdue and not settled: {counted(late.charges, 'charge')}, {counted(late.credits, 'credit')}"
             one = f"kino-refunds why {shlex.quote(late.oldest_job or '')}"
-            yield Trouble(text, one if late.charges == 1 else "kino-refunds overdue run --dry-run")
+            yield Trouble(text, one if late.charges == 1 else "kino-refunds charges ask --dry-run")
         if self.letters.count:
             stake = counted(self.letters.credits_at_stake, "credit")
             one = f"kino-refunds dead-letters show {self.letters.oldest}"
@@ -142,7 +146,7 @@ _AT_STAKE = sa.text("""
 """)
 
 
-def read_standing(connection: sa.Connection, settings: Settings) -> Standing:
+def read_standing(connection: Connection, settings: Settings) -> Standing:
     """Read how things stand; raises what Postgres raises."""
     wanted = {"grace_s": settings.overdue_grace_s, "overdue_max": OVERDUE_MAX}
     counts = connection.execute(_COUNTS, wanted).one()
@@ -165,4 +169,60 @@ def read_standing(connection: sa.Connection, settings: Settings) -> Standing:
         oldest_break=counts.oldest_break,
         runs=read_schedule(connection, entries(settings)),
         verified=read_verified(connection),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The screen of `status`: how things stand, and what waits in Redis; its fields are the keys of the JSON form."""
+
+    fine: bool
+    at: datetime
+    troubles: Sequence[Trouble]
+    intake: str
+    intake_reason: str | None
+    intake_paused_by: str | None
+    workers_alive: int
+    waiting_for_retry: int
+    waiting_since: datetime | None
+    breaks_open: int
+    charges_open: int
+    credits_held: int
+    charges_overdue: int
+    credits_overdue: int
+    queues: Mapping[str, int]
+    dead_letters_open: Mapping[str, int]
+    credits_at_stake: int
+    verified_through: datetime | None
+    missed_runs: Mapping[str, int]
+    late_runs: Mapping[str, datetime | None]
+
+
+def read_status(engine: Engine, client: redis.Redis, settings: Settings) -> Status:
+    """Read everything that on-call looks at first; raises what Postgres and Redis raise."""
+    with engine.connect() as connection:
+        standing = read_standing(connection, settings)
+    troubles = list(standing.troubles())
+    gate = standing.gate
+    return Status(
+        fine=not troubles,
+        at=standing.at,
+        troubles=troubles,
+        intake="paused" if gate.paused else "open",
+        intake_reason=gate.reason if gate.paused else None,
+        intake_paused_by=gate.actor if gate.paused else None,
+        workers_alive=standing.workers_alive,
+        waiting_for_retry=standing.waiting_for_retry,
+        waiting_since=standing.waiting_since,
+        breaks_open=standing.breaks_open,
+        charges_open=standing.open.charges,
+        credits_held=standing.open.credits,
+        charges_overdue=standing.overdue.charges,
+        credits_overdue=standing.overdue.credits,
+        queues=depths(client),
+        dead_letters_open=standing.letters.by_reason,
+        credits_at_stake=standing.letters.credits_at_stake,
+        verified_through=standing.verified.through,
+        missed_runs={run.what: run.missed for run in standing.runs if run.missed},
+        late_runs={run.what: run.last for run in standing.runs if run.late or run.stuck},
     )

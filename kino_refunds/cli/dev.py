@@ -1,0 +1,110 @@
+"""`dev`: servers, worker and beat on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kino_refunds.cli.output import console, errors, shown
+from kino_refunds.cli.signals import stopping
+from kino_refunds.desk.schema import migrate_schema
+from kino_refunds.dev.embedded import servers
+from kino_refunds.dev.processes import RestartingProcess, passed_on, settings_for, start_beat, start_worker
+from kino_refunds.errors import BadSettings
+from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.settings import PREFIX, Settings, load_settings
+
+LOOK_EVERY_S = 0.5
+
+
+def exports(settings: Mapping[str, str]) -> str:
+    """Write what a shell must read (`. FILE`) so that `kino-refunds` there is this one, with these settings."""
+    # What another ledger's file left in that shell (the demo's, then `dev`'s) must not be mixed with these.
+    others = sorted({f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - settings.keys())
+    lines = [f"unset {' '.join(others)}\n"]
+    lines += [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
+    return "".join([*lines, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n'])
+
+
+def _folder(text: str) -> Path:
+    """Read a folder's name; an empty one (an unset variable) would be the working folder, and be filled with data."""
+    if not text:
+        raise typer.BadParameter("it is empty; name a folder")
+    return Path(text)
+
+
+def dev(
+    data_dir: Annotated[
+        Path, typer.Option(help="Where the data is kept across restarts.", parser=_folder, metavar="FOLDER")
+    ] = Path(".kino-dev"),
+) -> None:
+    """Run servers, worker and beat here until Ctrl-C.
+
+    Postgres and Valkey are real, on free loopback ports; the data is kept for the next time. KINO_* settings of this
+    shell hold for worker and beat too, but for the servers' addresses. A worker or beat that ends is started again.
+
+    Example: kino-refunds dev --data-dir /tmp/kino
+    """
+    chosen = load_settings()
+    if chosen.job_source is not None:
+        with source_of(chosen):  # a wrong one is told here, once, and not by every sweep
+            pass
+    others = passed_on()
+    with stopping() as stop, servers(data_dir, log=console.print) as running:
+        schema = migrate_schema(running.database_url(role="kino_owner"))
+        if schema.newer:
+            raise BadSettings(
+                f"{data_dir}: its schema is at {schema.after}, of a newer build; use that, or another folder"
+            )
+        addresses = settings_for(running)
+        settings = addresses | {"KINO_JOB_SOURCE": "none"} | others
+        environment_file = running.data_dir / "env"
+        _write_private(environment_file, exports(settings))
+        with ExitStack() as stack:
+            kept = []
+            for start in (
+                lambda: start_worker(settings),
+                lambda: start_beat(settings, running.data_dir / "beat-schedule"),
+            ):
+                kept.append(RestartingProcess(start, _tell))
+                stack.callback(kept[-1].stop)
+            stack.callback(console.print, "stopping")
+            _introduce(addresses, others, environment_file)
+            while not stop.wait(LOOK_EVERY_S):
+                running.postgres.require_alive()
+                running.redis.require_alive()
+                for each in kept:
+                    each.look()
+    console.print(f"stopped; the data is kept in {data_dir}")
+
+
+def _introduce(addresses: Mapping[str, str], others: Mapping[str, str], environment_file: Path) -> None:
+    """Say where everything is and which settings hold; never what a setting of this shell is: it may be a secret."""
+    for name, value in addresses.items():
+        console.print(f"{name}={value}", soft_wrap=True)
+    if ignored := [name for name in addresses if os.environ.get(name) not in {None, "", addresses[name]}]:
+        console.print(f"not used, these servers are dev's own: {', '.join(ignored)} of this shell", soft_wrap=True)
+    if others:
+        console.print(f"as in this shell: {', '.join(others)}", soft_wrap=True)
+    if "KINO_JOB_SOURCE" not in others:
+        text = "job source: none, KINO_JOB_SOURCE is not set; a job without an event is refunded once it is overdue"
+        console.print(text, soft_wrap=True)
+    console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True)
+
+
+def _tell(text: str) -> None:
+    errors.print(shown(text), soft_wrap=True)
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner reads: settings may hold a token or a password."""
+    file.touch(mode=0o600)
+    file.chmod(0o600)
+    file.write_text(text, encoding="utf-8")

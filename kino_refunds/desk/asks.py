@@ -1,0 +1,48 @@
+"""Asking the job source by hand about jobs that are past their deadline and that no event has settled."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from kino_refunds.reconciliation.overdue import sweep_overdue
+from kino_refunds.schedule import Entry, begin_by_hand, finish_slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from kino_refunds.db.engine import Engine
+    from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules
+    from kino_refunds.reconciliation.sources import JobSource
+    from kino_refunds.settlement.rules import Rules
+
+BY_HAND = Entry("by hand: overdue run", timedelta(0), "a person asked about jobs without an event")
+"""The row of `kino.schedule_slot` that keeps who asked. Its name is stored, so it outlives the command's old name."""
+
+
+def ask_now(
+    engine: Engine,
+    client: redis.Redis,
+    source: JobSource | None,
+    rules: Rules,
+    *,
+    overdue: OverdueRules,
+    actor: str,
+    dry_run: bool,
+    progress: Callable[[OverdueReport], None],
+) -> OverdueReport:
+    """Run the overdue sweep once and keep who ran it and what came of it; a dry run keeps nothing.
+
+    Raises what the sweep raises; the row is there then, without a result.
+    """
+    slot_at = None
+    if not dry_run:
+        with engine.begin() as connection:
+            slot_at = begin_by_hand(connection, BY_HAND, actor=actor)
+    report = sweep_overdue(engine, client, source, rules, overdue=overdue, dry_run=dry_run, progress=progress)
+    if slot_at is not None:
+        with engine.begin() as connection:
+            finish_slot(connection, BY_HAND, slot_at, report.as_dict())
+    return report
