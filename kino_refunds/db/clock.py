@@ -1,7 +1,7 @@
-"""The one clock that decides: `kino.clock()`, a line over Postgres' own (design, first page).
+"""The one clock that decides: `kino.clock()`, one line over Postgres' own clock (design, first page).
 
-Hosts disagree; a sweep on a host whose clock was an hour fast refunded jobs that were running. A host's clock may
-time pauses, and nothing else.
+The clocks of hosts differ. A sweep on a host whose clock was an hour fast refunded jobs that were running. A host's
+clock may time pauses and nothing else.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _IS_OURS = sa.text("""
 
 
 def read_clock(connection: sa.Connection) -> datetime:
-    """Return the instant that it is, as the ledger's database says; aware, in UTC."""
+    """Return the present instant by the ledger's database: an aware datetime in UTC."""
     now: datetime = connection.execute(_READ).scalar_one()
     return now
 
 
 def is_real_clock(connection: sa.Connection) -> bool:
-    """Tell whether `kino.clock()` is the one that migrations install, and not a test's."""
+    """Tell whether `kino.clock()` is the function that migrations install, and not a test's."""
     return bool(connection.execute(_IS_OURS, {"body": CLOCK_BODY}).scalar_one_or_none())
 
 
 def restore_clock(connection: sa.Connection) -> bool:
-    """Put the real clock back where another stands in its place; return whether one did."""
+    """Install the real clock if another function has its name; return whether that was so."""
     if is_real_clock(connection):
         return False
     connection.exec_driver_sql(

@@ -1,4 +1,4 @@
-"""Engines whose sessions are the same everywhere, and hold no lock for longer than the settings allow."""
+"""Engines whose sessions have the same settings everywhere, and hold no lock for longer than the settings allow."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ READ_ONLY = "25006"
 ENCODING = "UTF8"
 
 PINNED = {
-    # Times come as text: in another style psycopg reads none, and in a zone east of UTC the year 9999 is the year
-    # 10000, which Python has not.
+    # Times arrive as text. psycopg reads no other style, and in a zone east of UTC the year 9999 is the year 10000,
+    # which Python cannot represent.
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",
     "TimeZone": "UTC",
     "bytea_output": "hex",
     "standard_conforming_strings": "on",
-    # An array of nothing but None goes as text, in which NULL would be a word.
+    # An array of only None is sent as text, in which NULL would be read as a word.
     "array_nulls": "on",
-    # For statements outside a transaction; within one, each BEGIN names its level.
+    # For statements outside a transaction. Inside one, each BEGIN names its level.
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
-    # A default of the role would let a worker keep its batches for good. A standby refuses all the same.
+    # With a read-only default of the role a worker would keep its batches forever. A standby refuses writes all the
+    # same.
     "default_transaction_read_only": "off",
-    # The pool closes its connections itself; one that the server has closed fails the batch that meets it.
+    # The pool closes its own connections. A connection that the server closed would fail the next batch that uses it.
     "idle_session_timeout": "0",
 }
-"""What a server, role, database or PG* variable may have set otherwise, and what would then read or write otherwise.
-Planner settings (plan_cache_mode) are the server's business: they change no answer."""
+"""Settings that a server, role, database or PG* variable may set to another value, which would change what is read or
+written. Planner settings (plan_cache_mode) are left to the server: they change no answer."""
 SEARCH_PATH = "pg_catalog, pg_temp"
-"""Our statements name their schema; what they leave out (functions, types) is Postgres' own and nobody else's."""
+"""Our statements name the schema of every table. Names without a schema (functions, types) must be Postgres' own: a
+function of the same name in another schema could otherwise be called in their place."""
 
 
 class SessionLimits(BaseModel, frozen=True):
     """How long one session may wait, work or sleep, in milliseconds (design, section 3).
 
-    Intake's alive TTL is longer than their sum: a worker that was stopped or cut off has lost its
-    transaction, and with it every lock, before anybody else gets its batch.
+    Intake's alive TTL is longer than their sum. So a worker that was stopped or cut off has lost its transaction, and
+    with it every lock, before another worker gets its batch.
     """
 
     lock_timeout_ms: PositiveInt = 500
-    """Below Postgres' deadlock_timeout (1 s): two batches that wait for each other end as `busy`, not as
-    a deadlock that rolls a whole batch back."""
+    """Below Postgres' deadlock_timeout (1 s): two batches that wait for each other end as `busy`, not as a deadlock,
+    which rolls a whole batch back."""
     statement_timeout_ms: PositiveInt = 15_000
     idle_in_transaction_timeout_ms: PositiveInt = 5_000
     transaction_timeout_ms: PositiveInt = 30_000
@@ -62,7 +64,7 @@ class SessionLimits(BaseModel, frozen=True):
 
     @property
     def longest_hold_s(self) -> float:
-        """Seconds after which a session that was cut off or stopped holds nothing any more: the sum."""
+        """Seconds after which a session that was cut off or stopped holds no lock any more: the sum of the limits."""
         return (
             self.lock_timeout_ms
             + self.statement_timeout_ms
@@ -80,11 +82,11 @@ def create_engine(
     pooled: bool = True,
     holds_ledger: bool = True,
 ) -> sa.Engine:
-    """Make an engine for `url` (`postgresql+psycopg://…`) at READ COMMITTED.
+    """Return an engine for `url` (`postgresql+psycopg://…`) at READ COMMITTED; nothing connects before the first use.
 
-    Nothing connects before first use. `limits` and `PINNED` are set in every session that the engine opens.
-    `holds_ledger=False` is for a database of somebody else's: it may have any encoding, and the search_path of its
-    role stays. Connecting to a ledger that is not encoded in UTF8 raises WrongEncoding.
+    Every session gets `limits` and `PINNED`. `holds_ledger=False` is for a database that is not ours, such as a job
+    source: it may have any encoding, and the search_path of its role stays. Connecting to a ledger that is not encoded
+    in UTF8 raises WrongEncoding.
     """
     limits = limits or SessionLimits()
     options: dict[str, Any] = (
@@ -93,7 +95,7 @@ def create_engine(
     engine = sa.create_engine(
         driver_url(url),
         isolation_level="READ COMMITTED",
-        # Errors are logged: what was sent with a statement is nobody's there.
+        # Errors are logged, and the parameters of a statement hold ids of customers and texts of users.
         hide_parameters=True,
         connect_args={
             # In the first packet, so that it also holds behind a pooler.
@@ -113,10 +115,10 @@ def create_engine(
     def connect(dialect: sa.Dialect, _record: object, _arguments: object, options: dict[str, Any]) -> DBAPIConnection:
         try:
             return dialect.connect(**options)
-        except UnicodeError as error:  # of a host, also one of libpq's environment or service file
-            raise psycopg.OperationalError(f"a host name cannot be read: {error}") from error
+        except UnicodeError as error:  # in a host's name, also one of libpq's environment or service file
+            raise psycopg.OperationalError(f"the host name of a database cannot be read: {error}") from error
 
-    # First of all listeners: what SQLAlchemy asks a new server is already asked in a pinned session.
+    # Before every other listener, so that SQLAlchemy's own first questions already run in a pinned session.
     @sa.event.listens_for(engine, "connect", insert=True)
     def pin_session(dbapi_connection: DBAPIConnection, _record: object) -> None:
         raw: Any = dbapi_connection
@@ -143,7 +145,7 @@ def create_engine(
 
     @sa.event.listens_for(engine, "handle_error")
     def leave_read_only(context: sa.engine.ExceptionContext) -> None:
-        # A session with a standby stays there for as long as it lives, although the URL may lead elsewhere by now.
+        # A session with a standby stays on that standby, although the URL may lead to the new primary by now.
         if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
             context.is_disconnect = True
 
@@ -151,17 +153,17 @@ def create_engine(
 
 
 def _require_encoding(raw: Any) -> None:
-    """Refuse a database that cannot keep every id as it came, before SQLAlchemy stumbles over it."""
+    """Raise WrongEncoding for a database that cannot keep every id unchanged, before SQLAlchemy fails on it."""
     found = raw.info.parameter_status("server_encoding")
     if found not in {None, ENCODING}:
         raise WrongEncoding(
             f"database {raw.info.dbname} is encoded in {found}, the ledger needs {ENCODING}: CREATE DATABASE …"
-            f" ENCODING '{ENCODING}' TEMPLATE template0, and let the URL lead there"
+            f" ENCODING '{ENCODING}' TEMPLATE template0, and change the URL to that database"
         )
 
 
 def driver_url(url: str) -> sa.URL:
-    """Turn `postgres://` or `postgresql://` into a URL that names our driver; others are left alone."""
+    """Return the URL with our driver's name in place of `postgres://` or `postgresql://`; any other URL unchanged."""
     parsed = sa.make_url(url)
     if parsed.drivername in {"postgres", "postgresql"}:
         parsed = parsed.set(drivername="postgresql+psycopg")

@@ -16,18 +16,18 @@ class Fault(Enum):
     KEEP = auto()
     """Nothing is wrong with the events: keep the batch, back off, settle it again."""
     LOCK = auto()
-    """Somebody holds a row for longer than the lock time-out: settle without the jobs it concerns."""
+    """Another session holds a row for longer than the lock timeout: settle without the jobs that it concerns."""
     SPLIT = auto()
-    """Too slow as a whole, or too contended: settle it in parts; what is so alone waits for another try."""
+    """The batch is too slow or too contended: settle it in parts; an event that is so by itself is retried later."""
     BISECT = auto()
-    """Some event does this, and would do it again: find it, keep it as a dead letter, settle the rest."""
+    """One event causes this, and would again: find it, keep it as a dead letter, settle the rest."""
 
 
 LOCK_NOT_AVAILABLE = "55P03"
 
 _SPLIT = frozenset(
     {
-        "57014",  # query_canceled: the statement time-out
+        "57014",  # query_canceled: the statement timeout
         "25P04",  # transaction_timeout
     }
 )
@@ -44,16 +44,16 @@ _KEEP_CLASSES = frozenset(
 
 _KEEP = frozenset(
     {
-        "0A000",  # "cached plan must not change result type": a migration went by under a prepared statement
+        "0A000",  # "cached plan must not change result type": a migration changed a table under a prepared statement
         "25006",  # read-only transaction: a failover is under way
-        "25P03",  # idle_in_transaction_session_timeout: we were stopped, not the events' fault
+        "25P03",  # idle_in_transaction_session_timeout: this process was stopped; the events are not the cause
         "26000",  # a prepared statement is gone: a pooler gave us another session
         "3D000",  # the database is missing
         "3F000",  # the schema is missing: not migrated yet
         "40001",  # serialization failure
         "40P01",  # deadlock
         "42501",  # insufficient privilege
-        "42P05",  # a prepared statement is there already: likewise a pooler
+        "42P05",  # a prepared statement exists already: likewise a pooler
         "42703",  # undefined column: this build is ahead of the schema
         "42883",  # undefined function: likewise
         "42P01",  # undefined table: likewise
@@ -63,7 +63,7 @@ _KEEP = frozenset(
 
 
 def classify(error: BaseException) -> Fault:
-    """Tell transient from permanent; whatever is not known to be transient is the event's own fault."""
+    """Return what to do with a batch that `error` stopped; an error that is not known to be transient is BISECT."""
     if isinstance(error, (DependencyAway, sa.exc.TimeoutError, MemoryError)):
         return Fault.KEEP
     if isinstance(error, SettledElsewhere):
@@ -75,7 +75,7 @@ def classify(error: BaseException) -> Fault:
         return Fault.SPLIT if cause.sqlstate in _SPLIT else Fault.KEEP
     sqlstate = cause.sqlstate
     if sqlstate is None:
-        # The driver's own: the server went away or the session is closed. Anything else is our mistake.
+        # The driver raised it: the server went away or the session is closed. Any other driver error is our mistake.
         connection_lost = isinstance(cause, (psycopg.OperationalError, psycopg.InterfaceError))
         return Fault.KEEP if connection_lost else Fault.BISECT
     if sqlstate == LOCK_NOT_AVAILABLE:

@@ -1,8 +1,8 @@
-"""Install the ledger's SQL functions and the rights that go with them: who may call what, and who may write what.
+"""Install the ledger's SQL functions and their rights: what each role may call, and what it may write.
 
-The functions stand in kino_refunds/ledger/*.sql, beside the Python that calls them. `migrate` installs them after the
-last migration, in its transaction. Each belongs to `kino_ledger`, which may write the ledger's tables and owns none;
-nobody connects as it.
+The functions are in kino_refunds/ledger/*.sql, beside the Python that calls them. `migrate` installs them after the
+last migration, in its transaction. Each belongs to `kino_ledger`. That role may write the ledger's tables, owns none of
+them, and cannot log in.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAY_CALL: Final = {
     "reverse_charges": "kino_oncall",
     "set_account_status": "kino_oncall",
 }
-"""The functions that a login role may EXECUTE, and which. All others are called by functions only."""
+"""The functions that a login role may EXECUTE, each with its role. All others are called by functions only."""
 
 WRITTEN_BY_FUNCTIONS: Final = (
     "account",
@@ -51,7 +51,7 @@ WRITTEN_BY_FUNCTIONS: Final = (
     "lot_void",
     "ledger_setting",
 )
-"""The ledger's tables: no role that logs in, but kino_owner for migrations, may write one."""
+"""The ledger's tables. Of the roles that log in only kino_owner, for migrations, may write them."""
 
 LOGINS: Final = ("kino_worker", "kino_product", "kino_oncall", "kino_read")
 
@@ -59,7 +59,7 @@ CLOSED: Final = f"""
 REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON {", ".join(f"kino.{table}" for table in WRITTEN_BY_FUNCTIONS)}
     FROM {", ".join(LOGINS)};
 """
-"""The ledger as it is: written by its functions and by nothing else."""
+"""The normal state: only the functions write the ledger's tables."""
 NO_TRIGGERS: Final = "DROP TRIGGER charge_opens ON kino.charge; DROP TRIGGER charge_ends ON kino.settlement;"
 
 OPEN_TO_OLDER_BUILDS: Final = """
@@ -82,14 +82,15 @@ CREATE OR REPLACE TRIGGER charge_ends AFTER INSERT ON kino.settlement
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT WHEN (current_user <> 'kino_ledger')
     EXECUTE FUNCTION kino.charge_ends();
 """
-"""What builds of before 0006 need, which write the tables themselves: while an upgrade lasts, or a rollback."""
+"""The rights and triggers that builds from before 0006 need, which write the tables themselves: for the time of an
+upgrade or a rollback."""
 
 _INSTALLED = sa.text("""
     SELECT CAST(p.oid AS regprocedure) FROM pg_catalog.pg_proc p
     WHERE p.pronamespace = CAST('kino' AS regnamespace) AND p.proname <> ALL (CAST(:others AS text[]))
 """)
 NOT_OF_THE_LEDGER: Final = ("clock", "this_transaction", "horizon", "refuse_change", "charge_opens", "charge_ends")
-"""Functions that migrations made: they belong to kino_owner."""
+"""Functions that migrations create: they belong to kino_owner, and are not part of the digest."""
 
 # Not pg_get_functiondef: its layout differs between versions of Postgres. Arguments and result by their types' names.
 _DIGEST = sa.text("""
@@ -110,7 +111,7 @@ _DIGEST = sa.text("""
 
 
 def digest_of_functions(connection: sa.Connection) -> str:
-    """Return the SHA-256, in hex, of the ledger's functions as they stand: definition, settings, owner and rights."""
+    """Return the SHA-256, in hex, of the installed functions of the ledger: definition, settings, owner and rights."""
     found: str = connection.execute(_DIGEST, {"others": list(NOT_OF_THE_LEDGER)}).scalar_one()
     return found
 
@@ -131,22 +132,22 @@ _HAS_TRIGGER = sa.text("""
 
 
 def writers_beside_functions(connection: sa.Connection) -> set[str]:
-    """Name the roles that log in, own nothing here, and may all the same write a table of the ledger."""
+    """Return the names of roles that log in, do not own the ledger's tables, and may write one of them all the same."""
     return set(connection.execute(_WRITERS, {"tables": list(WRITTEN_BY_FUNCTIONS)}).scalars())
 
 
 def is_open_to_older_builds(connection: sa.Connection) -> bool:
-    """Tell whether builds of before 0006, which write the tables themselves, may still work here."""
+    """Tell whether builds from before 0006, which write the tables themselves, can still work in this database."""
     found: bool = connection.execute(_HAS_TRIGGER, {"name": "charge_opens"}).scalar_one()
     return found
 
 
 def install_functions(connection: sa.Connection, digest: str, *, beside_older_builds: bool = False) -> None:
-    """Install the functions of this build and close the ledger's tables to everybody else; connect as kino_owner.
+    """Install the functions of this build and revoke the right to write the ledger's tables; connect as kino_owner.
 
-    `digest` is what they must come to: where that stands already nothing is done, because to replace a trigger its
-    table is locked. `beside_older_builds` leaves the tables open to builds of before 0006, until it is called again
-    without it.
+    `digest` is the digest of this build's functions. If it is installed already, nothing is replaced, because replacing
+    a trigger locks its table. `beside_older_builds` leaves the tables open to builds from before 0006, until this is
+    called again without it.
     """
     is_open = is_open_to_older_builds(connection)
     has_history = connection.execute(_HAS_TRIGGER, {"name": "lot_change"}).scalar_one()
@@ -161,7 +162,7 @@ def install_functions(connection: sa.Connection, digest: str, *, beside_older_bu
 
 
 def _install(connection: sa.Connection) -> None:
-    # Who is to own a function must be able to create one there, for as long as it is handed over.
+    # ALTER FUNCTION … OWNER needs a new owner that may create functions in the schema; the right is revoked below.
     connection.exec_driver_sql("GRANT CREATE ON SCHEMA kino TO kino_ledger")
     for name in FILES:
         _run(connection, (FOLDER / f"{name}.sql").read_text(encoding="utf-8"))
@@ -175,5 +176,5 @@ def _install(connection: sa.Connection) -> None:
 
 
 def _run(connection: sa.Connection, statements: str) -> None:
-    """Run SQL as it stands: a colon in it is no parameter of ours, and a percent sign none of the driver's."""
+    """Run SQL unchanged: SQLAlchemy must not read a colon in it as a parameter, nor the driver a percent sign."""
     connection.exec_driver_sql(statements, execution_options={"no_parameters": True})

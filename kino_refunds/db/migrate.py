@@ -1,4 +1,4 @@
-"""Bring a database to the schema that this build expects."""
+"""Upgrade a database to the schema that this build expects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kino_refunds.db.engine import SessionLimits, create_engine
 from kino_refunds.db.functions import install_functions
 from kino_refunds.errors import LedgerInconsistent
 
-# Any number will do as long as nobody else in this database takes it: the bytes of "kino".
+# The key of an advisory lock: any number that no other program uses in this database. These are the bytes of "kino".
 MIGRATION_LOCK = 0x6B696E6F
 
 DAY_MS = 86_400_000
@@ -26,7 +26,7 @@ LIMITS = SessionLimits(
     idle_in_transaction_timeout_ms=DAY_MS,
     transaction_timeout_ms=DAY_MS,
 )
-"""A migration of a large ledger takes its time: a default of the role must not end it, nor its wait for another's."""
+"""A migration of a large ledger takes long: no default of the role may end it, or its wait for another migration."""
 
 
 def _config() -> Config:
@@ -36,19 +36,19 @@ def _config() -> Config:
 
 
 def migrations() -> ScriptDirectory:
-    """Return the migrations that this build ships."""
+    """Return the migrations of this build."""
     return ScriptDirectory.from_config(_config())
 
 
 def head_revision() -> str:
-    """Name the newest revision that this build knows."""
+    """Return the name of the newest revision that this build knows."""
     head = migrations().get_current_head()
     assert head is not None, "the package ships at least one migration"
     return head
 
 
 def functions_of_head() -> str:
-    """Return the digest of the ledger's functions that belong to this build's newest revision."""
+    """Return the digest of the ledger's functions at this build's newest revision."""
     script = migrations().get_revision(head_revision())
     assert script is not None, "the package ships its newest migration"
     digest: str = script.module.LEDGER_FUNCTIONS
@@ -56,12 +56,12 @@ def functions_of_head() -> str:
 
 
 def is_known_revision(revision: str) -> bool:
-    """Tell whether this build has that migration; what a newer build has made, it has not."""
+    """Tell whether this build has that migration; a revision of a newer build is unknown."""
     return any(script.revision == revision for script in migrations().walk_revisions())
 
 
 def current_revision(connection: sa.Connection) -> str | None:
-    """Name the revision that the database is at; None before the first migration.
+    """Return the revision of the database; None before the first migration.
 
     Raises LedgerInconsistent if kino.alembic_version names more than one.
     """
@@ -74,22 +74,22 @@ def current_revision(connection: sa.Connection) -> str | None:
 def migrate(
     url: str, *, lot_grace_days: int | None = None, beside_older_builds: bool = False
 ) -> tuple[str | None, str]:
-    """Upgrade the database at `url` (connect as kino_owner) to this build's schema, in one transaction.
+    """Upgrade the database at `url` (connect as kino_owner) in one transaction; return the revisions before and after.
 
-    Installs the ledger's functions and closes its tables to everybody else (`beside_older_builds`: leaves them open to
-    builds of before 0006), and writes the lot grace where one is given (0 to 365 days). Two at once are safe: the
-    second waits and finds nothing to do. A `kino.clock()` that a test has replaced is put back. A schema of a newer
-    build is left alone, functions included: what runs there keeps running. Returns the revisions before and after.
+    Installs the ledger's functions and revokes the right to write its tables (`beside_older_builds` leaves them open to
+    builds from before 0006). Writes the lot grace if one is given (0 to 365 days). Restores a `kino.clock()` that a
+    test has replaced. Two migrations at once are safe: the second waits and finds nothing to do. A schema of a newer
+    build is left unchanged, its functions included, so that programs of that build keep working.
 
     Raises sqlalchemy's OperationalError if the server is away, ProgrammingError if the roles of `db/roles.sql` are
-    missing, IntegrityError if the grace is out of bounds, and WrongEncoding if the database is not encoded in UTF8;
-    nothing has changed then.
+    missing, IntegrityError if the grace is out of bounds, and WrongEncoding if the database is not encoded in UTF8. In
+    each case nothing has changed.
     """
     engine = create_engine(url, limits=LIMITS, application_name="kino-migrate", pooled=False)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-        # From here on a table that somebody holds is not waited for any longer: every session that comes after us waits
-        # behind our wait, and the whole ledger would stand still for one forgotten transaction.
+        # From here on the migration waits 30 s at most for a table that a session holds. Every later session queues
+        # behind our wait: the whole ledger would stand still because of one forgotten transaction.
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {TABLE_LOCK_TIMEOUT_MS}")
         connection.execute(sa.text("CREATE SCHEMA IF NOT EXISTS kino"))
         before = current_revision(connection)

@@ -1,8 +1,8 @@
-"""The one reader of Redis URLs, and the connections that redis-py, kombu and Celery make from them.
+"""The only reader of Redis URLs, and the connections that redis-py, kombu and Celery make from them.
 
-All three follow the primary: a connection whose server turns out to be no primary (any more) is closed together
-with the idle ones beside it, so that the next command asks for the address anew. Without this, a connection to a
-primary that was demoted and lives on as a replica answers READONLY for as long as it lives.
+All three follow the primary. If the server of a connection is not a primary (any more), the connection is closed
+together with the idle ones of its pool, so that the next command looks the address up again. Without this, a connection
+to a primary that was demoted and runs on as a replica would answer READONLY until it is closed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from redis.retry import Retry
 from kino_refunds.errors import BadSettings
 
 CONNECT_TIMEOUT_S: Final = 5.0
-# A claim of 1,000 messages holds Redis for some 10 ms; a silence of this length is a dead connection. A command is
-# repeated once, so a half-open connection costs twice this.
+# A claim of 1,000 messages takes Redis some 10 ms, so a silence of this length means a dead connection. A command is
+# repeated once: a half-open connection costs twice this.
 ANSWER_TIMEOUT_S: Final = 5.0
-# kombu repeats nothing by itself, and its BRPOP may take 1 s of this.
+# kombu does not repeat commands, and its BRPOP may take 1 s of this.
 KOMBU_ANSWER_TIMEOUT_S: Final = 10.0
 HEALTH_CHECK_EVERY_S: Final = 25
-# Above this a worker would wait for a dead connection for longer than it counts as alive.
+# With more than this, a worker could wait for a dead connection for longer than its alive TTL.
 TIMEOUT_MIN_S, TIMEOUT_MAX_S = 0.1, 30.0
 EXAMPLE: Final = "redis://HOST:6379/0"
 
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """Where Redis is, as whom to connect, and how; the same for redis-py, kombu and Celery."""
+    """The parts of a Redis URL: address, user and options; the same for redis-py, kombu and Celery."""
 
     host: str
     port: int
@@ -48,14 +48,14 @@ class RedisUrl:
     tls: Mapping[str, Any] | None = field(repr=False)
     """redis-py's `ssl_*` arguments; None for a plain connection."""
     options: Mapping[str, Any]
-    """What the URL chose of `socket_timeout`, `client_name` and the like, by redis-py's names."""
+    """The options that the URL sets (`socket_timeout`, `client_name` and others), by redis-py's names."""
 
 
 def redis_client(url: str) -> redis.Redis:
-    """Make a client for `url`; nothing connects before first use. Raises BadSettings.
+    """Return a client for `url`; nothing connects before the first use. Raises BadSettings.
 
-    It repeats a command once when the connection breaks. That is safe for our scripts, which are built so
-    that running one twice changes nothing (tokens), and saves a batch from a passing hiccup.
+    The client repeats a command once if the connection breaks. This is safe, because running one of our scripts twice
+    changes nothing (tokens). It keeps a batch from failing by a short interruption.
     """
     read = read_url(url)
     arguments: dict[str, Any] = {
@@ -80,7 +80,7 @@ def redis_client(url: str) -> redis.Redis:
 
 
 def kombu_connection(url: str) -> kombu.Connection:
-    """Make a kombu connection for `url`; nothing connects before first use. Raises BadSettings."""
+    """Return a kombu connection for `url`; nothing connects before the first use. Raises BadSettings."""
     settings = celery_settings(url)
     return kombu.Connection(
         settings["broker_url"],
@@ -95,8 +95,8 @@ def kombu_connection(url: str) -> kombu.Connection:
 def celery_settings(url: str, **transport_options: Any) -> dict[str, Any]:
     """Return the `broker_*` settings with which Celery connects as `redis_client` does. Raises BadSettings.
 
-    The broker's URL holds neither user, password nor options: Celery logs it, and kombu's own reading of
-    options ends in a TypeError.
+    The broker's URL has no user, password or options: Celery logs that URL, and kombu fails with a TypeError on
+    options.
     """
     read = read_url(url)
     return {
@@ -104,7 +104,7 @@ def celery_settings(url: str, **transport_options: Any) -> dict[str, Any]:
         "broker_user": read.username,
         "broker_password": read.password,
         "broker_transport": _TRANSPORT,
-        # With no options kombu would verify no certificate; redis-py's names mean redis-py's defaults.
+        # Without options kombu would not verify certificates. These are redis-py's names, with redis-py's defaults.
         "broker_use_ssl": False if read.tls is None else {"ssl_cert_reqs": "required", **read.tls},
         "broker_transport_options": {
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -121,29 +121,29 @@ def celery_settings(url: str, **transport_options: Any) -> dict[str, Any]:
 
 
 class NotPrimary(redis.ConnectionError):
-    """The server takes no writes now, as a replica or cut off from its replicas; the connection is closed."""
+    """The server takes no writes now: it is a replica, or is cut off from its replicas. The connection is closed."""
 
 
-# READONLY: a replica. MASTERDOWN: a replica that has lost its primary. NOREPLICAS: a primary that may be alone on
-# the wrong side of a failover. UNBLOCKED: a BRPOP that a demotion ended. In each case nothing was done.
+# READONLY: a replica. MASTERDOWN: a replica that lost its primary. NOREPLICAS: a primary that may be alone on the wrong
+# side of a failover. UNBLOCKED: a BRPOP that a demotion ended. In each case the command did nothing.
 _NOT_PRIMARY: Final = re.compile(r"\b(?:READONLY|MASTERDOWN|NOREPLICAS|UNBLOCKED)\b")
 
 
 def _is_not_primary(error: object) -> bool:
-    """Say whether a server's error means this, also inside a script's or a transaction's error."""
+    """Tell whether a server's error means that it is not the primary, also inside a script's or transaction's error."""
     if isinstance(error, redis.ReadOnlyError | redis.exceptions.MasterDownError):
         return True
-    # redis-py takes known codes off the text; what is left of NOREPLICAS or `EXECABORT … READONLY` still says it.
+    # redis-py removes known codes from the text; NOREPLICAS and `EXECABORT … READONLY` still contain the word.
     return isinstance(error, redis.ResponseError) and _NOT_PRIMARY.search(str(error)) is not None
 
 
 class _FollowsPrimary(redis.connection.AbstractConnection):
-    """Closes a connection whose server says that it is not the primary; redis-py then repeats the command anew."""
+    """Closes a connection whose server is not the primary; redis-py then repeats the command on a new connection."""
 
     drop_idle: Callable[[], None] = staticmethod(lambda: None)
 
     def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
-        """Connect; whatever redis-py raises over a host's name, a file or an odd answer is a RedisError."""
+        """Connect; whatever redis-py raises because of a host name, a file or a wrong answer becomes a RedisError."""
         try:
             super().connect_check_health(*args, **kwargs)
         except redis.TimeoutError as error:
@@ -154,7 +154,7 @@ class _FollowsPrimary(redis.connection.AbstractConnection):
             raise
         except Exception as error:
             self.disconnect()  # type: ignore[no-untyped-call]  # of redis-py
-            raise redis.ConnectionError(f"no Redis answers there as Redis does: {error}") from error
+            raise redis.ConnectionError(f"the server at this address does not answer as Redis does: {error}") from error
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -166,16 +166,16 @@ class _FollowsPrimary(redis.connection.AbstractConnection):
         except (redis.RedisError, OSError):
             raise
         except Exception as error:
-            raise redis.exceptions.InvalidResponse(f"this is not Redis' protocol: {error}") from error
+            raise redis.exceptions.InvalidResponse(f"the answer is not in the Redis protocol: {error}") from error
         else:
-            # A transaction's answers, in which a script's error is one of the values.
+            # The answers of a transaction: the error of a script is one of its values.
             answers = response if isinstance(response, list) else ()
             refused = next((each for each in answers if _is_not_primary(each)), None)
             if refused is None:
                 return response
         self.disconnect()  # type: ignore[no-untyped-call]  # of redis-py
         self.drop_idle()
-        raise NotPrimary(f"this Redis takes no writes, as a replica or cut off from its replicas: {refused}")
+        raise NotPrimary(f"this Redis takes no writes: it is a replica, or cut off from its replicas: {refused}")
 
 
 class _Connection(_FollowsPrimary, redis.Connection):
@@ -187,7 +187,7 @@ class _TlsConnection(_FollowsPrimary, redis.SSLConnection):
 
 
 class _Pool(redis.ConnectionPool):
-    """Lets a connection that met a demoted server close the idle ones: they lead there too."""
+    """Lets a connection that met a demoted server close the idle ones, because they lead to the same server."""
 
     def make_connection(self) -> Any:
         connection: Any = super().make_connection()
@@ -212,7 +212,7 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
 
 
 class Transport(kombu_redis.Transport):  # type: ignore[misc]  # kombu has no types
-    """kombu's Redis transport, on connections that follow the primary."""
+    """kombu's Redis transport, with connections that follow the primary."""
 
     Channel = _Channel
 
@@ -226,9 +226,9 @@ kombu.transport.TRANSPORT_ALIASES[_TRANSPORT] = f"{Transport.__module__}:{Transp
 
 
 def read_url(url: str, *, name: str = "KINO_REDIS_URL") -> RedisUrl:
-    """Read a Redis URL; raises BadSettings that names the setting and each option that is not taken, no value.
+    """Return the parts of a Redis URL; raises BadSettings, which names the setting and each wrong option, but no value.
 
-    Values and whatever may be part of a password are never in an error's text.
+    No value, and nothing that may be a part of a password, is in the text of an error.
     """
     _refuse_other_schemes(url.partition("://")[0].lower(), name)
     try:
@@ -237,7 +237,7 @@ def read_url(url: str, *, name: str = "KINO_REDIS_URL") -> RedisUrl:
         given = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:
         raise _unreadable(name) from None
-    # The rest of a password with a raw `/`, `?` or `#` in it.
+    # The rest of a password that has a raw `/`, `?` or `#` in it.
     if "@" in parts.path + parts.query or parts.fragment or port == 0:
         raise _unreadable(name)
     options = _options(given, name, tls=parts.scheme == "rediss")
@@ -245,14 +245,14 @@ def read_url(url: str, *, name: str = "KINO_REDIS_URL") -> RedisUrl:
     try:
         db = _OPTIONS["db"](path or "0")
     except ValueError as error:
-        raise _refused(name, f"has a path that is no database's number: it {error}") from None
-    said_twice = [
+        raise _refused(name, f"has a path that is not a database number: it {error}") from None
+    given_twice = [
         option
         for option, elsewhere in (("db", path), ("username", parts.username), ("password", parts.password))
         if elsewhere and option in options
     ]
-    if said_twice:
-        raise _refused(name, f"says twice what its {' and '.join(said_twice)} is: leave the option out")
+    if given_twice:
+        raise _refused(name, f"gives its {' and '.join(given_twice)} twice: leave the option out")
     return RedisUrl(
         host=unquote(host) if host else "localhost",
         port=port or 6379,
@@ -355,18 +355,21 @@ _TLS_OPTIONS: Final[Mapping[str, Callable[[str], Any]]] = {
     "ssl_ciphers": _text,
 }
 _WHY_NOT: Final = (
-    (r"max_connections|timeout|connection_class", "pools are sized here"),
-    (r"retry.*", "a command is repeated as often as is safe"),
-    (r".*encoding.*|.*responses|parser_class|socket_read_size", "messages are read as they are, in bytes"),
+    (r"max_connections|timeout|connection_class", "the program sets the size of its pools"),
+    (r"retry.*", "the program repeats a command as often as is safe"),
+    (r".*encoding.*|.*responses|parser_class|socket_read_size", "messages are read as bytes"),
     (r"(?i:.*sentinel.*)|master_name|service_name", "Sentinel is not supported yet"),
-    (r"visibility_timeout|global_keyprefix|virtual_host|fanout_.*|queue_order_strategy", "Celery's part is set here"),
+    (
+        r"visibility_timeout|global_keyprefix|virtual_host|fanout_.*|queue_order_strategy",
+        "set for Celery by this program",
+    ),
     (r"ssl_.*ocsp.*", "OCSP is not supported"),
     (r"ssl_ca_data", "put it into a file and give ssl_ca_certs"),
 )
 
 
 def _options(given: Iterable[tuple[str, str]], name: str, *, tls: bool) -> dict[str, Any]:
-    """Read the options of a URL; raises BadSettings that names all that are wrong."""
+    """Return the options of a URL; raises BadSettings, which names all that are wrong."""
     taken = {**_OPTIONS, **(_TLS_OPTIONS if tls else {})}
     read: dict[str, Any] = {}
     not_taken, wrong = [], []
@@ -381,18 +384,18 @@ def _options(given: Iterable[tuple[str, str]], name: str, *, tls: bool) -> dict[
         else:
             not_taken.append(_why_not(option))
     if not_taken:
-        why = f"has options that are not taken, leave them out: {', '.join(not_taken)}"
-        raise _refused(name, f"{why}; taken are {', '.join(taken)}")
+        why = f"has options that are not supported, leave them out: {', '.join(not_taken)}"
+        raise _refused(name, f"{why}; supported are {', '.join(taken)}")
     if "ssl_certfile" not in read and (alone := _starting_with("ssl_key", read) | _starting_with("ssl_password", read)):
         wrong.append(f"{' and '.join(alone)} without ssl_certfile")
     if wrong:
-        raise _refused(name, f"has options that cannot be: {', '.join(wrong)}")
+        raise _refused(name, f"has options with wrong values: {', '.join(wrong)}")
     return read
 
 
 def _why_not(option: str) -> str:
     if not re.fullmatch(r"\w{1,40}", option, re.ASCII):
-        return "one whose name is no word"
+        return "one whose name is not a word"
     if option in _TLS_OPTIONS:
         return f"{option} (it needs rediss://)"
     why = next((why for pattern, why in _WHY_NOT if re.fullmatch(pattern, option)), None)

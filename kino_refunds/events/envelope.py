@@ -1,14 +1,14 @@
-"""From the bytes on a queue to an event, or to the one error that makes them a dead letter.
+"""Parse the bytes on a queue: return an event, or raise the one error that makes the bytes a dead letter.
 
-Two forms are first class: the bare CloudEvent, and kombu's envelope around it (base64 body). The rule that
-tells them apart: **an envelope is a JSON object with `body`, `properties` and `content-type` and without
-`specversion`**; all else is read as a bare event, whatever fields it has. One envelope is opened, never two.
+Two wire forms are first class: the bare CloudEvent, and kombu's envelope around it (base64 body). This rule decides
+which it is: **an envelope is a JSON object with `body`, `properties` and `content-type` and without `specversion`**.
+All else is read as a bare event, whatever fields it has. One envelope is opened, never a second one inside it.
 
-In either form one message may hold several events: `split` says when. `parse` reads one event.
+In either form one message may hold several events: see `split`. `parse` reads one event.
 
-What JSON leaves open is decided here, alike for both forms: of a key given twice the last value counts, as
-in nearly every parser; NaN and Infinity pass where a field is ignored anyway; lone surrogates, a byte order
-mark, integers beyond 4,300 digits and nesting beyond the parser's limit (about 200) do not.
+What JSON leaves open is decided here, in the same way for both forms. If a key is given twice the last value counts, as
+in nearly every parser. NaN and Infinity are accepted in a field that is ignored anyway. Lone surrogates, a byte order
+mark, integers of more than 4,300 digits and nesting beyond the parser's limit (about 200) are refused.
 """
 
 import base64
@@ -26,51 +26,51 @@ from pydantic_core import ErrorDetails, from_json
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.schema import ID_LENGTH_MAX, QUEUES, Event, stored_ids
 
-# An event is about 400 bytes. The cap bounds a claim's memory, and Postgres stores this much without effort.
+# An event has about 400 bytes. The cap bounds the memory of a claim, and Postgres stores such a letter easily.
 MESSAGE_BYTES_MAX: Final = 256 * 1024
-# Of one message. A larger array is some other program's, or a mistake: a person looks at it.
+# Events in one message. A larger array comes from another program, or is a mistake: a person looks at it.
 ELEMENTS_MAX: Final = 100
 
-_SHOWN_LENGTH_MAX: Final = 64  # of an offending value: enough to recognise it, too little to leak a payload
+_SHOWN_LENGTH_MAX: Final = 64  # characters of a wrong value: enough to recognise it, too few to leak a payload
 _SHOWN_ERRORS_MAX: Final = 3
-# Of one dead letter. A letter that names more may hold others anyway, and says so.
+# Jobs that one dead letter names. A letter that names more is marked as one that may hold others.
 _NAMED_MAX: Final = 1_000
-_DEPTH_MAX: Final = 4  # of JSON inside JSON
+_DEPTH_MAX: Final = 4  # levels of JSON inside JSON
 
 
 class MalformedReason(StrEnum):
-    """Why a message cannot be understood; stored with dead letters, so a name here never changes."""
+    """Why a message cannot be understood. The words are stored with dead letters, so a word here never changes."""
 
     TOO_LARGE = "too_large"  # more than 256 KiB on the wire
     BAD_ENCODING = "bad_encoding"  # not UTF-8, or an envelope that declares another encoding
     BAD_JSON = "bad_json"
-    BAD_ENVELOPE = "bad_envelope"  # kombu's fields, of types that kombu never writes
+    BAD_ENVELOPE = "bad_envelope"  # kombu's fields, with types that kombu never writes
     WRONG_CONTENT_TYPE = "wrong_content_type"
     COMPRESSED = "compressed"  # never inflated: a small message may become a huge one
     BAD_BASE64 = "bad_base64"
     UNKNOWN_VERSION = "unknown_version"  # a specversion other than 1.0
     UNKNOWN_TYPE = "unknown_type"
-    INVALID_EVENT = "invalid_event"  # a field is missing or has a value that it cannot have
+    INVALID_EVENT = "invalid_event"  # a field is missing or has a wrong value
 
 
 _EVENT: Final[TypeAdapter[Event]] = TypeAdapter(Event)
 _CONTENT_TYPES: Final = frozenset(
     {"application/json", "application/cloudevents+json", "application/cloudevents-batch+json"}
 )
-# `binary` is what kombu writes where a publisher gives it bytes: it says nothing about them, so they are read as UTF-8.
+# kombu writes `binary` if a publisher gives it bytes. The word says nothing about them, so they are read as UTF-8.
 _ENCODINGS: Final = frozenset({"utf-8", "utf8", "binary"})
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _KOMBU_BEGINS: Final = b'{"body":'
 _KOMBU_BODY: Final = re.compile(rb'\{"body":\s*"((?:[A-Za-z0-9+/]{4})+)')
 _DELIVERY_TAG: Final = re.compile(rb'"delivery_tag"\s*:\s*"(?:[^"\\]|\\.)*"')
-# Binary mode, as the bindings for HTTP, Kafka and AMQP write it.
+# The headers of an event in binary mode, as the bindings for HTTP, Kafka and AMQP write them.
 _BINARY_MODE: Final = re.compile(r"(?:ce[-_]|cloudevents[:_])([a-z0-9]+)", re.IGNORECASE)
 _JOB_NAMES: Final = ("job_id", "subject")
 
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """One event of a message that holds several: its place, and itself as a bare message."""
+    """One event of a message that holds several: its index, and its content as a bare message."""
 
     index: int
     content: bytes
@@ -78,10 +78,10 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What can be read of a message that is no event: whose it is, and what else could be in it.
+    """What can be read from a message that is not an event: its ids, and whether it may hold other jobs' ends.
 
-    `may_hold_others`: it may hold the end of a job that is not named here. It could not be read to its end, names no
-    job, more than one, or one by an id that is none.
+    `may_hold_others`: the message may hold the end of a job that is not named here. That is so if it could not be read
+    completely, or names no job, more than one job, or a job by a value that is not an id.
     """
 
     source: str | None
@@ -92,12 +92,12 @@ class Description:
 
 
 def parse(raw: bytes) -> Event:
-    """Read one event of either form; whatever the bytes are, MalformedMessage is the only error."""
+    """Return the event in a message of either form; raises MalformedMessage, and no other error, whatever the bytes."""
     if len(raw) > MESSAGE_BYTES_MAX:
         raise MalformedMessage(
             MalformedReason.TOO_LARGE, f"{len(raw):,} bytes are more than the {MESSAGE_BYTES_MAX:,} allowed"
         )
-    if not raw.startswith(_KOMBU_BEGINS):  # a guess that costs only time: the rule below decides
+    if not raw.startswith(_KOMBU_BEGINS):  # a guess that can cost only time: the rule below decides
         try:
             return _EVENT.validate_json(raw)
         except ValidationError:
@@ -113,17 +113,17 @@ def parse(raw: bytes) -> Event:
 
 
 def parse_stored(raw: bytes) -> Event:
-    """Read an event that we keep, its ids by the rule for what is stored; never a message that is on a queue."""
+    """Return an event that we stored, with its ids by the rule for stored ids; never used for a message on a queue."""
     with stored_ids():
         return parse(raw)
 
 
 def split(raw: bytes) -> list[Element] | None:
-    """Return the events of a message that holds several, or None: it is one event, or what nobody can read.
+    """Return the events of a message that holds several; None if it holds one event, or cannot be read.
 
-    Several are a JSON array of 1 to 100 objects, of which at least one says that it is a CloudEvent (`specversion`).
-    An object that does not is then one bad event among good ones, and holds up none of them. Any other array, such as
-    the body of a Celery task, is one message that cannot be understood.
+    Several events are a JSON array of 1 to 100 objects, of which at least one says that it is a CloudEvent
+    (`specversion`). An object in it that does not is one bad event, and blocks none of the others. Any other array,
+    such as the body of a Celery task, is one message that cannot be understood.
     """
     if len(raw) > MESSAGE_BYTES_MAX:
         return None
@@ -139,16 +139,16 @@ def split(raw: bytes) -> list[Element] | None:
 
 
 def contents(raw: bytes) -> list[bytes]:
-    """Return each event of a message as a message of its own, also those that cannot be read."""
+    """Return each event of a message as a bare message, also the events that cannot be read."""
     elements = split(raw)
     return [raw] if elements is None else [element.content for element in elements]
 
 
 def message_key(raw: bytes, index: int | None = None) -> bytes:
-    """Digest a message, or its element at `index`, so that the same message sent again has the same key.
+    """Return the digest of a message, or of its element at `index`: the same message sent again has the same key.
 
-    Kombu gives every sending a new delivery tag, which is left out. All else counts: what two tasks of Celery have in
-    common is their body, and only one of two messages under one key is kept.
+    The delivery tag is left out, because kombu writes a new one each time. Everything else counts: two tasks of Celery
+    can have the same body, and of two messages with one key only one would be kept.
     """
     digest = sha256(_DELIVERY_TAG.sub(b"", raw))
     if index is not None:
@@ -157,7 +157,7 @@ def message_key(raw: bytes, index: int | None = None) -> bytes:
 
 
 def opened(raw: bytes) -> bytes | None:
-    """Return the body of kombu's envelope, decoded as far as it can be; None if this is no envelope with a body."""
+    """Return the body of kombu's envelope, decoded as far as possible; None if the message is no such envelope."""
     document = _load_or_none(raw)
     try:
         return base64.b64decode(document["body"]) if _is_envelope(document) else None
@@ -166,10 +166,10 @@ def opened(raw: bytes) -> bytes | None:
 
 
 def describe(raw: bytes) -> Description:
-    """Find whom a message that cannot be understood is about, for the people and the guards who must act on it.
+    """Return what a message that cannot be understood seems to be about, for people and for the overdue sweep.
 
-    A best effort: what does not load as JSON is searched as text, JSON that stands in strings is looked at too, and
-    only the first 256 KiB are read.
+    A best effort: a message that does not load as JSON is searched as text, JSON inside strings is read as well, and
+    only the first 256 KiB are read. A job that is named here is not refunded as timed out while its letter is open.
     """
     content, headers = _in_utf_8(raw[:MESSAGE_BYTES_MAX]), dict[str, Any]()
     document = _load_or_none(content)
@@ -192,7 +192,7 @@ def describe(raw: bytes) -> Description:
         first = data.get("job_id") if isinstance(data, dict) else None
         found = [first, headers.get("subject"), document.get("subject"), *_values([document, data], _JOB_NAMES)]
         source, event_id = ([headers.get(name), document.get(name)] for name in ("source", "id"))
-    # What names a job only inside a string is no event that we know: it may be anything.
+    # A message that names a job only inside a string is no event of a known kind: it may hold any job's end.
     readable = readable and any(value is not None for value in found)
     jobs, sure = _jobs([*found, *within])
     return Description(
@@ -205,7 +205,7 @@ def describe(raw: bytes) -> Description:
 
 
 def _read(body: bytes) -> Event:
-    """Read a CloudEvent in JSON, its data as it is or in base64."""
+    """Return the event in a CloudEvent in JSON, whose data is JSON or base64; raises MalformedMessage."""
     problem: ValidationError | None = None
     try:
         return _EVENT.validate_json(body)
@@ -219,11 +219,11 @@ def _read(body: bytes) -> Event:
         except ValidationError as error:
             problem = error
     malformed = _explain(problem, document)
-    raise malformed  # outside the except: its traceback must not carry the payload along
+    raise malformed  # outside the except block, so that its traceback does not hold the payload
 
 
 def _decoded(text: object) -> Any:
-    """Read CloudEvents' `data_base64`, which a publisher writes whose data are bytes to it."""
+    """Return the JSON in CloudEvents' `data_base64`, which a publisher writes that treats its data as bytes."""
     if not isinstance(text, str):
         found = f"data_base64: Input should be a valid string, not {_show(text)}"
         raise MalformedMessage(MalformedReason.INVALID_EVENT, found, cause="data_base64")
@@ -244,7 +244,7 @@ def _load(raw: bytes) -> Any:
     try:
         return from_json(raw)
     except (ValueError, RecursionError) as error:
-        problem = str(error)  # jiter says what and where, and quotes nothing
+        problem = str(error)  # jiter's text says what is wrong and where, and quotes nothing
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -283,7 +283,7 @@ def _is_batch(document: object) -> bool:
 
 
 def _open(envelope: dict[str, Any]) -> bytes:
-    """Take the body out of kombu's envelope, refusing what kombu's own JSON consumers would."""
+    """Return the body of kombu's envelope; raises MalformedMessage for what kombu's own JSON consumers refuse."""
     body, properties, headers = envelope["body"], envelope["properties"], envelope.get("headers") or {}
     if not isinstance(body, str) or not isinstance(properties, dict) or not isinstance(headers, dict):
         raise MalformedMessage(
@@ -295,7 +295,7 @@ def _open(envelope: dict[str, Any]) -> bytes:
         found = f"headers.compression is {_show(compression)}"
         raise MalformedMessage(MalformedReason.COMPRESSED, found, cause=_show(compression))
     content_type = envelope["content-type"]
-    # What kombu itself writes is compared as it is: the general form costs 0.3 us.
+    # First compared with what kombu itself writes, because the general comparison costs 0.3 us.
     if content_type != "application/json" and _plain(content_type).removesuffix(";charset=utf-8") not in _CONTENT_TYPES:
         found = f"content-type is {_show(content_type)}, not JSON"
         raise MalformedMessage(MalformedReason.WRONG_CONTENT_TYPE, found, cause=_show(content_type))
@@ -315,7 +315,7 @@ def _open(envelope: dict[str, Any]) -> bytes:
 
 
 def _foreign(envelope: dict[str, Any], error: MalformedMessage) -> MalformedMessage:
-    """Say of a message that is no event what it is instead, where its headers tell."""
+    """Return the error for a message that is not an event; if its headers say what it is, the error's text says so."""
     if _binary_mode(envelope):
         return MalformedMessage(
             MalformedReason.INVALID_EVENT,
@@ -332,7 +332,7 @@ def _task(name: str, error: MalformedMessage) -> MalformedMessage:
 
 
 def _binary_mode(envelope: dict[str, Any]) -> dict[str, Any]:
-    """Return the CloudEvents attributes that are headers, by their names; none unless it is an event's."""
+    """Return the CloudEvents attributes in the headers, by their names; empty unless the headers are an event's."""
     headers = envelope.get("headers")
     if not isinstance(headers, dict):
         return {}
@@ -346,7 +346,7 @@ def _plain(value: object) -> str:
 
 
 def _explain(error: ValidationError, document: object) -> MalformedMessage:
-    """Say why a document is no event: its version first, then its type, and its fields."""
+    """Return the error that says why a document is not an event: its version first, then its type, then its fields."""
     if isinstance(document, list):
         size = f"an array of {len(document):,}"
         found = f"{size} events, where one is expected" if _is_batch(document) else f"{size}, not of CloudEvents"
@@ -365,7 +365,7 @@ def _explain(error: ValidationError, document: object) -> MalformedMessage:
         return MalformedMessage(MalformedReason.UNKNOWN_TYPE, f"type is {_show(kind)}", cause=_show(kind))
     if not isinstance(kind, str):
         no_type = MalformedMessage(MalformedReason.INVALID_EVENT, "type: Field required, a string", cause="type")
-        # Celery's older protocol has the task's name in the body.
+        # In Celery's older protocol the name of the task is in the body.
         task = document.get("task")
         return _task(task, no_type) if isinstance(task, str) and "args" in document else no_type
     errors = error.errors()
@@ -373,12 +373,12 @@ def _explain(error: ValidationError, document: object) -> MalformedMessage:
 
 
 def _cause(errors: list[ErrorDetails]) -> str:
-    """Name what is wrong by the fields' paths, never by their values: letters are grouped by this."""
+    """Return the paths of the wrong fields, never their values: letters are grouped by this."""
     return ", ".join(dict.fromkeys(_path(error) or error["type"] for error in errors))
 
 
 def _path(error: ErrorDetails) -> str:
-    return ".".join(str(part) for part in error["loc"][1:])  # the first part is the type
+    return ".".join(str(part) for part in error["loc"][1:])  # without the first part, which is the type
 
 
 def _sentences(errors: list[ErrorDetails]) -> Iterator[str]:
@@ -391,7 +391,7 @@ def _sentences(errors: list[ErrorDetails]) -> Iterator[str]:
 
 
 def _show(value: object) -> str:
-    """Quote a short value with everything unprintable escaped; of a long one say only what it is."""
+    """Return a short value quoted, with everything unprintable escaped; for a long value only say what it is."""
     match value:
         case dict():
             return "an object"
@@ -408,7 +408,7 @@ def _show(value: object) -> str:
 
 
 def _search(text: str, name: str) -> list[str]:
-    """Find the strings under this name in JSON that is cut off or broken, in JSON inside it, or in a Python repr."""
+    """Return the strings under this name in JSON that is cut off or broken, in JSON inside it, or in a Python repr."""
     quoted = re.compile(rf"""(["']){name}\1\s*:\s*(?:"((?:[^"\\\ufffd]|\\.)+)"|'((?:[^'\\\ufffd]|\\.)+)')""")
     found = quoted.findall(text)
     if f'\\"{name}\\"' in text:  # JSON in a string of JSON
@@ -417,7 +417,7 @@ def _search(text: str, name: str) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """Read the escapes of a string's inside, or return it as it stands."""
+    """Return the text with its JSON escapes read; unchanged if they cannot be read."""
     try:
         return str(json.loads(f'"{text}"'))
     except ValueError:
@@ -425,13 +425,13 @@ def _unescaped(text: str) -> str:
 
 
 def _in_utf_8(content: bytes) -> bytes:
-    """Return text of another Unicode encoding, as json tells it by its first bytes, in UTF-8; all else as it is."""
+    """Return text of another Unicode encoding (by its first bytes, as in `json`) in UTF-8; all else unchanged."""
     encoding = json.detect_encoding(content)
     return content if encoding == "utf-8" else content.decode(encoding, "replace").encode(errors="replace")
 
 
 def _named_within(document: object, depth: int = _DEPTH_MAX) -> Iterator[object]:
-    """Find what names a job in JSON that stands in strings, as it is or in base64: envelopes in envelopes, too."""
+    """Yield the values that name a job in JSON inside strings, plain or in base64; also in envelopes in envelopes."""
     for text in _strings(document):
         content = text.encode(errors="replace") if text.lstrip()[:1] in {"{", "[", '"'} else _base64(text)
         inner = _load_or_none(content)
@@ -465,7 +465,7 @@ def _base64(text: str) -> bytes:
 
 
 def _values(value: object, names: tuple[str, ...]) -> Iterator[object]:
-    """Find what stands under these names at any depth."""
+    """Yield the values under these names, at any depth."""
     match value:
         case dict():
             for name, inner in value.items():
@@ -494,7 +494,8 @@ def _data(document: dict[str, Any]) -> tuple[object, bool]:
 def _jobs(found: Iterable[object]) -> tuple[tuple[str, ...], bool]:
     """Return the ids among these, each once, and whether all of them are ids.
 
-    White space at an id's ends may be a charge's of before it was refused, or a slip: then it is both.
+    White space at the ends of an id may belong to a charge from before it was refused, or be a mistake: then both ids
+    are returned.
     """
     jobs, sure = dict[str, None](), True
     for value in found:

@@ -1,4 +1,4 @@
-"""The pipeline's side: put events on their queues, in the form that every kombu consumer reads."""
+"""The publisher, for the pipeline: puts events on their queues, in the form that every kombu consumer reads."""
 
 import json
 import threading
@@ -18,30 +18,30 @@ from kino_refunds.events.connection import kombu_connection, read_url
 from kino_refunds.events.envelope import MESSAGE_BYTES_MAX, MalformedReason, parse
 from kino_refunds.events.schema import Event, Queue, queue_of
 
-# What kombu wraps around a body takes about 330 bytes.
+# The envelope that kombu writes around a body takes about 330 bytes.
 _ENVELOPE_BYTES_MAX: Final = 512
-# Larger pipelines are no faster, and keep Redis from its other clients for longer (500 take it about 1 ms).
+# Larger pipelines are no faster, and block Redis' other clients for longer (500 events take it about 1 ms).
 _PIPELINE_LENGTH: Final = 500
 
 
 class EventPublisher:
-    """Publish the ends of jobs; what is published without an error is on its queue.
+    """Publishes the ends of jobs; an event that is published without an error is on its queue.
 
-    `DependencyAway` means that Redis did not confirm: it is away, slow, full (`maxmemory`), no primary any more,
-    or refuses the user. The next call connects anew, so also to the new primary after a failover. The event
-    may or may not be on its queue. **Publish it again, unchanged and with the same id, until this succeeds**:
-    the same event twice refunds once. Keep it durably until then, for nobody else has it (if it is lost, the
-    job is found overdue after its deadline). No event is sent twice in here, so that no caller waits longer
-    than it knows.
+    `DependencyAway` means that Redis did not confirm the event: Redis is away, slow, full (`maxmemory`), not the
+    primary any more, or refuses the user. The event may or may not be on its queue. **Publish it again, unchanged and
+    with the same id, until this succeeds**: the same event twice refunds once. Store it durably until then, because no
+    other copy exists (if it is lost, the job is found overdue after its deadline). The next call opens a new
+    connection, after a failover to the new primary. The publisher never repeats an event itself, so no call waits
+    longer than its timeout.
 
-    `MalformedMessage` means that no worker would understand the event, with the reason under which a worker
-    would have made it a dead letter. Publishing it again cannot help; correct the caller.
+    `MalformedMessage` means that no worker would understand the event; it has the reason that the dead letter would
+    have. Publishing it again cannot help: correct the caller.
 
-    Threads may share a publisher, they take turns. Processes may not: open one after the fork.
+    Threads may share a publisher: they take turns. Processes must not: open one after the fork.
     """
 
     def __init__(self, redis_url: str) -> None:
-        """Take a redis:// or rediss:// URL and connect at the first event; raises BadSettings."""
+        """Take a redis:// or rediss:// URL; connects at the first event. Raises BadSettings."""
         read_url(redis_url, name="the Redis URL")
         self._redis_url = redis_url
         self._connection: Connection | None = None
@@ -49,13 +49,14 @@ class EventPublisher:
         self._lock = threading.Lock()
 
     def publish(self, event: Event | Mapping[str, Any]) -> None:
-        """Publish one event; unknown fields and `message` travel along."""
+        """Publish one event, with its unknown fields and its `message`; raises DependencyAway and MalformedMessage."""
         self.publish_many([event])
 
     def publish_many(self, events: Iterable[Event | Mapping[str, Any]]) -> int:
-        """Publish events in order and say how many; they travel 500 at a time.
+        """Publish events in their order, 500 in each round trip; return how many.
 
-        If this raises, any part of them may be on the queues: publish all of them again, with the same ids.
+        Raises DependencyAway and MalformedMessage. Any of the events may be on the queues then: publish all of them
+        again, with the same ids.
         """
         iterator, count = iter(events), 0
         while bodies := [to_wire(event) for event in islice(iterator, _PIPELINE_LENGTH)]:
@@ -65,7 +66,7 @@ class EventPublisher:
         return count
 
     def close(self) -> None:
-        """Give the connection back; publishing afterwards opens a new one."""
+        """Close the connection; publishing afterwards opens a new one."""
         with self._lock:
             self._forget()
 
@@ -95,7 +96,7 @@ class EventPublisher:
 
     def _open(self) -> Producer:
         self._connection = kombu_connection(self._redis_url)
-        # Asking for a channel connects too, but tries again after 2 s first.
+        # Opening a channel would connect too, but after a failure it would wait 2 s and try again.
         self._connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
         channel = self._connection.channel()
         _declare(channel)
@@ -108,14 +109,14 @@ class EventPublisher:
 
 
 def _declare(channel: Any) -> None:
-    # Not needed to deliver through the anonymous exchange, but without its binding a stock SimpleQueue beside
-    # us would drop what it is given.
+    # Delivery through the anonymous exchange needs no binding. A stock SimpleQueue does: without the binding it drops
+    # its messages without an error.
     for queue in Queue:
         KombuQueue(queue.value, Exchange(queue.value, "direct"), queue.value, channel=channel).declare()
 
 
 def to_wire(event: Event | Mapping[str, Any]) -> tuple[str, Queue]:
-    """Write the body, and read it as a worker would before it goes anywhere."""
+    """Return the event's body and its queue; raises MalformedMessage if a worker would not understand the body."""
     if isinstance(event, BaseModel):
         body = event.model_dump_json(exclude_none=True)
     else:

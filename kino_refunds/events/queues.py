@@ -1,6 +1,6 @@
-"""The Redis side of intake: a batch is claimed, and dropped only once Postgres has decided it.
+"""The Redis side of intake: a worker claims a batch, and drops it only after its outcomes are in Postgres.
 
-Where a message is, at every instant (promise P6), while Redis keeps its data:
+Where a message is at every instant (promise P6), while Redis keeps its data:
 
     queue  --claim-->  in-flight list of one worker  --drop (after COMMIT)-->  gone
       ^                   |            |   ^
@@ -10,14 +10,15 @@ Where a message is, at every instant (promise P6), while Redis keeps its data:
 
 Every list is pushed on its left and read on its right, as kombu does: the tail is the oldest message.
 
-Each arrow is one script (scripts/*.lua), so nothing is ever between two places. Three rules hold in all that write:
+Each arrow is one script (scripts/*.lua), so a message is never between two places. Every script that writes keeps three
+rules:
 
-- A key of our own name that holds something else refuses (`WrongKeyType`) before anything is written.
-- The first write is a DEL, of a key that may well be missing. Redis refuses a script that would use memory
-  while it is full, but only at its first write: after a DEL, which needs none, the rest goes through. So a
-  full Redis can still be drained. A shebang line would switch this off.
-- A drop, release or begin names the token of its batch. redis-py repeats a command whose answer it did not see, and
-  a drop that arrives late must not delete the batch that was claimed since.
+- If a key of our own name has the wrong type, the script refuses (`WrongKeyType`) before it writes anything.
+- Its first write is a DEL, of a key that may be missing. A full Redis refuses a script that needs memory, but only at
+  its first write: after a DEL, which needs none, the rest is accepted. So workers can still drain a full Redis. A
+  shebang line would switch this off.
+- A drop, release or begin names the token of its batch. redis-py repeats a command whose answer it did not receive, and
+  a drop that arrives late must not delete the batch that was claimed after it.
 
 Redis Cluster is not supported: the scripts span keys and build the names of our own.
 """
@@ -36,27 +37,27 @@ from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.envelope import ELEMENTS_MAX
 from kino_refunds.events.schema import Queue
 
-# A claim serves them in this order: a customer waits for a refund, nobody waits for a capture.
+# A claim serves the queues in this order: a customer waits for a refund, and no customer waits for a capture.
 SERVED: Final = (Queue.JOB_FAILED, Queue.TIMEOUT, Queue.SAFETY_REJECTION, Queue.JOB_COMPLETED)
-# kombu keeps one list per priority; 0, the plain name, is served first.
+# kombu has one list for each priority; the list of priority 0, with the plain name, is served first.
 PRIORITY_SUFFIXES: Final = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 QUEUE_KEYS: Final = tuple(queue + suffix for queue in SERVED for suffix in PRIORITY_SUFFIXES)
 
-# 1,000 messages hold Redis for some 4 ms (measured); while a script runs nobody else is served.
+# A claim of 1,000 messages takes Redis some 4 ms (measured); while a script runs, Redis serves no other client.
 CLAIM_LIMIT_MAX: Final = 1000
-# A recovered message that has ended this many workers, each time alone in flight, is not tried again.
+# A recovered message that has ended this many workers, each time alone in flight, is not settled again.
 POISON_CRASHES: Final = 3
-# How long a crash is remembered. Long enough to meet a message again behind a recovered backlog.
+# How long a crash is counted: long enough for a message to be claimed again behind a recovered backlog.
 _CRASH_TTL_S: Final = 3600
-# The tail of a token whose batch is one recovered message: only a crash with such a token counts. Where the message
-# holds several events, the token's key also says which of them is in work, `<time>:<index>:alone`; then the crash is
-# that element's. What a worker knows as its token stays without the index.
+# The end of a token whose batch is one recovered message: only a crash with such a token is counted. If the message
+# holds several events, the key of the token also says which of them is in work, `<time>:<index>:alone`, and the crash
+# is counted for that event. The token that the worker knows has no index.
 _ALONE: Final = ":alone"
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Bytes as they were on the wire, and the base queue they came by."""
+    """The bytes of a message as they were on the wire, and the base queue that they came by."""
 
     queue: Queue
     raw: bytes
@@ -64,11 +65,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A batch in this worker's in-flight lists; by queue as `SERVED`, the oldest first in each.
+    """A batch in this worker's in-flight lists, in the order of `SERVED`, and the oldest first in each queue.
 
-    `token` is empty when nothing waits. `again`: this batch was returned before and never dropped.
-    `recovered`: it is one message that another worker died with, alone in flight; `crashes` says how many
-    workers ended while it was alone. `skipped` names the queue keys that hold something other than a list.
+    `token` is empty if no message is queued. `again`: this batch was returned before and not dropped. `recovered`: it
+    is one message of a dead worker, alone in flight; `crashes` is how many workers ended while it was alone. `skipped`
+    names the queue keys that do not hold a list.
     """
 
     token: str
@@ -81,10 +82,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What one recovery did.
+    """The result of one recovery.
 
-    `workers` are those that had messages in flight: an idle one that ended needs nobody's attention. `skipped`
-    names own keys of dead workers that hold something foreign.
+    `workers` are the dead workers that had messages in flight; an idle worker that ended needs no attention. `messages`
+    is how many messages were moved. `skipped` names keys of dead workers that have the wrong type.
     """
 
     workers: tuple[str, ...]
@@ -94,7 +95,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class BindReport:
-    """Queues whose kombu binding was missing and is back, and the keys of bindings that hold something foreign."""
+    """Queues whose kombu binding was missing and is restored, and the keys of bindings that have the wrong type."""
 
     restored: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -102,9 +103,10 @@ class BindReport:
 
 @dataclass(frozen=True, slots=True)
 class QueuedMessages:
-    """Every message not yet decided, or, where not `complete`, only some of them.
+    """Every message in Redis that is not decided yet; if not `complete`, only some of them.
 
-    `unreadable` names keys of the wrong type. Nothing may be concluded from an incomplete reading.
+    `unreadable` names keys of the wrong type. An incomplete reading proves nothing: a timeout that was presumed from it
+    could refund a job whose completion is queued.
     """
 
     messages: tuple[Message, ...]
@@ -113,12 +115,16 @@ class QueuedMessages:
 
 
 class Queues:
-    """One worker's hold on the queues. `worker_id` is new for every process, never a host's name."""
+    """The queues as one worker uses them. `worker_id` is new for every process, never a host's name.
+
+    Each method runs one script, and raises WrongKeyType or redis-py's RedisError; then nothing was moved, unless only
+    the answer was lost.
+    """
 
     def __init__(self, client: redis.Redis, worker_id: str, *, alive_ttl_s: float) -> None:
         self._worker_id = worker_id
         self._alive_ms = int(alive_ttl_s * 1000)
-        # A fresh process takes new work first: a poisonous message must not hold up a restarted worker.
+        # A new process takes new work first: a message that ends workers must not block a worker that was restarted.
         self._recovered_next = False
         self._claim = client.register_script(_script("names", "own", "claim"))
         self._begin = client.register_script(_script("names", "own", "begin"))
@@ -130,11 +136,11 @@ class Queues:
         self._recover = client.register_script(_script("names", "own", "recover"))
 
     def claim(self, limit: int = 500, max_bytes: int = 8 * 2**20) -> Claim:
-        """Return the batch in flight, whatever its size; else move up to `limit` waiting messages there.
+        """Return the batch in flight, whatever its size; if there is none, move up to `limit` queued messages there.
 
-        The first message always goes, also above `max_bytes`. From a `limit` of 4 on, every queue that waits
-        has its share in every batch. Recovered messages alternate with normal batches while both wait. When
-        nothing waits, nothing is written, so this may be polled.
+        The first message is always taken, even above `max_bytes`. With a `limit` of 4 or more, every queue that is not
+        empty has its share in every batch. While there are both, recovered messages and normal batches alternate. If no
+        message is queued, nothing is written, so this may be polled.
         """
         if not 1 <= limit <= CLAIM_LIMIT_MAX:
             raise ValueError(f"a claim takes 1 to {CLAIM_LIMIT_MAX} messages, not {limit}")
@@ -154,45 +160,45 @@ class Queues:
         return claim
 
     def begin(self, token: str, index: int | None) -> int | None:
-        """Say which event of the one recovered message is in work from now on, and that this worker lives.
+        """Note which event of the one recovered message is in work from now on, and refresh the alive key.
 
         Returns how many workers ended with that event in work; None if the batch is not in flight under this token.
-        An `index` of None says that it is none of them: a crash is the whole message's again.
+        With an `index` of None no event is in work: a crash is counted for the whole message again.
         """
         crashes = self._run(self._begin, (token, self._alive_ms, "" if index is None else index))
         return None if crashes < 0 else int(crashes)
 
     def drop(self, token: str) -> bool:
-        """Forget the batch, which Postgres has decided.
+        """Delete the batch, whose outcomes are in Postgres; call this only after the COMMIT (P6).
 
-        False: it is not in flight under this token (any more). It was dropped before, by this very call when
-        its answer was lost, or handed on after this worker seemed dead. Neither needs anything done.
+        Returns False if it is not in flight under this token (any more): this very call dropped it and its answer was
+        lost, or another worker recovered it after this one seemed dead. Neither case needs an action.
         """
         return bool(self._run(self._drop, (token, ELEMENTS_MAX)))
 
     def release(self, token: str) -> int:
-        """Put an undecided batch back where it is claimed next, in its order; return how many messages."""
+        """Put an undecided batch back to be claimed next, in its order; return how many messages."""
         return int(self._run(self._release, (token,)))
 
     def refresh(self) -> None:
-        """Say that this worker lives, for another alive TTL; between sub-batches, and while it backs off."""
+        """Set the alive key for another alive TTL; called between sub-batches, and while the worker backs off."""
         self._run(self._refresh, (self._alive_ms,))
 
     def bind(self) -> BindReport:
-        """Put back kombu's bindings of our queues that are missing; writes nothing where none is.
+        """Restore kombu's bindings of our queues that are missing; writes nothing if none is missing.
 
-        Without its binding, which a FLUSHALL takes, a live kombu `SimpleQueue` drops what it is given without
-        an error. A binding's key that holds something foreign is left alone and named.
+        A FLUSHALL deletes the bindings, and without its binding a running kombu `SimpleQueue` drops its messages
+        without an error. A binding's key of the wrong type is left unchanged and named in the report.
         """
         restored, skipped = self._run(self._bind, (self._alive_ms,), parts=2)
         return BindReport(restored=_names(restored), skipped=_names(skipped))
 
     def leave(self) -> None:
-        """Say that this worker ends. What is still in flight is recovered at once and counts as no crash."""
+        """Note that this worker ends: messages still in flight are recovered at once, and no crash is counted."""
         self._run(self._leave)
 
     def recover(self) -> Recovery:
-        """Move what dead workers had in flight to the recovered lists. Any worker may, at any time."""
+        """Move what dead workers had in flight to the recovered lists; any worker may call it at any time."""
         workers, messages, skipped = self._run(self._recover, (_CRASH_TTL_S,), parts=3)
         return Recovery(workers=_names(workers), messages=messages, skipped=_names(skipped))
 
@@ -206,10 +212,10 @@ class Queues:
 
 
 def read_queued(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16 * 2**20) -> QueuedMessages:
-    """Read every message on the queues, in flight and recovered, at one instant; move nothing.
+    """Return every message on the queues, in flight and recovered, at one instant; move nothing.
 
-    Up to `limit` messages and about `max_bytes`: more than that waiting means that we are behind, and whoever
-    asks needs to know no more.
+    Reads up to `limit` messages and about `max_bytes`. With more than that queued, the system is behind, and the caller
+    needs no exact answer. Raises RedisError.
     """
     script = client.register_script(_script("names", "queued"))
     complete, unreadable, lists = _answer(script, (limit, max_bytes), parts=3)
@@ -217,7 +223,7 @@ def read_queued(client: redis.Redis, *, limit: int = 10_000, max_bytes: int = 16
 
 
 def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
-    """Read the messages that one worker has claimed and not dropped, at one instant: a batch is seen whole or not."""
+    """Return the messages that one worker has claimed and not dropped, at one instant: a whole batch or none of it."""
     with client.pipeline(transaction=True) as pipeline:
         for queue in SERVED:
             pipeline.lrange(f"kino:inflight:{worker_id}:{queue}", 0, -1)
@@ -225,20 +231,20 @@ def in_flight(client: redis.Redis, worker_id: str) -> list[bytes]:
 
 
 def depths(client: redis.Redis) -> dict[str, int]:
-    """Count the messages on each base queue, and under `in-flight` and `recovered`, at one instant."""
+    """Return how many messages each base queue has, and `in-flight` and `recovered`, at one instant."""
     counts = _answer(client.register_script(_script("names", "depths")), parts=len(SERVED) + 2)
     return dict(zip((*SERVED, "in-flight", "recovered"), counts, strict=True))
 
 
 def _answer(script: Any, arguments: Sequence[str | int] = (), *, parts: int = 0) -> Any:
-    """Run a script and return its answer, a list of so many `parts` where it is one; raises RedisError otherwise."""
+    """Run a script and return its answer; raises RedisError if it should be a list of so many `parts` and is not."""
     try:
         answer = script(keys=QUEUE_KEYS, args=arguments)
     except redis.exceptions.NoScriptError:
-        # redis-py loads a missing script once; in a failover that may have been at the old primary.
+        # redis-py loads a missing script once, and in a failover it may have loaded it at the old primary.
         answer = script(keys=QUEUE_KEYS, args=arguments)
     if parts and (not isinstance(answer, list) or len(answer) != parts):
-        raise redis.exceptions.InvalidResponse("no Redis answers there: it does not run scripts")
+        raise redis.exceptions.InvalidResponse("the server at this address is not a Redis: it does not run scripts")
     return answer
 
 
@@ -254,6 +260,6 @@ def _names(keys: Sequence[bytes]) -> tuple[str, ...]:
 
 @cache
 def _script(*parts: str) -> str:
-    """Put a script together from its files: the names first, then what a worker's scripts share, then its own part."""
+    """Return a script, joined from its files: the names first, then the part that all scripts of a worker share."""
     folder = resources.files("kino_refunds.events") / "scripts"
     return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)

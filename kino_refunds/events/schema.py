@@ -1,8 +1,8 @@
-"""What the generation pipeline may tell us: four facts, each the end of one job (CloudEvents 1.0).
+"""The events of the generation pipeline: four facts, each the end of one job (CloudEvents 1.0).
 
-Fields are declared in alphabetical order, so that pydantic by itself writes the sorted-key JSON that
-fingerprints are made of; a test holds that order. Reading is strict (a number is not a string) and unknown
-fields are ignored, so the pipeline may add to its events without asking.
+Fields are declared in alphabetical order, so that pydantic writes the sorted-key JSON that fingerprints are made of; a
+test checks that order. Reading is strict (a number is not a string). Unknown fields are ignored, so the pipeline may
+add fields to its events.
 """
 
 import re
@@ -19,8 +19,8 @@ from pydantic_core import PydanticCustomError
 
 ID_LENGTH_MAX: Final = 128
 EDITED_ID_LENGTH_MAX: Final = 140
-"""Of a corrected copy's event id, `<id>+edit.N`: the longest id can be corrected too."""
-FINGERPRINT_VERSION: Final = "v1"  # stored with every event: another recipe needs another prefix
+"""The length of a corrected copy's event id, `<id>+edit.N`: an event with the longest id can be corrected too."""
+FINGERPRINT_VERSION: Final = "v1"  # stored with every event: another way to compute it needs another prefix
 
 COMPLETED: Final = "kino.generation.job-completed.v1"
 FAILED: Final = "kino.generation.job-failed.v1"
@@ -29,7 +29,7 @@ SAFETY_REJECTED: Final = "kino.generation.safety-rejection.v1"
 
 
 class Queue(StrEnum):
-    """The Redis lists that events travel on; a queue is transport, the event's `type` decides."""
+    """The Redis lists that carry events. The queue is only transport: the event's `type` says what the event is."""
 
     JOB_COMPLETED = "generation.job-completed"
     JOB_FAILED = "generation.job-failed"
@@ -46,7 +46,7 @@ QUEUES: Final[dict[str, Queue]] = {
 
 
 class ErrorOrigin(StrEnum):
-    """Whose failure it was, as the pipeline saw it."""
+    """Whose failure it was, as the pipeline saw it; the policy says which of them are refunded (clause 2)."""
 
     PLATFORM = "platform"
     PROVIDER = "provider"
@@ -55,7 +55,7 @@ class ErrorOrigin(StrEnum):
 
 
 class SafetyStage(StrEnum):
-    """When the content policy stopped the job."""
+    """When the content policy stopped the job; the policy says at which stages it is refunded (clause 2)."""
 
     BEFORE_GENERATION = "before_generation"
     DURING_GENERATION = "during_generation"
@@ -67,11 +67,11 @@ _STORED: Final = ContextVar("kino_stored_ids", default=False)
 
 @contextmanager
 def stored_ids() -> Iterator[None]:
-    """Read ids inside this block by the rule for what we stored or wrote ourselves.
+    """Read ids inside this block by the rule for ids that this system stored or wrote.
 
-    New ids have no white space at their ends: `order-1 ` beside `order-1` would be two orders. Ids from before that
-    rule stand in charges, waiting events and dead letters, and those must still be settled; and a corrected copy's id
-    is ours, and longer. A message from outside is never read in here.
+    New ids have no white space at their ends: `order-1 ` beside `order-1` would be two orders. Charges, pending events
+    and dead letters have ids from before that rule, and must still be settled. The id of a corrected copy is ours, and
+    longer. A message from a queue is never read inside this block.
     """
     token = _STORED.set(True)
     try:
@@ -81,10 +81,11 @@ def stored_ids() -> Iterator[None]:
 
 
 def _id(value: str) -> str:
-    """Refuse what Postgres cannot store (NUL, surrogates), what would garble a terminal, and what looks like another.
+    """Return an id, or refuse it: Postgres cannot store NUL or surrogates, and other characters garble a terminal.
 
-    Of white space only the plain space is printable. It is looked at here for every id of every event, and the rule
-    for stored ids only where a new id breaks it.
+    White space at either end is refused as well, because such an id looks like another one. Of all white space only the
+    plain space is printable. This check runs for every id of every event, so the rule for stored ids is read only if an
+    id breaks the rule for new ones.
     """
     if value.isprintable() and (value.strip() == value or _STORED.get()):
         return value
@@ -99,8 +100,8 @@ def _event_id(value: str) -> str:
     return _id(value)
 
 
-# RFC 3339, written out: fromisoformat alone would take dates without a time, and 24:00 on Python 3.14 only.
-# A leap second is RFC 3339 too, and is told apart below.
+# RFC 3339, written out: fromisoformat alone would accept dates without a time, and 24:00 on Python 3.14 only.
+# A leap second is valid in RFC 3339, and is refused below with an error of its own.
 _RFC_3339: Final = re.compile(
     r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):[0-5]\d:(?:[0-5]\d|60)(?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
@@ -109,10 +110,10 @@ _SECONDS: Final = slice(17, 19)
 
 
 def _utc(value: object, _pydantic_would: object) -> datetime:
-    """Read an instant; digits beyond the microsecond are cut off, as Postgres would.
+    """Return an instant in UTC; digits beyond the microsecond are cut off, as Postgres cuts them.
 
-    A time without an offset is refused, and what no instant here can hold: a leap second, a day that the calendar
-    does not have, and what lies outside the years 1 to 9999 in UTC.
+    Refuses a time without an offset, a leap second, a day that the calendar does not have, and an instant outside the
+    years 1 to 9999 in UTC.
     """
     try:
         if isinstance(value, str) and _RFC_3339.fullmatch(value):
@@ -149,14 +150,14 @@ class JobError(_Fact):
 
 
 class CompletedData(_Fact):
-    """A finished job has nothing to add."""
+    """The data of a completed job."""
 
     account_id: Id | None = None
     job_id: Id
 
 
 class FailedData(_Fact):
-    """A failed job says whose failure it was."""
+    """The data of a failed job: the error says whose failure it was."""
 
     account_id: Id | None = None
     error: JobError
@@ -164,7 +165,7 @@ class FailedData(_Fact):
 
 
 class TimedOutData(_Fact):
-    """A timed out job says whether its video exists all the same."""
+    """The data of a job that timed out: `result_produced` says whether its video exists all the same."""
 
     account_id: Id | None = None
     job_id: Id
@@ -172,7 +173,7 @@ class TimedOutData(_Fact):
 
 
 class SafetyRejectedData(_Fact):
-    """A rejected job says when it was stopped, and under which category."""
+    """The data of a rejected job: when it was stopped, and under which category."""
 
     account_id: Id | None = None
     category: Id
@@ -184,13 +185,13 @@ JobData: TypeAlias = CompletedData | FailedData | TimedOutData | SafetyRejectedD
 
 
 class _JobEvent(_Fact):
-    """The CloudEvents attributes, by their own names."""
+    """The CloudEvents attributes of an event, by their own names."""
 
     data: JobData
     id: EventId
     source: Id
     specversion: Literal["1.0"]
-    subject: str  # equal to data.job_id, whose rules are asked there
+    subject: str  # equal to data.job_id, which is checked as an id
     time: Time
     type: str
 
@@ -202,7 +203,7 @@ class _JobEvent(_Fact):
 
     @classmethod
     def of(cls, *, id: str, source: str, time: datetime, job_id: str, **data: Any) -> Self:  # noqa: A002 - CloudEvents' name
-        """Build an event in Python; `data` are the fields of this kind's data beyond the job id."""
+        """Return a validated event; `data` are its data fields beyond the job id. Raises pydantic's ValidationError."""
         return cls.model_validate(
             {
                 "specversion": "1.0",
@@ -222,7 +223,7 @@ class _JobEvent(_Fact):
 
     @property
     def account_id(self) -> str | None:
-        """Whose job the pipeline believes it was; the charge must agree."""
+        """The account that the pipeline names, if any; it must be the charge's."""
         return self.data.account_id
 
     @property
@@ -232,7 +233,7 @@ class _JobEvent(_Fact):
 
 
 class JobCompleted(_JobEvent):
-    """The video exists: the charge is captured."""
+    """The job completed and its video exists: the charge is captured."""
 
     data: CompletedData
     type: Literal["kino.generation.job-completed.v1"]
@@ -244,7 +245,7 @@ class JobCompleted(_JobEvent):
 
 
 class JobFailed(_JobEvent):
-    """There is no video, because something failed."""
+    """The job failed: there is no video."""
 
     data: FailedData
     type: Literal["kino.generation.job-failed.v1"]
@@ -283,26 +284,27 @@ Event: TypeAlias = Annotated[JobCompleted | JobFailed | JobTimedOut | JobSafetyR
 
 
 def queue_of(event: Event) -> Queue:
-    """Name the queue that this event is published to."""
+    """Return the queue that this event is published to."""
     return QUEUES[event.type]
 
 
-# What a person wrote about an error is neither stored nor compared.
+# The text that a person wrote about an error may name users: it is neither stored nor compared.
 _MESSAGE: Final[dict[str, Any]] = {"data": {"error": {"message"}}}
 
 
 def to_json(event: Event) -> bytes:
-    """Write the known fields as sorted-key compact JSON, time in UTC, without `message` and without nulls.
+    """Return the known fields as compact JSON with sorted keys, time in UTC, without `message` and without nulls.
 
-    This is a valid message again: read back, it has the same fingerprint.
+    The result is a valid message: read again, it has the same fingerprint.
     """
-    exclude = _MESSAGE if event.type == FAILED else None  # naming fields to leave out costs 0.3 us
+    exclude = _MESSAGE if event.type == FAILED else None  # to name fields that are left out costs 0.3 us
     return event.__pydantic_serializer__.to_json(event, exclude=exclude, exclude_none=True)
 
 
 def fingerprint(event: Event) -> str:
-    """Say in 67 characters what this event says, however it was written on the wire.
+    """Return 67 characters that identify the content of an event, in whatever form it was on the wire.
 
-    Stored fingerprints are compared with fresh ones: if the recipe changes, so must its prefix.
+    Stored fingerprints are compared with new ones: if the way to compute them changes, the prefix must change.
+    Otherwise every redelivered event would look like a conflict.
     """
     return f"{FINGERPRINT_VERSION}:{sha256(to_json(event)).hexdigest()}"

@@ -1,4 +1,4 @@
-"""The gate of intake: one row in Postgres that says whether events are taken, by whom closed, and why."""
+"""The gate of intake: one row in Postgres that says whether workers take events, and who closed it and why."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 TRIPWIRE = "tripwire"
-"""The actor that closes the gate by itself; only what it closed is probed and opened again by itself."""
+"""The actor of a gate that a worker closed automatically. Only such a gate is probed, and opened automatically."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Whether intake takes events; `reason` and `actor` belong to the last change."""
+    """The state of the gate: `paused` means closed; `reason`, `actor` and `changed_at` are those of the last change."""
 
     paused: bool
     reason: str | None
@@ -25,20 +25,20 @@ class Gate:
 
     @property
     def probed(self) -> bool:
-        """Closed by the tripwire: one event now and then finds out whether it can be opened."""
+        """Whether the tripwire closed the gate: then a worker tries one event from time to time, and may open it."""
         return self.paused and self.actor == TRIPWIRE
 
 
 def read_gate(connection: sa.Connection) -> Gate:
-    """Read the gate as it stands."""
+    """Return the present state of the gate; raises what Postgres raises."""
     row = connection.execute(sa.text("SELECT paused, reason, actor, changed_at FROM kino.intake_state")).one()
     return Gate(row.paused, row.reason, row.actor, row.changed_at)
 
 
 def pause_intake(connection: sa.Connection, *, reason: str, actor: str) -> bool:
-    """Close the gate for every worker; False if it was closed already, which then stays as it is.
+    """Close the gate for every worker; return False if it was closed already, which changes nothing.
 
-    A person's pause takes the place of the tripwire's: it ends only when a person ends it.
+    A person's pause replaces the tripwire's: then only a person opens the gate again.
     """
     return bool(
         connection.execute(
@@ -52,7 +52,7 @@ def pause_intake(connection: sa.Connection, *, reason: str, actor: str) -> bool:
 
 
 def resume_intake(connection: sa.Connection, *, reason: str, actor: str) -> bool:
-    """Open the gate for every worker; False if it was open, or was closed by a person and `actor` is none."""
+    """Open the gate for every worker; return False if it was open, or if a person closed it and `actor` is TRIPWIRE."""
     return bool(
         connection.execute(
             sa.text(

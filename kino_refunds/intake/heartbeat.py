@@ -1,4 +1,4 @@
-"""Heartbeats: each worker's row in `intake_worker`. On-call reads them; no decision rests on them."""
+"""Heartbeats: each worker's row in `intake_worker`. People on call read them; nothing is decided by them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ FORGOTTEN_AFTER: Final = timedelta(days=7)
 SHOWN_FOR: Final = timedelta(days=1)
 SHOWN_MAX: Final = 20
 CLOCK_SKEW_MAX: Final = timedelta(seconds=5)
-"""As in the doctor: NTP keeps hosts within milliseconds."""
+"""The same as in the doctor: NTP keeps hosts within milliseconds."""
 
 # Three heartbeats: one may be late behind a slow batch.
 IS_ALIVE: Final = "(stopped_at IS NULL AND seen_at > kino.clock() - interval '30 seconds')"
-"""The condition, for a query over `kino.intake_worker`: the worker has not said that it stops, and was seen lately."""
+"""The SQL condition, over `kino.intake_worker`, for a worker that is alive: it has not stopped, and wrote a heartbeat
+in the last 30 s."""
 
 _BEAT = sa.text("""
     INSERT INTO kino.intake_worker (worker_id, host, pid, build, started_at, seen_at, counts)
@@ -43,7 +44,7 @@ _FORGET = sa.text("DELETE FROM kino.intake_worker WHERE seen_at < kino.clock() -
 
 
 class Heartbeat:
-    """One worker's row; `counts` are read at each heartbeat."""
+    """One worker's row in `intake_worker`; `counts` is read at each heartbeat."""
 
     def __init__(self, engine: sa.Engine, worker_id: str, build: str, counts: Mapping[str, int]) -> None:
         self._engine = engine
@@ -52,14 +53,14 @@ class Heartbeat:
         self._row = {"worker_id": worker_id, "host": socket.gethostname(), "pid": os.getpid(), "build": build}
 
     def beat(self) -> None:
-        """Write that this worker lives and what it did so far, forget old workers, and compare the clocks."""
+        """Write that this worker is alive and its counts so far, delete the rows of old workers, and compare clocks."""
         self._write(_BEAT)
         with self._engine.begin() as connection:
             connection.execute(_FORGET, {"after": FORGOTTEN_AFTER})
         self._compare_clocks()
 
     def stop(self) -> None:
-        """Write that this worker stops."""
+        """Write that this worker has stopped."""
         self._write(_STOP)
 
     def _write(self, statement: sa.TextClause) -> None:
@@ -67,13 +68,14 @@ class Heartbeat:
             connection.execute(statement, {**self._row, "counts": json.dumps(self._counts)})
 
     def _compare_clocks(self) -> None:
-        """Warn once when this host's clock leaves Postgres', and say once when it is back."""
+        """Log once when this host's clock differs from Postgres', and once when they agree again."""
         with self._engine.connect() as connection:
-            skew = datetime.now(UTC) - read_clock(connection)  # compared, and nothing is decided by it
+            skew = datetime.now(UTC) - read_clock(connection)  # compared for a log line; nothing is decided by it
         off = abs(skew) > CLOCK_SKEW_MAX
         if off and not self._warned_of_skew:
             log.warning(
-                "this host's clock differs from Postgres': set both by NTP; sweeps here withhold what cannot be undone",
+                "this host's clock differs from Postgres': set both by NTP;"
+                " sweeps of this host withhold presumed timeouts and expiry",
                 ahead_s=round(skew.total_seconds(), 1),
             )
         elif self._warned_of_skew and not off:
@@ -83,7 +85,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker as its last heartbeat left it; `messages` is how many it has taken since it started."""
+    """A worker at its last heartbeat; `messages` is how many it has taken since it started."""
 
     worker_id: str
     host: str
@@ -97,13 +99,13 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Workforce:
-    """All workers together: how many are alive, since when the first of those runs, and their builds."""
+    """All workers together: how many are alive, when the first of those started (`since`), and their builds."""
 
     alive: int
     since: datetime | None
     builds: str | None
     seen_at: datetime | None
-    """The newest heartbeat, also of a worker that has stopped."""
+    """The time of the newest heartbeat, also of a worker that has stopped."""
 
 
 _WORKERS = sa.text(f"""
@@ -120,11 +122,11 @@ _WORKFORCE = sa.text(f"""
 
 
 def read_workers(connection: sa.Connection) -> list[Worker]:
-    """Return the workers seen within a day, those alive first; at most 20."""
+    """Return the workers that were seen within a day, those alive first; at most 20."""
     rows = connection.execute(_WORKERS, {"shown_for": SHOWN_FOR, "shown_max": SHOWN_MAX})
     return [Worker(*row) for row in rows]
 
 
 def read_workforce(connection: sa.Connection) -> Workforce:
-    """Return how many workers are alive, and what all heartbeats together say."""
+    """Return how many workers are alive, and what all heartbeats together say; raises what Postgres raises."""
     return Workforce(*connection.execute(_WORKFORCE).one())

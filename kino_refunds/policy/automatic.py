@@ -1,4 +1,4 @@
-"""Clauses 1, 2 and 6 as pure rules: an event and a document in, what the policy covers out, with its clause."""
+"""Clauses 1, 2 and 6 as pure rules: an event and a policy document in, the coverage and its clause out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Clause(StrEnum):
-    """The clauses that an automatic decision can cite."""
+    """The clauses that a settlement can cite. The words are stored, so a word here never changes."""
 
     CREDITS = "1"
     FAILURE = "2.failure"
@@ -22,7 +22,7 @@ class Clause(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a charge ended as it did, in the words of the ledger."""
+    """Why a charge was captured or refunded, in the words of the ledger; stored, so a word here never changes."""
 
     COMPLETED = "completed"
     NOT_COVERED = "not_covered"
@@ -32,7 +32,7 @@ class Reason(StrEnum):
 
 
 class Coverage(NamedTuple):
-    """What the policy says of one job's ending; an ending that it does not refund is captured."""
+    """What the policy says of one job's ending; an ending that is not refunded is captured."""
 
     refund: bool
     reason: Reason
@@ -40,9 +40,9 @@ class Coverage(NamedTuple):
 
 
 def coverage_of(event: Event, document: PolicyDocument, *, terminated_for_violation: bool) -> Coverage:
-    """Return what the policy gives for `event`: clause 1 captures, clause 2 refunds, clause 6 excludes.
+    """Return the coverage of `event` by a document: clause 1 captures, clause 2 refunds, clause 6 excludes.
 
-    Clause 6 is asked last, so that an ending which was not covered anyway cites the clause it missed.
+    Clause 6 is read last, so that an ending which is not covered anyway cites the clause that it did not meet.
     """
     covered = _covered(event, document)
     if covered.refund and terminated_for_violation and document.exclusions.terminated_for_violation:

@@ -1,4 +1,4 @@
-"""Policy documents: one TOML file a version, validated when loaded, chosen by the time of the event."""
+"""Policy documents: one TOML file for each version, validated when it is loaded, chosen by the time of the event."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Section(BaseModel):
 
 
 class Automatic(_Section):
-    """Clause 2: what is refunded without anybody asking."""
+    """Clause 2: the endings that are refunded automatically."""
 
     failure_origins: frozenset[ErrorOrigin]
     timeout_with_result: bool
@@ -31,13 +31,13 @@ class Automatic(_Section):
 
 
 class Exclusions(_Section):
-    """Clause 6: what is never refunded."""
+    """Clause 6: the accounts that are never refunded."""
 
     terminated_for_violation: bool
 
 
 class PolicyDocument(_Section):
-    """One published version of the refund policy, as figures and choices."""
+    """One published version of the refund policy: its name, its start, and its figures and choices."""
 
     version: str
     effective_at: AwareDatetime
@@ -52,7 +52,7 @@ class Policy:
     versions: tuple[PolicyDocument, ...]
 
     def at(self, instant: datetime) -> PolicyDocument:
-        """Return the version in force at `instant`; before the first one, the first (design, section 5)."""
+        """Return the version in force at `instant`; before the first version, the first (design, section 5)."""
         chosen = self.versions[0]
         for version in self.versions[1:]:
             if version.effective_at <= instant:
@@ -61,15 +61,15 @@ class Policy:
 
 
 def clamped(event_at: datetime, *, opened_at: datetime, now: datetime) -> datetime:
-    """Return the instant by which an event is judged: its own time, within [opened_at, now].
+    """Return the instant whose policy and account status apply to an event: its own time, within [opened_at, now].
 
-    A publisher's clock cannot choose a policy from before the customer paid or from the future.
+    So the clock of a publisher cannot choose a policy from before the customer paid, or from the future.
     """
     return max(opened_at, min(event_at, now))
 
 
 def parse_policy(text: str, *, name: str) -> PolicyDocument:
-    """Read one document; raises InvalidPolicy that names the file and every field that is wrong."""
+    """Return the document in `text`; raises InvalidPolicy, which names the file and every wrong field."""
     try:
         return PolicyDocument.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -82,7 +82,7 @@ def parse_policy(text: str, *, name: str) -> PolicyDocument:
 
 
 def make_policy(documents: Iterable[PolicyDocument]) -> Policy:
-    """Order versions by when they came into force; raises InvalidPolicy if two claim one name or instant."""
+    """Return the versions in the order of their start; raises InvalidPolicy if two have one name or one start."""
     versions = tuple(sorted(documents, key=lambda document: document.effective_at))
     for field in ("version", "effective_at"):
         values = [getattr(document, field) for document in versions]
@@ -97,7 +97,7 @@ def make_policy(documents: Iterable[PolicyDocument]) -> Policy:
 
 @cache
 def published_policy() -> Policy:
-    """Load the versions that this build ships."""
+    """Return the policy that this build ships, from kino_refunds/policy/versions/*.toml; raises InvalidPolicy."""
     folder = files("kino_refunds.policy") / "versions"
     return make_policy(
         parse_policy(path.read_text(encoding="utf-8"), name=path.name)

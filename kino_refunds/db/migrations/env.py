@@ -1,4 +1,4 @@
-"""Alembic's entry: always on a connection that `kino_refunds.db.migrate` opened, never on its own."""
+"""Alembic's entry point; it runs on a connection that `kino_refunds.db.migrate` opened, and opens none itself."""
 
 from alembic import context
 

@@ -1,5 +1,5 @@
--- Elements that were settled keep their counts until the drop: after a crash with another one, the poisonous one must
--- still be known as such.
+-- Elements that were settled keep their counts until the drop: after a crash with another element, the worker must still
+-- know which one ends workers.
 if token ~= ARGV[2] or not is_alone(token) then return -1 end
 local counter
 for _, queue in ipairs(queues) do

@@ -1,5 +1,5 @@
--- As kombu writes them, for an exchange of the queue's name (kombu.transport.redis, `_queue_bind`): in the second
--- set stands what an expiring queue's end must not take away.
+-- As kombu writes them, for an exchange of the queue's name (kombu.transport.redis, `_queue_bind`): the second set holds
+-- the bindings that the end of an expiring queue must not delete.
 local separator = string.char(6, 22)
 local missing, restored, skipped = {}, {}, {}
 for _, queue in ipairs(queues) do

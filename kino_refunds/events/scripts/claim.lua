@@ -30,8 +30,8 @@ local function new_token(tail)
   redis.call('SET', token_of(me), token)
 end
 
--- At most so many messages and bytes from one base queue, within what is left for the batch. It looks before
--- it moves: what does not fit stays where it is.
+-- Move at most so many messages and bytes from one base queue, within what is left for the batch. It reads a message
+-- before it moves it: a message that does not fit stays on its queue.
 local count, bytes = 0, 0
 local function take(queue, most, most_bytes)
   local taken, taken_bytes = 0, 0
@@ -49,7 +49,7 @@ local function take(queue, most, most_bytes)
 end
 
 if again == 1 then
-  -- A batch without its token (somebody deleted it) gets another; it no longer says that it was alone.
+  -- A batch whose token was deleted gets a new one, which no longer says that the message was alone.
   if not token or not token:match('^%d+:?%a*$') then new_token('') end
 elseif rescued and (recovered_next or not some) then
   redis.call('LMOVE', recovered(rescued), inflight(me, rescued), 'RIGHT', 'LEFT')

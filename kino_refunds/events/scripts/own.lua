@@ -1,21 +1,21 @@
--- For the scripts of one worker, ARGV[1]: what it owns is what it should be, or nothing happens at all.
+-- For the scripts of one worker, ARGV[1]: if a key that it owns has the wrong type, nothing is written.
 
 local me = ARGV[1]
 
--- Of a message, or of one of its elements.
+-- The crash counter of a message, or of one of its elements.
 local function crashes(message, element)
   return 'kino:crashes:' .. redis.sha1hex(message) .. (element and ':' .. element or '')
 end
 local function is_alone(token) return token and token:sub(-6) == ':alone' end
 
--- The token as its worker knows it, and the element in work.
+-- The token as its worker knows it, and the index of the element in work.
 local function read_token(worker)
   local held = redis.call('GET', token_of(worker))
   if not held then return held end
   return held:gsub(':%d+:alone$', ':alone'), held:match(':(%d+):alone$')
 end
 
--- The first of these keys that is neither missing nor of its type.
+-- A key of these that exists and has the wrong type, and the type that it has.
 local function foreign(types)
   for key, wanted in pairs(types) do
     local found = type_of(key)
@@ -28,7 +28,7 @@ local function owned_by(worker)
   local element = type_of(token_of(worker)) == 'string' and select(2, read_token(worker))
   for _, queue in ipairs(queues) do
     types[inflight(worker, queue)] = 'list'
-    -- A message alone in flight has its count of crashes, and so has its element in work.
+    -- A message that is alone in flight has a crash counter, and so has its element in work.
     if type_of(inflight(worker, queue)) == 'list' then
       local message = redis.call('LINDEX', inflight(worker, queue), -1)
       types[crashes(message)] = 'string'

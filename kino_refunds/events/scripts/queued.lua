@@ -1,4 +1,4 @@
--- In small pieces, so that no cap is overshot by much.
+-- Read in small pieces, so that the caps are exceeded by little.
 local limit, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
 local complete, unreadable, lists, count, bytes = 1, {}, {}, 0, 0
 

@@ -1,5 +1,6 @@
--- Whether a worker is dead is asked here, where nothing can happen between the question and the move. A worker
--- that comes back after this finds its token gone: its drop does nothing, and its events settle as duplicates.
+-- Whether a worker is dead is read in the script that moves its messages, so that it cannot change in between. A worker
+-- that runs on after this has no token any more: its drop does nothing, and its events are duplicates when they are
+-- settled again.
 local workers, count, skipped = {}, 0, {}
 for _, worker in ipairs(redis.call('SMEMBERS', registry)) do
   if worker ~= me and redis.call('EXISTS', alive(worker)) == 0 then

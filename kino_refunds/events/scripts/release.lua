@@ -1,5 +1,5 @@
--- The newest first, each onto the tail: the oldest is then the next to be claimed. What was recovered goes
--- back to be claimed alone again, and so does what came by a queue whose key can no longer hold it.
+-- The newest first, each onto the tail: the oldest is then claimed next. A recovered message goes back to the recovered
+-- list, to be claimed alone again; so does a message whose queue key has another type by now.
 if token ~= ARGV[2] then return 0 end
 
 redis.call('DEL', token_of(me))

@@ -114,7 +114,7 @@ def test_broker_of_the_command_line_does_not_win(
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("KINO_REDIS_URL", "redis://:hunter2@a/0?max_connections=1", "has options that are not taken"),
+        ("KINO_REDIS_URL", "redis://:hunter2@a/0?max_connections=1", "has options that are not supported"),
         ("KINO_REDIS_URL", "sentinel://:hunter2@a/0", "is a Sentinel URL"),
         ("KINO_REDIS_URL", "", "is not set"),
         ("KINO_LOG_LEVEL", "loud", ": Input should be"),
