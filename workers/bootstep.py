@@ -19,8 +19,8 @@ from kino_refunds.events.queues import Queues
 from kino_refunds.intake.heartbeat import HEARTBEAT_EVERY_S, Heartbeat
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.rules import rules_of
-from kino_refunds.telemetry.log import get_logger
-from workers.intake import Intake, one_line
+from kino_refunds.telemetry.log import get_logger, one_line
+from workers.intake import Intake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,17 +29,18 @@ from kino_refunds.intake.gate import TRIPWIRE, Gate, pause_intake, read_gate, re
 from kino_refunds.intake.poll import Poll
 from kino_refunds.intake.tripwire import PROBE_EVERY_S, Probe, Tripwire
 from kino_refunds.settlement.batch import keep_letters, settle_parts
-from kino_refunds.settlement.dead_letters import DeadLetter, LetterReason, poison_letter, unread_letter
+from kino_refunds.settlement.dead_letters import DeadLetter, LetterReason, poison_letter
 from kino_refunds.settlement.decide import Busy
-from kino_refunds.settlement.deliveries import Delivery, read_message
 from kino_refunds.settlement.outcomes import Disposition, Outcome
-from kino_refunds.telemetry.log import get_logger
+from kino_refunds.telemetry.log import get_logger, one_line
+from workers.claims import read_claim, sub_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
     from kino_refunds.settings import Settings
     from kino_refunds.settlement.decide import Ruling
+    from kino_refunds.settlement.deliveries import Delivery
     from kino_refunds.settlement.rules import Rules
 
 log = get_logger(__name__)
@@ -342,54 +343,3 @@ class Intake:
             log.warning("could not release the batch at shutdown", error=one_line(error))
         else:
             log.info("intake stopped", released=released)
-
-
-def read_claim(claim: Claim) -> tuple[list[Delivery], list[DeadLetter]]:
-    """Parse a batch; return its events, and a dead letter for each message that cannot be understood (P7, P8).
-
-    A message that was alone in flight when a worker died, for the third time, is not parsed: that may end this worker.
-    """
-    if claim.crashes >= POISON_CRASHES:
-        (message,) = claim.messages
-        return [], [poison_letter(message.raw, message.queue.value, claim.crashes)]
-    deliveries, dead = list[Delivery](), list[DeadLetter]()
-    for message in claim.messages:
-        events, letters = _read(message.raw, message.queue.value)
-        deliveries += events
-        dead += letters
-    return deliveries, dead
-
-
-def _read(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLetter]]:
-    """Parse one message; if our own parser fails on it, return a dead letter, so that no other message is affected."""
-    try:
-        return read_message(raw, queue)
-    except Exception as error:
-        if classify(error) is Fault.KEEP:
-            raise
-        return [], [unread_letter(raw, queue, error)]
-
-
-def sub_batches(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery]]:
-    """Yield batches of at most `size` events, in their order; a job's events stay together, whatever their number.
-
-    In two transactions the later ending of a job could be settled first, and the first settlement stands.
-    """
-    if len(deliveries) <= size:
-        yield list(deliveries)
-        return
-    jobs: dict[str, list[Delivery]] = {}
-    for delivery in deliveries:
-        jobs.setdefault(delivery.event.job_id, []).append(delivery)
-    batch: list[Delivery] = []
-    for events in jobs.values():
-        if batch and len(batch) + len(events) > size:
-            yield batch
-            batch = []
-        batch += events
-    yield batch
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's type and the first line of its text: sqlalchemy's second line has the parameters."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -26,8 +26,7 @@ from kino_refunds.schedule import claim_slot, entries, finish_slot
 from kino_refunds.settings import load_settings
 from kino_refunds.settlement.retries import sweep_retries as sweep
 from kino_refunds.settlement.rules import rules_of
-from kino_refunds.telemetry.log import get_logger
-from workers.intake import one_line
+from kino_refunds.telemetry.log import get_logger, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

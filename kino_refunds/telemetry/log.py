@@ -69,3 +69,8 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Return the logger of a module."""
     logger: structlog.stdlib.BoundLogger = structlog.get_logger(name)
     return logger
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its text: SQLAlchemy's second line has the parameters."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

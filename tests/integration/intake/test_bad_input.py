@@ -30,7 +30,7 @@ from tests.malformed import MALFORMED, TEN_KB, bare, envelope
 from tests.malformed import event as document
 from tests.pipeline import EMPTY, FAILED, Says, open_jobs, refunded
 from tests.scenario import NOW, Scene, make_event, make_rules
-from workers import intake as intake_module
+from workers import claims
 
 pytestmark = pytest.mark.usefixtures("sound_books")
 
@@ -299,7 +299,7 @@ def stumble(monkeypatch: pytest.MonkeyPatch, word: bytes) -> None:
             raise RecursionError("planted")
         return read_message(raw, queue)
 
-    monkeypatch.setattr(intake_module, "read_message", read)
+    monkeypatch.setattr(claims, "read_message", read)
 
 
 def test_a_message_on_which_our_reading_fails_is_kept_alone(

@@ -39,7 +39,7 @@ from tests.pipeline import (
 )
 from tests.scenario import Scene, make_event
 from workers import intake as intake_module
-from workers.intake import sub_batches
+from workers.claims import sub_batches
 
 # --- what arrives
 

@@ -21,7 +21,7 @@ from tests.intake import A, B, make_intake
 from tests.integration.intake.batches import outcomes
 from tests.pipeline import CAPTURED, EMPTY, FAILED, REFUNDED, drain, failures, ledger, numbered, open_jobs, push
 from tests.scenario import Scene, make_event, make_rules
-from workers.intake import read_claim
+from workers.claims import read_claim
 
 
 def test_a_batch_settled_and_not_dropped_is_told_duplicates(
