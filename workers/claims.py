@@ -1,4 +1,4 @@
-"""The contents of a claim: parse its messages into events, and split its events into batches of one transaction each."""
+"""The contents of a claim: parse its messages into events, and split the events into batches of one transaction."""
 
 from __future__ import annotations
 
