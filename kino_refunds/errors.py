@@ -1,17 +1,17 @@
-"""Every error this package raises on purpose, each one sentence, and nothing else."""
+"""Every error that this package raises on purpose, each with one sentence."""
 
 from __future__ import annotations
 
 
 class KinoError(Exception):
-    """Root of the errors that this package raises on purpose."""
+    """The root of the errors that this package raises on purpose."""
 
 
 class MalformedMessage(KinoError):
-    """A message on a queue that cannot be understood; it is kept as a dead letter under `code`.
+    """A message on a queue cannot be understood; it is kept as a dead letter with the reason `code`.
 
-    `cause` is what messages with the same mistake have in common, such as the wrong field's path: letters are grouped
-    by it, and never by values that differ from message to message.
+    `cause` is what messages with the same mistake have in common, such as the path of the wrong field. Letters are
+    grouped by it, and never by values, which differ from message to message.
     """
 
     def __init__(self, code: str, text: str, *, cause: str = "") -> None:
@@ -22,7 +22,7 @@ class MalformedMessage(KinoError):
 
 
 class GrantConflict(KinoError):
-    """The reference of this grant already names a grant with other terms."""
+    """The reference of this grant already names a grant on other terms."""
 
 
 class ChargeConflict(KinoError):
@@ -42,7 +42,7 @@ class AccountNotActive(KinoError):
 
 
 class TooManyLots(KinoError):
-    """A charge would take from more lots than one can; its account's credits lie in too many small lots."""
+    """A charge would take from more than 32,767 lots, because its account's credits are in too many small lots."""
 
 
 class LedgerBusy(KinoError):
@@ -50,7 +50,7 @@ class LedgerBusy(KinoError):
 
 
 class RefusedInput(KinoError, ValueError):
-    """A ledger function does not take what it was sent; the text names the item."""
+    """A ledger function refuses a value that it was sent; the text names the item."""
 
 
 class ChargeNotCaptured(KinoError):
@@ -58,7 +58,7 @@ class ChargeNotCaptured(KinoError):
 
 
 class InstantNotFinal(KinoError):
-    """What was at this instant may still change; the text names the latest instant that can be asked for."""
+    """The balance at this instant may still change; the text names the latest instant that can be asked for."""
 
 
 class UnfitSession(KinoError):
@@ -66,15 +66,15 @@ class UnfitSession(KinoError):
 
 
 class LedgerInconsistent(KinoError):
-    """The ledger's own rows contradict each other; nothing is moved until a person has looked."""
+    """The ledger's own rows contradict each other; no credits are moved until a person has looked."""
 
 
 class SettledElsewhere(KinoError):
-    """Another session decided one of these events between our read and our write; read again."""
+    """Another session decided one of these events after they were read; nothing was written, read them again."""
 
 
 class WrongKeyType(KinoError):
-    """A Redis key of our own name holds a value that is not ours; nothing was moved."""
+    """A Redis key of our own name has a value of another type; nothing was moved."""
 
 
 class TransferNotFound(KinoError):
@@ -86,7 +86,7 @@ class DeadLetterNotFound(KinoError):
 
 
 class DeadLetterClosed(KinoError):
-    """Somebody has closed this dead letter, or has it in hand; nothing was done to it."""
+    """This dead letter is closed, or another person works on it; nothing was done to it."""
 
 
 class BreakNotFound(KinoError):
@@ -98,11 +98,11 @@ class SourceUnavailable(KinoError):
 
 
 class SourceUnreachable(SourceUnavailable):
-    """The job source can answer for no job at all, so a smaller question would fail as well."""
+    """The job source can answer for no job at all, so an ask for fewer jobs would fail as well."""
 
 
 class SourceTimeout(SourceUnavailable, TimeoutError):
-    """The job source took the question and did not answer in time."""
+    """The job source received the ask and did not answer in time."""
 
 
 class SourceBroken(KinoError):
@@ -118,15 +118,15 @@ class DependencyAway(KinoError):
 
 
 class WrongEncoding(DependencyAway):
-    """The database is not encoded in UTF8, so that it cannot keep every id as it came."""
+    """The database is not encoded in UTF8, so it cannot keep every id unchanged."""
 
 
 class BadSettings(KinoError):
-    """A setting is missing or cannot be what it says."""
+    """A setting is missing or has a wrong value."""
 
 
 class InvalidPolicy(KinoError):
-    """A policy document does not say what it must."""
+    """A policy document is not valid; the text names the file and the fields."""
 
 
 class BadTrace(KinoError):
@@ -134,12 +134,12 @@ class BadTrace(KinoError):
 
 
 class ServerFailed(KinoError):
-    """An embedded server did not start; its last log lines are in the text."""
+    """An embedded server or a process of it did not start, or ended; the text has its last log lines."""
 
 
 class LetterProtects(KinoError):
-    """This dead letter keeps open charges from a presumed timeout, and they were not named; nothing was done."""
+    """This dead letter withholds the presumed timeouts of open charges that were not named; nothing was done."""
 
 
 class RelayNotReady(KinoError):
-    """The relay has no cursor yet, or a round has it in hand; nothing was moved."""
+    """The relay has no cursor yet, or a round holds it; nothing was moved."""

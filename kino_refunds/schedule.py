@@ -1,6 +1,6 @@
-"""The schedule: what runs by itself, and a row for each run, so that two beats make one run (section 7).
+"""The schedule: the sweeps that run automatically, and a row for each run, so that two beats make one run (section 7).
 
-A period of time is a slot. Whoever inserts the slot's row runs; beat may run twice or not at all.
+A period of time is a slot. The process that inserts the slot's row runs the sweep. Beat may run twice or not at all.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ KEPT_FOR = timedelta(days=1)
 LOOK_BACK = timedelta(hours=1)
 LATE_SLOTS = 3
 LATE_MIN = timedelta(seconds=30)
-"""A sweep every two seconds is not dead after six: a restart of beat takes longer."""
+"""A sweep that runs every two seconds is not late after six: a restart of beat takes longer."""
 SAMPLE_EVERY = timedelta(minutes=1)
-"""How exact "verified through" is: fine enough for people, half a million rows a year."""
+"""The precision of "verified through": enough for people, at half a million rows a year."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing that runs by itself; `name` is its Celery task."""
+    """A sweep that runs automatically; `name` is its Celery task, `what` says in words what it does."""
 
     name: str
     every: timedelta
     what: str
 
     def slot(self, now: datetime) -> datetime:
-        """Return the start of the slot that `now` lies in: the same on every machine."""
+        """Return the start of the slot that contains `now`: the same on every machine."""
         return EPOCH + (now - EPOCH) // self.every * self.every
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How an entry stands; `missed` counts slots of the last hour in which nothing ran.
+    """The state of an entry; `missed` counts the slots of the last hour without a run.
 
-    `late`: it should have run by now and did not. What ran late and runs again is not late any more. `stuck`: its runs
-    start and do not end.
+    `late`: it should have run by now and did not; a sweep that runs again is no longer late. `stuck`: its runs start
+    and do not end.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Run:
     last: datetime | None
     finished: datetime | None
     ended: datetime | None
-    """The newest slot whose run came to its end."""
+    """The newest slot whose run ended."""
     result: Any
     next: datetime
     missed: int
@@ -66,9 +66,9 @@ class Run:
 
 
 def entries(settings: Settings) -> list[Entry]:
-    """List what runs with these settings; what is switched off is not in it."""
+    """Return the sweeps that run with these settings; one that is switched off is left out."""
     scheduled = [
-        Entry("kino.sweep_retries", timedelta(seconds=settings.retry_every_s), "try waiting events again"),
+        Entry("kino.sweep_retries", timedelta(seconds=settings.retry_every_s), "retry pending events"),
         Entry("kino.expire_lots", timedelta(seconds=settings.expiry_every_s), "expire lots"),
         Entry("kino.sample_clock", SAMPLE_EVERY, "note which time belongs to which transaction"),
     ]
@@ -82,11 +82,11 @@ def entries(settings: Settings) -> list[Entry]:
 
 
 def claim_slot(connection: sa.Connection, entry: Entry, *, claimed_by: str) -> datetime | None:
-    """Claim the current slot in the caller's transaction; None if somebody has it. Forgets slots of a day ago.
+    """Claim the current slot in the caller's transaction; return its start, or None if another process has it.
 
-    A row that was claimed later than it is now was written by a clock that has been set back since. It is no run: the
-    slot is claimed over it, or nothing would run until that clock's time has come. (The clock is read where the rows
-    conflict, after any wait: a claim of this very moment lies behind it.)
+    Also deletes the rows of slots from a day ago. A row whose claim lies in the future was written by a clock that has
+    been set back since. It is no run: the slot is claimed over it, or no sweep would run until the clock has come that
+    far again. (The clock is read where the rows conflict, after any wait, so a claim of this very moment is before it.)
     """
     now = read_clock(connection)
     slot_at = entry.slot(now)
@@ -110,9 +110,9 @@ def claim_slot(connection: sa.Connection, entry: Entry, *, claimed_by: str) -> d
 
 
 def begin_by_hand(connection: sa.Connection, entry: Entry, *, actor: str) -> datetime:
-    """Keep that a person starts a run now, in the caller's transaction; return what `finish_slot` finds the row by.
+    """Store that a person starts a run now, in the caller's transaction; return the key of the row for `finish_slot`.
 
-    No slot is claimed: beat's next run takes place all the same. These rows are kept; a person's runs are few.
+    No slot is claimed: the next scheduled run takes place all the same. These rows are kept, because people run few.
     """
     begun: datetime = connection.execute(
         sa.text(
@@ -125,7 +125,7 @@ def begin_by_hand(connection: sa.Connection, entry: Entry, *, actor: str) -> dat
 
 
 def finish_slot(connection: sa.Connection, entry: Entry, slot_at: datetime, result: dict[str, Any]) -> None:
-    """Say that a run has ended, and with what."""
+    """Store that a run has ended, and its result."""
     connection.execute(
         sa.text(
             "UPDATE kino.schedule_slot SET finished_at = kino.clock(), result = CAST(:result AS jsonb)"
@@ -135,7 +135,7 @@ def finish_slot(connection: sa.Connection, entry: Entry, slot_at: datetime, resu
     )
 
 
-# A slot later than the clock was claimed by a clock that has been set back since: it is no run.
+# A slot in the future was claimed by a clock that has been set back since: it is no run.
 _RUNS = sa.text("""
     SELECT r.name, last.slot_at AS last, last.finished_at AS finished, last.result, seen.first, seen.slots, seen.ended
     FROM unnest(CAST(:names AS text[]), CAST(:sinces AS timestamptz[]), CAST(:currents AS timestamptz[]))
@@ -155,7 +155,7 @@ _RUNS = sa.text("""
 
 
 def read_schedule(connection: sa.Connection, scheduled: Sequence[Entry]) -> list[Run]:
-    """Say of each entry when it ran last, when it will next, and whether it runs as it should."""
+    """Return for each entry when it ran last, when it runs next, and whether it is late or stuck."""
     now = read_clock(connection)
     workers_since = read_workforce(connection).since
     wanted = {
@@ -170,7 +170,7 @@ def read_schedule(connection: sa.Connection, scheduled: Sequence[Entry]) -> list
 
 def _run(entry: Entry, row: Any, workers_since: datetime | None, now: datetime) -> Run:
     late_after = max(LATE_SLOTS * entry.every, LATE_MIN)
-    # What never ran is late only where a worker has been there to run it.
+    # A sweep that never ran is late only if a worker has been alive to run it.
     expected_since = row.last or workers_since
     started_since = row.ended or workers_since or row.last
     due = max(0, (entry.slot(now) - row.first) // entry.every) if row.first is not None else 0

@@ -1,4 +1,4 @@
-"""Settings, all from the environment (`KINO_*`), each with the reason for its default."""
+"""Settings: all are read from the environment (`KINO_*`), each with the reason for its default."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from kino_refunds.events.queues import CLAIM_LIMIT_MAX, QUEUE_KEYS
 PREFIX = "KINO_"
 DATABASE_URL, PRODUCT_DATABASE_URL = f"{PREFIX}DATABASE_URL", f"{PREFIX}PRODUCT_DATABASE_URL"
 NOT_OURS = frozenset({"KINO_TRACE"})
-"""Names that belong to the tests and the Makefile."""
+"""Names that the tests and the Makefile use."""
 
 LOT_GRACE_DAYS = f"{PREFIX}LOT_GRACE_DAYS"
-GONE = {LOT_GRACE_DAYS: "it stands in the ledger now: `kino-refunds migrate --lot-grace-days N` writes it"}
-"""Names that were settings once, and where what they said is now."""
+GONE = {LOT_GRACE_DAYS: "it is a row of the ledger now: `kino-refunds migrate --lot-grace-days N` writes it"}
+"""Names of former settings, each with where its value is now."""
 
 DAY_S = 86_400
-"""What is longer than this was meant in another unit."""
+"""The maximum of most times: a longer one was meant in another unit."""
 ALIVE_MARGIN_S = 5.0
-"""Beyond the sum of the session's limits: a round trip to Redis on a slow day."""
+"""Seconds beyond the sum of the session's limits: for a slow round trip to Redis."""
 
 
 class Settings(BaseSettings):
-    """Everything that a deployment can choose; times carry their unit in their name."""
+    """Everything that a deployment can choose; the name of a time ends with its unit."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", allow_inf_nan=False, env_ignore_empty=True
@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     @classmethod
     def _queue_of_its_own(cls, value: str | None) -> str | None:
         if value in QUEUE_KEYS:
-            raise ValueError("this queue is the pipeline's: every refund would come back as a dead letter")
+            raise ValueError("this queue is the pipeline's: every event of a refund would become a dead letter")
         return value
 
     @cached_property
@@ -152,27 +152,27 @@ class Settings(BaseSettings):
 
     @property
     def alive_ttl_s(self) -> float:
-        """How long a silent worker counts as alive: longer than any transaction it may have left behind."""
+        """Seconds for which a silent worker counts as alive: longer than any transaction that it may have left open."""
         return self.session_limits.longest_hold_s + ALIVE_MARGIN_S
 
     @property
     def retry_lease(self) -> timedelta:
-        """How long a retry sweep may have events in hand before another takes them: as long as it counts as alive."""
+        """How long no other retry sweep takes the events of a sweep: as long as its worker counts as alive."""
         return timedelta(seconds=self.alive_ttl_s)
 
     @property
     def overdue_grace(self) -> timedelta:
-        """`overdue_grace_s` as a duration."""
+        """`overdue_grace_s` as a timedelta."""
         return timedelta(seconds=self.overdue_grace_s)
 
     def require_database_url(self) -> str:
-        """Return the worker's database URL; raises BadSettings that says how to set it."""
+        """Return the worker's database URL; raises BadSettings, which says how to set it."""
         return _require_postgres(self.database_url, DATABASE_URL, "postgresql://kino_worker@HOST/DATABASE")
 
     def require_product_database_url(self) -> tuple[str, str]:
-        """Return the database URL of what the product does, and the name of the setting that it comes from.
+        """Return the database URL for the product's acts, and the name of the setting that it comes from.
 
-        Raises BadSettings that says how to set it.
+        Raises BadSettings, which says how to set it.
         """
         if self.product_database_url is None:
             return self.require_database_url(), DATABASE_URL
@@ -180,7 +180,7 @@ class Settings(BaseSettings):
         return _require_postgres(self.product_database_url, PRODUCT_DATABASE_URL, example), PRODUCT_DATABASE_URL
 
     def require_migration_database_url(self) -> str:
-        """Return the owner's database URL; raises BadSettings that says how to set it."""
+        """Return the owner's database URL; raises BadSettings, which says how to set it."""
         return _require_postgres(
             self.migration_database_url,
             "KINO_MIGRATION_DATABASE_URL",
@@ -188,14 +188,14 @@ class Settings(BaseSettings):
         )
 
     def require_job_source_database_url(self) -> str:
-        """Return the database URL of the job source `sql`; raises BadSettings that says how to set it."""
+        """Return the database URL of the job source `sql`; raises BadSettings, which says how to set it."""
         example = "postgresql://READER@HOST/DATABASE"
         if self.job_source_url is None:
             raise BadSettings(f"KINO_JOB_SOURCE=sql needs KINO_JOB_SOURCE_URL; for example {example}")
         return _require_postgres(self.job_source_url, "KINO_JOB_SOURCE_URL", example)
 
     def require_redis_url(self) -> str:
-        """Return the Redis URL; raises BadSettings that says how to set it, or what in it is not taken."""
+        """Return the Redis URL; raises BadSettings, which says how to set it, or what in it is wrong."""
         url = _require(self.redis_url, "KINO_REDIS_URL", EXAMPLE)
         read_url(url)
         return url
@@ -211,7 +211,7 @@ def _require_postgres(value: SecretStr | None, name: str, example: str) -> str:
     url = _require(value, name, example)
     try:
         read = driver_url(url)
-    except (sa.exc.ArgumentError, ValueError):  # their texts may quote the password
+    except (sa.exc.ArgumentError, ValueError):  # the texts of these errors may quote the password
         raise BadSettings(f"{name} {_UNREADABLE}; for example {example}") from None
     if read.drivername != "postgresql+psycopg":
         raise BadSettings(f"{name} is not Postgres by psycopg but {read.drivername}; for example {example}")
@@ -228,9 +228,9 @@ def _require_postgres(value: SecretStr | None, name: str, example: str) -> str:
 
 
 def _require_parts(url: sa.URL) -> None:
-    """Raise ArgumentError where hosts and ports do not belong together, ValueError where a part holds a NUL."""
+    """Raise ArgumentError if hosts and ports do not match, ValueError if a part contains a NUL."""
     _, parts = url.get_dialect()().create_connect_args(url)
-    if any("\0" in str(part) for part in parts.values()):  # libpq would take what stands before it
+    if any("\0" in str(part) for part in parts.values()):  # libpq would use only the text before the NUL
         raise ValueError("NUL")
 
 
@@ -238,7 +238,7 @@ _UNREADABLE = "cannot be read: look at its hosts, ports and options, and write s
 
 
 def load_settings() -> Settings:
-    """Read the environment; raises BadSettings that names each variable that is wrong."""
+    """Return the settings in the environment; raises BadSettings, which names each wrong variable."""
     try:
         return Settings()
     except ValidationError as error:
@@ -247,19 +247,19 @@ def load_settings() -> Settings:
 
 
 def unknown_names() -> list[tuple[str, str]]:
-    """List `KINO_*` variables that are no setting, each with what to do about it."""
+    """Return the `KINO_*` variables that are not settings, each with what to do about it."""
     known = {name.upper() for name in Settings.model_fields}
     found = []
     for name in sorted(os.environ):
         rest = name.removeprefix(PREFIX)
         if rest != name and rest not in known and name not in NOT_OURS:
-            # Without the prefix, by which everything would be near to everything.
+            # Compared without the prefix, which would make all names similar.
             nearest = difflib.get_close_matches(rest, sorted(known), n=1)
-            advice = f"did you mean {PREFIX}{nearest[0]}?" if nearest else "remove it: nobody reads it"
+            advice = f"did you mean {PREFIX}{nearest[0]}?" if nearest else "remove it: no program reads it"
             found.append((name, GONE.get(name, advice)))
     return found
 
 
 def redacted(url: str) -> str:
-    """Return a URL without its password, for logs and messages; nor its options, which may hold one too."""
+    """Return a URL for logs and messages: without its password, and without its options, which may hold one too."""
     return sa.make_url(url).set(query={}).render_as_string(hide_password=True)

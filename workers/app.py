@@ -1,8 +1,8 @@
 """The Celery app: `celery -A workers.app worker`, `celery -A workers.app beat`.
 
-Events do not travel as Celery tasks. Intake claims them with its own scripts (workers/intake.py) inside the
-worker process; Celery carries only the sweeps, each of which can be lost without harm, because the next
-one finds what it left. Every option that touches delivery is written out, with its reason.
+Events are not Celery tasks. Intake claims them with its own scripts (workers/intake.py) inside the worker process.
+Celery carries only the sweeps. A sweep may be lost without harm, because the next one finds what it left. Every option
+that affects delivery is written out, with its reason.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ COPIED_BY_CELERY = {"BROKER_URL", "RESULT_BACKEND", "LOADER", "CONFIG_MODULE"}
 
 
 def forget_celery_variables() -> list[str]:
-    """Take Celery's own variables out of this process, and return the names of those that were set.
+    """Remove Celery's own variables from this process; return the names of those that were set.
 
-    They win over what is set here: under another broker no sweep would ever run, another configuration, loader or
-    pool would run something else, and `CELERY_WORKER_QUEUES` is `--queues` (click makes a variable of every
-    option). `--broker`, `--result-backend`, `--loader` and `--config` arrive here as variables too.
+    They would override the settings below: with another broker no sweep would run, with another configuration, loader
+    or pool other code would run, and `CELERY_WORKER_QUEUES` is `--queues` (click reads a variable for every option).
+    `--broker`, `--result-backend`, `--loader` and `--config` arrive here as variables too.
     """
     names = sorted(name for name in os.environ if name.startswith("CELERY_"))
     for name in names:
@@ -41,30 +41,30 @@ def forget_celery_variables() -> list[str]:
 
 
 class KinoCelery(Celery):
-    """Celery with no other configuration than what stands here and in KINO_* variables."""
+    """Celery that is configured by this module and KINO_* variables only."""
 
-    # Sweeps have no results; and a backend that is named here cannot be named elsewhere.
+    # Sweeps have no results, and a backend that is named here cannot be replaced from outside.
     backend_cls = "disabled"
 
     def config_from_cmdline(self, argv: list[str], namespace: str = "celery") -> NoReturn:
-        """Refuse `-- broker.url=…`: Celery shows the text of a ValueError as a wrong usage."""
+        """Raise ValueError for `-- broker.url=…`, whose text Celery shows as a usage error."""
         raise ValueError(f"this app takes no {namespace} settings on its command line ({len(argv)} given); use KINO_*")
 
 
 def read_settings() -> tuple[Settings, dict[str, Any]]:
-    """Read the settings and what Celery's connections come to; one that is wrong ends this process with one line.
+    """Return the settings, and Celery's broker settings from them; a wrong setting ends this process with one line.
 
-    Celery would show a traceback for an error while it imports this module.
+    Celery would show a traceback for an error that occurs while it imports this module.
     """
     with one_line_for_bad_settings():
         settings = load_settings()
         broker = celery_settings(
             settings.require_redis_url(),
-            # Celery's own keys keep apart from the queues of the pipeline.
+            # A prefix keeps Celery's own keys apart from the pipeline's queues.
             global_keyprefix="kino:celery:",
-            # Longer than any sweep: after this, a task that was fetched and not acknowledged comes again.
+            # Longer than any sweep: after this time a task that was fetched and not acknowledged is delivered again.
             visibility_timeout=3600,
-            # Restored at the next look and not after the default of about 100 s.
+            # Such a task is restored at the next poll, and not after the default of about 100 s.
             unacked_restore_throttle=1,
         )
     return settings, broker
@@ -76,18 +76,18 @@ app = KinoCelery(
     "kino-refunds",
     include=["workers.tasks"],
     loader="celery.loaders.app:AppLoader",
-    # Django's, which would take over where its settings are in the environment.
+    # No Django fixup: it would take over if Django's settings are in the environment.
     fixups=[],
 )
 app.conf.update(
-    # Celery's own connections follow the primary too, and verify certificates as ours do.
+    # With these, Celery's own connections follow the primary and verify certificates, as ours do.
     **broker,
-    # Threads: the intake is a thread already, sweeps wait for Postgres, and a forked pool would share sockets.
+    # Threads: intake is a thread already, sweeps mostly wait for Postgres, and a forked pool would share sockets.
     worker_pool="threads",
     worker_concurrency=2,
-    # One sweep at a time in each thread; fetching more would only make them wait where nobody sees it.
+    # One sweep at a time in each thread. More fetched tasks would wait inside the worker, where no command shows them.
     worker_prefetch_multiplier=1,
-    # Acknowledged before it runs: a sweep that dies is made up by the next, one that is redelivered is a second.
+    # Acknowledged before it runs: a sweep that dies is replaced by the next one, and a redelivery would run it twice.
     task_acks_late=False,
     task_reject_on_worker_lost=False,
     task_ignore_result=True,
@@ -96,14 +96,14 @@ app.conf.update(
     task_serializer="json",
     accept_content=["json"],
     broker_connection_retry_on_startup=True,
-    # For as long as Redis is away; a worker that gives up has to be started by a person.
+    # Without a limit, for as long as Redis is away: a person would have to start a worker that gave up.
     broker_connection_max_retries=None,
-    # A full Redis, a replica, a missing ACL answer Celery with an error: it must not end the worker, whose
+    # A full Redis, a replica or a missing ACL answers Celery with an error. It must not end the worker, because its
     # intake can still drain the queues.
     broker_channel_error_retry=True,
-    # Sweeps end within the session's time-outs; then the worker may go.
+    # Sweeps end within the session's timeouts; then the worker may stop.
     worker_soft_shutdown_timeout=5.0,
-    # Nobody steers workers through Redis: whoever can write there could stop them.
+    # No remote control: any client that can write to Redis could stop the workers.
     worker_enable_remote_control=False,
     worker_send_task_events=False,
     task_send_sent_event=False,
@@ -114,14 +114,15 @@ app.conf.update(
 
 
 class AloneStep(bootsteps.Step):
-    """Workers have nothing to say to each other, however they are started: no gossip, mingling, heartbeats or events.
+    """Switches off gossip, mingle, heartbeats and events between workers, however they are started.
 
-    All of it would go through Redis, where users.acl does not let a worker PUBLISH: it would end at its start.
+    These features publish through Redis, and users.acl does not let a worker PUBLISH: the worker would end at its
+    start.
     """
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
-        # Read when the consumer is made, which is after every step of the worker.
+        # Celery reads these when it creates the consumer, which is after every step of the worker.
         parent.task_events = False
         parent.options |= {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
 
@@ -136,16 +137,16 @@ def _configure_logging(**_: Any) -> None:
         log.warning("Celery's own settings are ignored; use KINO_* variables", names=ignored_variables)
     for name, advice in unknown_names():
         log.warning("unknown setting is ignored", name=name, advice=advice)
-    _say_job_source()
+    _log_job_source()
 
 
-def _say_job_source() -> None:
-    """Log what keeps lost jobs from being found: an error or a warning at each start, and the process runs on."""
+def _log_job_source() -> None:
+    """Log at each start, as an error or a warning, what keeps lost jobs from being found; the process runs on."""
     try:
         with source_of(settings) as source:
             pass
     except BadSettings as error:
-        # One line: it is the text that says what to set, and a traceback would bury it.
+        # One line, because the error's text says what to set, and a traceback would hide it.
         log.error("overdue jobs are not asked about", error=str(error))  # noqa: TRY400
         return
     if source is None:

@@ -1,4 +1,4 @@
-"""Intake's place in a Celery worker: one thread, its connections, and its chores beside the batches."""
+"""The step that runs intake in a Celery worker: one thread, its connections, and its chores between the batches."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 BIND_EVERY_S = 0.5
-"""After a FLUSHALL a live kombu SimpleQueue drops what it is given until its binding is back."""
+"""After a FLUSHALL a running kombu SimpleQueue drops its messages until its binding is restored."""
 REFRESHES_IN_TTL = 4
-"""An idle or paused worker says so often within its alive TTL that it lives: batches, which do too, do not come."""
+"""How often an idle or paused worker refreshes its alive key within its TTL; otherwise its batches do that."""
 RECOVER_EVERY_S = 1.0
-"""P9 gives a dead worker's batch 5 s beyond its alive key, and it then goes one message at a time."""
+"""P9 allows a dead worker's batch 5 s beyond the alive TTL, and it is then settled one message at a time."""
 BAD_SETTINGS = 2
-"""The exit code, as `kino-refunds` has it."""
+"""The exit code for wrong settings, the same as `kino-refunds` has."""
 STOP_WITHIN_S = 10.0
-"""Container platforms send SIGKILL some 30 s after SIGTERM; Celery has its own part of them to do."""
+"""Container platforms send SIGKILL some 30 s after SIGTERM, and Celery needs a part of them for itself."""
 
 
 @contextmanager
 def one_line_for_bad_settings() -> Iterator[None]:
-    """End the process with one line on standard error, and no traceback, where a setting is missing or wrong."""
+    """End the process with one line on standard error, and no traceback, if a setting is missing or wrong."""
     try:
         yield
     except BadSettings as error:
@@ -50,9 +50,9 @@ def one_line_for_bad_settings() -> Iterator[None]:
 
 
 class IntakeStep(bootsteps.StartStopStep):
-    """Starts intake with a Celery worker, in one thread of its own.
+    """Starts intake with a Celery worker, in a thread of its own.
 
-    A step of the worker and not of its consumer: the consumer's steps are restarted whenever the broker's
+    It is a step of the worker and not of its consumer, because the consumer's steps are restarted whenever the broker's
     connection breaks, and an exception in one of them can end the worker.
     """
 
@@ -66,7 +66,7 @@ class IntakeStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
         """Open connections and start the thread; nothing here waits for Postgres or Redis.
 
-        Raises SystemExit, with one line on standard error, where a setting is missing or wrong.
+        Raises SystemExit, with one line on standard error, if a setting is missing or wrong.
         """
         with one_line_for_bad_settings():
             settings = load_settings()
@@ -91,31 +91,31 @@ class IntakeStep(bootsteps.StartStopStep):
             Chores({"last heartbeat": (0.0, heartbeat.stop)})()
             engine.dispose()
 
-        # What is loaded by now lives as long as the worker. Unfrozen, the collector goes through all of it again and
-        # again while a batch is parsed and decided, which cost a tenth of the batch's time.
+        # Objects that are loaded by now stay as long as the worker. Without the freeze the collector would visit all of
+        # them again and again while a batch is parsed and decided, which cost a tenth of the batch's time.
         gc.collect()
         gc.freeze()
-        # A daemon: if it does not stop in time the process ends all the same, and the batch is recovered.
+        # A daemon thread: if it does not stop in time, the process ends all the same, and the batch is recovered.
         self._intake = intake
         self._thread = threading.Thread(target=run, name="kino-intake", daemon=True)
         self._thread.start()
         log.info("intake started", worker_id=worker_id, build=settings.build)
 
     def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Let the batch in hand end, release it if it cannot, within STOP_WITHIN_S."""
+        """Let the present batch end, or release it, within STOP_WITHIN_S."""
         if self._intake is not None and self._thread is not None:
             self._intake.stopping.set()
             self._thread.join(STOP_WITHIN_S)
             if self._thread.is_alive():
-                log.warning("intake did not stop in time; its batch will be recovered")
+                log.warning("intake did not stop in time: another worker will recover its batch")
 
     terminate = stop
 
 
 class Chores:
-    """What a worker does now and then between batches; one that fails is said, and stops nothing.
+    """Runs a worker's periodic chores between batches; a chore that fails is logged and stops nothing else.
 
-    A Postgres that is away, for one, takes no heartbeat, and dead workers are looked for all the same.
+    For example, while Postgres is away no heartbeat can be written, but dead workers are still recovered.
     """
 
     def __init__(self, every: dict[str, tuple[float, Callable[[], None]]]) -> None:
@@ -123,40 +123,43 @@ class Chores:
         self._due = dict.fromkeys(every, 0.0)
 
     def __call__(self) -> None:
-        """Do what is due; everything is due at first."""
+        """Run the chores that are due; at first all are due."""
         for name, (seconds, call) in self._every.items():
             if time.monotonic() < self._due[name]:
                 continue
             self._due[name] = time.monotonic() + seconds
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the batches go on
-                log.warning("chore failed", chore=name, error=one_line(error))
+            except Exception as error:  # noqa: BLE001 - no error of a chore may stop the batches
+                log.warning("chore failed: it runs again when it is due", chore=name, error=one_line(error))
 
 
 class Binding:
-    """Looks after kombu's bindings of the queues, and says once what it met."""
+    """Restores kombu's bindings of the queues, and logs what it finds."""
 
     def __init__(self, queues: Queues) -> None:
         self._queues = queues
         self._skipped: tuple[str, ...] = ()
 
     def __call__(self) -> None:
-        """Put back the bindings that are missing."""
+        """Restore the bindings that are missing."""
         bound = self._queues.bind()
         if bound.restored:
             log.warning(
-                "kombu bindings were missing and are back; publish again what a SimpleQueue sent meanwhile",
+                "kombu bindings were missing and are restored; publish again what a SimpleQueue sent meanwhile",
                 queues=bound.restored,
             )
         if bound.skipped != self._skipped:
             self._skipped = bound.skipped
-            log.error("keys of kombu bindings hold something foreign; see `kino-refunds doctor`", keys=bound.skipped)
+            log.error("keys of kombu bindings have the wrong type; see `kino-refunds doctor`", keys=bound.skipped)
 
 
 def _recover(queues: Queues) -> None:
     recovered = queues.recover()
     if recovered.skipped:
-        log.error("keys of a dead worker hold something foreign", keys=recovered.skipped)
+        log.error(
+            "keys of a dead worker have the wrong type: rename them, until then its messages are not recovered",
+            keys=recovered.skipped,
+        )
     if recovered.workers:
-        log.warning("recovered what dead workers had in flight", workers=recovered.workers, messages=recovered.messages)
+        log.warning("recovered the messages of dead workers", workers=recovered.workers, messages=recovered.messages)

@@ -1,4 +1,4 @@
-"""What a claim holds: its messages read into events, and its events in batches of one transaction each."""
+"""Read a claim: each message becomes events or a dead letter, and events become batches of one transaction each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def read_claim(claim: Claim) -> tuple[list[Delivery], list[DeadLetter]]:
-    """Parse a batch; what cannot be understood becomes a dead letter and stops nobody (P7, P8).
+    """Parse a batch; return its events, and a dead letter for each message that cannot be understood (P7, P8).
 
-    A message that was alone in flight when a worker died, for the third time, is not even parsed.
+    A message that was alone in flight when a worker died, for the third time, is not parsed: that may end this worker.
     """
     if claim.crashes >= POISON_CRASHES:
         (message,) = claim.messages
@@ -30,7 +30,7 @@ def read_claim(claim: Claim) -> tuple[list[Delivery], list[DeadLetter]]:
 
 
 def _read(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLetter]]:
-    """Read one message; whatever our own reading fails on is this message's affair and no other's."""
+    """Parse one message; if our own parser fails on it, return a dead letter, so that no other message is affected."""
     try:
         return read_message(raw, queue)
     except Exception as error:
@@ -40,9 +40,9 @@ def _read(raw: bytes, queue: str) -> tuple[list[Delivery], list[DeadLetter]]:
 
 
 def sub_batches(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery]]:
-    """Split into batches of at most `size`, in their order; a job's events stay together, whatever their number.
+    """Yield batches of at most `size` events, in their order; a job's events stay together, whatever their number.
 
-    In two transactions the later ending of a job could be settled first, and then it would stand.
+    In two transactions the later ending of a job could be settled first, and the first settlement stands.
     """
     if len(deliveries) <= size:
         yield list(deliveries)

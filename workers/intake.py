@@ -1,13 +1,12 @@
-"""Intake: claim a batch, settle it, drop it; for as long as the worker lives (design, section 3).
+"""Intake: claim a batch, settle it, drop it, until the worker stops (design, section 3).
 
     gate open?  ->  claim  ->  parse  ->  settle (COMMIT)  ->  drop
 
-A message leaves Redis only after its outcome is in Postgres. Whatever happens in between, the batch is
-still in this worker's in-flight lists: the next claim returns it, or, if the worker is dead, another one
-recovers it.
+A message leaves Redis only after its outcome is in Postgres. Whatever happens in between, the batch is still in this
+worker's in-flight lists: the next claim returns it or, if the worker is dead, another worker recovers it.
 
-A message may hold up to 100 events. Whatever is counted here is counted in events: the size of a transaction, the
-tripwire's errors, a probe, and after a crash what is in work alone. The message is dropped when each has its row.
+A message may hold up to 100 events. All counts here are counts of events: the size of a transaction, the tripwire's
+errors, a probe, and after a crash the one event in work. A message is dropped when each of its events has its row.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ log = get_logger(__name__)
 
 BACK_OFF_FIRST_S = 0.2
 BACK_OFF_MAX_S = 10.0
-"""Below the alive TTL by far: a worker that waits for Postgres must not be taken for dead."""
+"""Far below the alive TTL: a worker that waits for Postgres must not be taken for dead."""
 
 
 class Word(Enum):
@@ -56,33 +55,33 @@ class Word(Enum):
 
     CONTINUE = auto()
     STOP = auto()
-    """The worker was told to stop; what is settled stays settled (P2), the rest is released."""
+    """The worker was told to stop: settled events stay settled (P2), and the batch is released."""
     TRIP = auto()
-    """Too many events fail in our own code: the gate closes before the rest become dead letters too."""
+    """Too many events fail in our own code: the gate closes before the others become dead letters too."""
     RELEASE = auto()
-    """A probe leaves events of its message untried: the message goes back, to be claimed again."""
+    """A probe left events of its message untried: the message goes back to its queue, to be claimed again."""
     HANDED_ON = auto()
-    """The batch is not in flight under our token any more: we seemed dead, and another worker settles it."""
+    """The batch is not in flight under this token any more: this worker seemed dead, and another one settles it."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What became of a claim so far."""
+    """The results for a claim so far."""
 
     events: int
-    """How many were to be settled."""
+    """How many events are to be settled."""
     rulings: list[Ruling] = field(default_factory=list)
     letters: list[DeadLetter] = field(default_factory=list)
-    """Of events that end workers; they are written already."""
+    """The letters of events that end workers; they are written already."""
 
     @property
     def failed(self) -> int:
-        """How many events became dead letters `apply_error`, once the work is done."""
+        """How many events became dead letters `apply_error`; valid once the work is done."""
         return self.events - len(self.rulings) - len(self.letters)
 
     @property
     def proof(self) -> Probe:
-        """What this work proves of the build, if it was a probe."""
+        """What this work proves about the build, if it was a probe."""
         if self.failed:
             return Probe.FAILED
         final = any(
@@ -93,7 +92,7 @@ class Work:
 
 
 class Intake:
-    """One worker's intake; `run` until told to stop, `run_once` for one batch."""
+    """The intake of one worker: `run` works until it is told to stop, `run_once` settles one batch."""
 
     def __init__(
         self,
@@ -116,10 +115,10 @@ class Intake:
         self._skipped: tuple[str, ...] = ()
         self.stopping = threading.Event()
         self.counts: Counter[str] = Counter()
-        """Since the start: `batches`, `messages`, and one for each outcome."""
+        """Counts since the start: `batches`, `messages`, and one for each outcome."""
 
     def run(self, *, chores: Callable[[], None] = lambda: None) -> None:
-        """Settle batches until `stopping` is set, then release what is undecided and leave."""
+        """Settle batches until `stopping` is set; then release the batch that is undecided, and leave."""
         poll, wait_s = self._poll, 0.0
         gate = None
         while not self.stopping.wait(wait_s):
@@ -128,22 +127,22 @@ class Intake:
                 if gate is None or poll.gate_is_old:
                     gate = self._read_gate()
                 wait_s = poll.wait_s(self._take(gate))
-            except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept and this thread lives
+            except Exception as error:  # noqa: BLE001 - after any error the batch is kept, and this thread goes on
                 poll.forget_gate()
                 wait_s = min(BACK_OFF_MAX_S, max(BACK_OFF_FIRST_S, wait_s * 2))
                 self._report(error, wait_s)
         self._leave()
 
     def run_once(self) -> int:
-        """Read the gate, settle one batch and return how many messages it had; 0 where none is queued or may be taken.
+        """Read the gate, settle one batch, return how many messages it had; 0 if none is queued or may be taken.
 
-        Raises what is transient, with the batch still in flight: calling again takes it up where it was.
+        Raises transient errors with the batch still in flight: the next call goes on with the same batch.
         """
         return self._take(self._read_gate())
 
     def _read_gate(self) -> Gate:
         with self._engine.connect() as connection:
-            # In no transaction: with the ROLLBACK of one, psycopg would forget every statement that it has prepared.
+            # Without a transaction: at its ROLLBACK psycopg would forget every statement that it has prepared.
             gate = read_gate(connection.execution_options(isolation_level="AUTOCOMMIT"))
         self._poll.gate_was_read()
         return gate
@@ -158,7 +157,8 @@ class Intake:
             return 0
         deliveries, unreadable = read_claim(claim)
         work = Work(events=len(deliveries))
-        # Failures to read count first: a build that reads nothing must not turn all that is queued into dead letters.
+        # Parser failures are counted first: a build that can parse nothing must not make letters of all queued
+        # messages.
         failed = sum(letter.reason is LetterReason.APPLY_ERROR for letter in unreadable)
         word = self._after(settled=0, failed=failed, parts_left=0)
         if word is Word.CONTINUE and gate.paused:
@@ -167,9 +167,10 @@ class Intake:
             word = self._settle(claim, deliveries, work)
         match word:
             case Word.CONTINUE:
-                # After their neighbours: those settle even while no dead letter can be written.
+                # After the other events: those are settled even while no dead letter can be written (P8).
                 if unreadable:
                     keep_letters(self._engine, unreadable, build=self._rules.build)
+                # Only now: before the COMMIT of every outcome and letter, a drop would lose them in a crash (P6).
                 dropped = self._queues.drop(claim.token)
                 self._unfinished = None
                 self._log_batch(claim, work, unreadable, dropped=dropped, took_s=time.monotonic() - started)
@@ -178,16 +179,19 @@ class Intake:
             case Word.RELEASE:
                 self._release()
             case Word.HANDED_ON:
-                log.warning("batch handed on: another worker took this one for dead", messages=len(claim.messages))
+                log.warning(
+                    "batch handed on: this worker seemed dead, and another one settles the batch",
+                    messages=len(claim.messages),
+                )
                 self._unfinished = None
             case Word.STOP:
-                pass  # `run` ends, and releases the batch
+                pass  # `run` ends and releases the batch
             case _:
                 assert_never(word)
         return len(claim.messages)
 
     def _claim(self, *, probe: bool) -> Claim:
-        """Claim a batch; for a probe one message, and not the batch that may be in flight."""
+        """Claim a batch; for a probe, release a batch that is in flight and claim one message."""
         if probe:
             self._release()
         else:
@@ -201,10 +205,10 @@ class Intake:
         return claim
 
     def _settle(self, claim: Claim, deliveries: list[Delivery], work: Work) -> Word:
-        """Settle the events of a claim in batches.
+        """Settle the events of a claim, in transactions of at most `intake_batch` events; return what to do next.
 
-        A claim is bounded in messages and bytes, and 500 messages of 100 events are 50,000: no transaction is larger
-        than `intake_batch` events, for its locks are held until it ends. Between two of them we say that we live.
+        A claim is limited in messages and bytes, but 500 messages of 100 events are 50,000 events, and a transaction
+        holds its locks until it ends. Between two transactions the alive key is refreshed.
         """
         if claim.recovered and any(delivery.element_index is not None for delivery in deliveries):
             return self._settle_alone(claim, deliveries, work)
@@ -225,10 +229,11 @@ class Intake:
         return Word.CONTINUE
 
     def _settle_alone(self, claim: Claim, deliveries: list[Delivery], work: Work) -> Word:
-        """Settle the events of a message that a worker died with, one a transaction.
+        """Settle the events of a message that a worker died with, each in a transaction of its own.
 
-        Redis is told before each which one it is. So if this worker ends too, that event is counted and not its
-        neighbours; at the third time it is a dead letter, written at once, and they settle.
+        Before each event, Redis notes which one is in work. So if this worker ends too, the crash is counted for that
+        event and not for the others. After the third crash it becomes a dead letter at once, and the others are
+        settled.
         """
         busy = Busy()
         for delivery in sorted(deliveries, key=lambda delivery: delivery.event.time):
@@ -248,24 +253,25 @@ class Intake:
             if word is not Word.CONTINUE:
                 return word
             put_off = {each.delivery.event.job_id for each in work.rulings[before:] if each.outcome is Outcome.BUSY}
-            busy = busy._replace(jobs=busy.jobs | put_off)  # or a later event of such a job would overtake it
+            # Otherwise a later event of such a job would overtake the one that was put off.
+            busy = busy._replace(jobs=busy.jobs | put_off)
         return Word.CONTINUE if self._queues.begin(claim.token, None) is not None else Word.HANDED_ON
 
     def _after(self, *, settled: int, failed: int, parts_left: int) -> Word:
-        """Count what a part came to, and say whether the next may follow."""
+        """Count the events of a part; return CONTINUE if the next part may follow."""
         if self._tripwire.count(settled=settled, failed=failed):
             return Word.TRIP
         return self._between() if parts_left else Word.CONTINUE
 
     def _between(self) -> Word:
-        """Between two transactions of one claim: hear that we should stop, or say that we live."""
+        """Return STOP if this worker was told to stop; else refresh the alive key and return CONTINUE."""
         if self.stopping.is_set():
             return Word.STOP
         self._queues.refresh()
         return Word.CONTINUE
 
     def _probe(self, claim: Claim, deliveries: list[Delivery], work: Work) -> Word:
-        """Try one event while the tripwire holds the gate; open it if this build can decide the event."""
+        """Try one event while the tripwire keeps the gate closed; open the gate if this build can decide the event."""
         message = sha256(claim.messages[0].raw).digest()
         place = self._tripwire.place(message)
         tried = deliveries[place : place + 1]
@@ -279,12 +285,12 @@ class Intake:
             with self._engine.begin() as connection:
                 resumed = resume_intake(connection, reason=reason, actor=TRIPWIRE)
             self._poll.forget_gate()
-            log.warning("tripwire: intake goes on", resumed=resumed)
-        # The event that was tried has its row, and is a duplicate when its message comes again for the next one.
+            log.warning("tripwire: intake is resumed", resumed=resumed)
+        # The event that was tried has its row. When its message is claimed again for the next event, it is a duplicate.
         return Word.RELEASE if self._tripwire.goes_on(message, len(deliveries)) else Word.CONTINUE
 
     def _trip(self) -> None:
-        """Close the gate, then release the batch: in the other order another worker would take it first."""
+        """Close the gate, then release the batch: in the other order another worker would claim it first."""
         reason = f"{self._tripwire.trip()} in build {self._rules.build}"
         with self._engine.begin() as connection:
             paused = pause_intake(connection, reason=f"{reason} (worker {self._name})", actor=TRIPWIRE)
@@ -321,7 +327,7 @@ class Intake:
         try:
             self._queues.refresh()
         except (redis.RedisError, WrongKeyType) as also:
-            log.warning("alive key not refreshed", error=one_line(also))
+            log.warning("could not refresh the alive key", error=one_line(also))
 
     def _release(self) -> int:
         released = self._queues.release(self._unfinished) if self._unfinished else 0
@@ -333,7 +339,7 @@ class Intake:
             released = self._release()
             self._queues.leave()
         except (redis.RedisError, WrongKeyType) as error:
-            # Nothing is lost: the batch stays in flight until the alive key is gone and it is recovered.
+            # Nothing is lost: the batch stays in flight, and is recovered when the alive key has expired.
             log.warning("could not release the batch at shutdown", error=one_line(error))
         else:
             log.info("intake stopped", released=released)

@@ -1,4 +1,4 @@
-"""What Celery beat starts, and how often; whether it then runs is decided by its slot's row."""
+"""The schedule of Celery beat: what it starts and how often. The row of the slot then decides whether it runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return Celery's beat_schedule; a task that waited for longer than its period is not worth starting."""
+    """Return Celery's beat_schedule; a task that was queued for longer than its period is not started any more."""
     return {
         entry.name: {
             "task": entry.name,
-            # Twice a slot: beat counts from its last tick and drifts, and a slot without a tick would be missed.
+            # Twice in each slot: beat counts from its last tick and drifts, and a slot without a tick would be missed.
             "schedule": entry.every.total_seconds() / 2,
             "options": {"expires": entry.every.total_seconds()},
         }

@@ -1,4 +1,4 @@
-"""The sweeps, as Celery tasks: each claims its slot, does one round, and keeps what it did in the slot's row."""
+"""The sweeps as Celery tasks: each claims its slot, runs once, and stores its result in the slot's row."""
 
 from __future__ import annotations
 
@@ -50,20 +50,23 @@ def _redis() -> redis.Redis:
 
 
 def _in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
-    """Run in this slot; what a dependency or a setting stops is worth one line, the next round goes on from there."""
+    """Run in this slot; an error of a dependency or a setting is logged in one line, and the next run goes on.
+
+    Raises any other error, which Celery logs with its traceback.
+    """
     try:
         _run_in_slot(name, run, settles=settles)
     except Exception as error:
         if not isinstance(error, (KinoError, redis.RedisError)) and classify(error) is Fault.BISECT:
-            raise  # a mistake of ours: Celery logs it with its traceback
-        log.warning("sweep did not end", task=name, error=one_line(error))
+            raise
+        log.warning("sweep failed: the next run goes on from there", task=name, error=one_line(error))
 
 
 def _run_in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool) -> None:
-    """Run in this slot unless somebody has; a run that found something to do is worth a line.
+    """Run in this slot unless another process has; log a run that found something to do. Raises what the run raises.
 
-    What settles events waits while intake is paused: a build that the tripwire has stopped must not go on
-    with the events that wait for a retry.
+    A sweep that settles events does nothing while intake is paused: a build that the tripwire has stopped must not turn
+    the pending events into dead letters.
     """
     entry = next((entry for entry in entries(load_settings()) if entry.name == name), None)
     if entry is None:
@@ -77,12 +80,12 @@ def _run_in_slot(name: str, run: Callable[[], dict[str, Any]], *, settles: bool)
     with _engine().begin() as connection:
         finish_slot(connection, entry, slot_at, result)
     if any(result.values()):
-        log.info("swept", task=name, **result)
+        log.info("sweep ended", task=name, **result)
 
 
 @shared_task(name="kino.sweep_retries")
 def sweep_retries() -> None:
-    """Try events again whose time, or whose charge, has come."""
+    """Settle pending events again whose time, or whose charge, has come."""
     settings = load_settings()
 
     def run() -> dict[str, Any]:
@@ -94,13 +97,13 @@ def sweep_retries() -> None:
 
 @shared_task(name="kino.expire_lots")
 def expire_lots() -> None:
-    """Expire lots whose time has come, in small transactions: a refund may be waiting for one of them."""
+    """Expire lots whose time has come, in small transactions, because a refund may wait for one of the lots."""
 
     def run() -> dict[str, Any]:
         with _engine().connect() as connection:
             disagreement = read_clocks(connection, _redis()).disagreement()
         if disagreement is not None:
-            log.error("expiry is withheld: the clocks disagree", why=disagreement)
+            log.error("expiry is withheld: the clocks disagree, set them by NTP", why=disagreement)
             return {"withheld": {"clock": 1}}
         count = expired = -1
         while expired:
@@ -114,7 +117,7 @@ def expire_lots() -> None:
 
 @shared_task(name="kino.sample_clock")
 def sample_clock() -> None:
-    """Note which instant belongs to which transaction: "verified through" is read from these samples."""
+    """Store which instant belongs to which transaction: "verified through" is read from these samples."""
 
     def run() -> dict[str, Any]:
         with _engine().begin() as connection:
@@ -126,7 +129,7 @@ def sample_clock() -> None:
 
 @shared_task(name="kino.sweep_overdue")
 def sweep_overdue() -> None:
-    """Ask about jobs whose event never came."""
+    """Ask the job source about jobs whose event never came, and settle what it answers."""
     settings = load_settings()
 
     def run() -> dict[str, Any]:
@@ -135,7 +138,7 @@ def sweep_overdue() -> None:
                 overdue = overdue_rules_of(settings)
                 report = sweep_jobs(_engine(), _redis(), source, rules_of(settings), overdue=overdue)
         except BadSettings as error:
-            # The slot's row says it to the doctor, and the log in one line: a traceback would bury it.
+            # The doctor reads it from the slot's row. In the log it is one line, because a traceback would hide it.
             log.error("overdue jobs are not asked about", error=str(error))  # noqa: TRY400
             return {"source_problem": str(error)}
         return {name: value for name, value in report.as_dict().items() if name != "verified_through"}
@@ -145,7 +148,7 @@ def sweep_overdue() -> None:
 
 @shared_task(name="kino.relay_refunds")
 def relay_refunds() -> None:
-    """Tell the product of refunds, oldest first."""
+    """Send the product an event for each refund, oldest first."""
     queue = load_settings().relay_queue
 
     def run() -> dict[str, Any]:

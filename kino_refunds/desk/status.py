@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from kino_refunds.events.queues import depths
 from kino_refunds.intake.gate import Gate, read_gate
 from kino_refunds.intake.heartbeat import read_workforce
-from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verified, read_verified
+from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verification, read_verified
 from kino_refunds.schedule import Run, entries, read_schedule
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Standing:
     breaks_open: int
     oldest_break: int | None
     runs: Sequence[Run]
-    verified: Verified
+    verified: Verification
 
     def troubles(self) -> Iterator[Trouble]:
         """Say what is not fine, the most urgent first."""

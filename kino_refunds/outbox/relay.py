@@ -1,4 +1,4 @@
-"""The relay: tells the product of every refund, oldest transaction first, at least once (section 7)."""
+"""The relay: send the product an event for each refund, oldest transaction first, at least once (design, section 7)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ EVENT_TYPE = "kino.credits-refunded.v1"
 EVENT_SOURCE = "kino-refunds"
 BATCH = 500
 CURSOR_WAIT_MS = 5_000
-"""A round that holds its cursor for longer than this hangs at Redis, and nobody waits for it."""
+"""How long a rewind waits for the cursor, in ms: a round that holds it for longer than this hangs at Redis."""
 
-# The first round starts at the horizon: whoever switches the relay on is told of what happens from then on.
+# The first round starts at the horizon: the product is told of refunds from the time when the relay is switched on.
 _START = sa.text("""
     INSERT INTO kino.relay_cursor (xid, charge_id) VALUES (kino.horizon(), 0)
     ON CONFLICT DO NOTHING
 """)
 _LOCK = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor FOR UPDATE SKIP LOCKED")
 
-# Below the horizon every transaction has ended: nothing can still appear behind the cursor.
+# Below the horizon every transaction has ended, so no row can still appear behind the cursor: such a refund would never
+# be sent.
 _NEXT = sa.text("""
     WITH refund AS (
         SELECT s.xid, s.charge_id, s.reason, s.clause, s.policy_version, s.settled_at AS at FROM kino.settlement s
@@ -49,11 +50,11 @@ _ADVANCE = sa.text("UPDATE kino.relay_cursor SET xid = CAST(:xid AS xid8), charg
 
 
 def relay_refunds(engine: sa.Engine, client: redis.Redis, queue: str, *, limit: int = BATCH) -> int:
-    """Push up to `limit` refunds to the Redis list `queue` as bare CloudEvents; returns how many.
+    """Push up to `limit` refunds to the Redis list `queue` as bare CloudEvents; return how many.
 
-    The cursor moves after Redis has them: if anything fails in between they are pushed again, so consumers
-    deduplicate by id (`refund:<charge_id>`; a charge is refunded once). Two at once: the second does nothing.
-    Raises what Redis and Postgres raise.
+    The cursor moves after Redis has them. If anything fails in between, they are pushed again, so consumers deduplicate
+    by id (`refund:<charge_id>`; a charge is refunded once). If two run at once, the second does nothing. Raises what
+    Redis and Postgres raise.
     """
     with engine.begin() as connection:
         connection.execute(_START)
@@ -70,29 +71,29 @@ def relay_refunds(engine: sa.Engine, client: redis.Redis, queue: str, *, limit: 
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """What a rewind came to: how many refunds are told again, and when the oldest of them was settled."""
+    """The result of a rewind: how many refunds are sent again, and when the oldest of them was settled."""
 
     told_again: int
     oldest_at: datetime | None
 
 
 def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = False) -> Rewind:
-    """Set the cursor back so that every refund and correction settled at or after `to` is told again.
+    """Set the cursor back so that every refund and correction settled at or after `to` is sent again; return how many.
 
-    "At least once" ends at Redis: news that a Redis lost before the product read it comes again only by this. The
-    ids stay the same, so a consumer that deduplicates takes each once. The order is that of transactions and not of
-    time: some refunds settled before `to` may be told again too. With `dry_run` nothing is written.
+    "At least once" ends at Redis: an event that Redis lost before the product read it is sent again only by this. The
+    ids stay the same, so a consumer that deduplicates takes each event once. The order is that of transactions and not
+    of time, so some refunds settled before `to` may be sent again too. With `dry_run` nothing is written.
 
     Raises RelayNotReady if the relay has no cursor yet, or a round holds it for longer than CURSOR_WAIT_MS.
     """
     if dry_run:
         cursor = connection.execute(_READ).one_or_none()
     else:
-        # Longer than a session waits elsewhere: a round holds the cursor while it pushes to Redis.
+        # A longer wait than elsewhere, because a round holds the cursor while it pushes to Redis.
         connection.execute(sa.text("SELECT set_config('lock_timeout', :ms, true)"), {"ms": str(CURSOR_WAIT_MS)})
         try:
-            # (1) a round has read the cursor and pushes, (2) we wait here, (3) it moves the cursor and commits,
-            # (4) we read where it stands then: what that round told is told again too.
+            # (1) A round has read the cursor and pushes, (2) this waits, (3) the round moves the cursor and commits,
+            # (4) this reads the moved cursor, so the refunds of that round are sent again too.
             cursor = connection.execute(_LOCK_FOR_REWIND).one_or_none()
         except sa.exc.OperationalError as error:
             if classify(error) is not Fault.LOCK:
@@ -104,7 +105,7 @@ def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = Fal
     first = connection.execute(_FIRST_SINCE, told).one_or_none()
     if first is None:
         return Rewind(0, None)
-    # Behind the refund before: a cursor names the last one that was told.
+    # One behind: the cursor names the last refund that was sent, and this one must be sent again.
     before = {"first_xid": first.xid, "first_charge_id": first.charge_id - 1}
     found = connection.execute(_BETWEEN, told | before).one()
     if not dry_run:
@@ -114,7 +115,7 @@ def rewind_relay(connection: sa.Connection, to: datetime, *, dry_run: bool = Fal
 
 _READ = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor")
 _LOCK_FOR_REWIND = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor FOR UPDATE")
-# No index leads to a time: this reads every refund that was told, once for each rewind.
+# There is no index by time: this reads every refund that was sent, once for each rewind.
 _FIRST_SINCE = sa.text("""
     WITH refund AS (
         SELECT s.xid, s.charge_id, s.settled_at AS at FROM kino.settlement s WHERE s.kind = 'refunded'
@@ -138,7 +139,7 @@ _BETWEEN = sa.text("""
 
 
 def refund_event(row: Any) -> dict[str, Any]:
-    """Write the CloudEvent of one refund; credits are whole."""
+    """Return the CloudEvent of one refund; credits are whole."""
     return {
         "specversion": "1.0",
         "id": f"refund:{row.charge_id}",

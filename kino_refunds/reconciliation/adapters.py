@@ -1,4 +1,4 @@
-"""Job sources that need no code: a read-only SQL query, or an HTTP endpoint (design, section 7)."""
+"""Job sources that need no code of the product: a read-only SQL query, or an HTTP endpoint (design, section 7)."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from kino_refunds.settings import Settings
 
 ANSWER_BYTES_MAX = 4 * 2**20
-"""A batch of answers is some 10 kB; what is far larger is not an answer."""
+"""A batch of answers has some 10 kB; a body that is far larger is not an answer."""
 ROWS_EACH_MAX = 100
-"""Rows of a query for each job that was asked for: a join doubles them, a missing condition gives the whole table."""
+"""Rows that a query may give for each job: a join may double them, but a missing condition gives the whole table."""
 QUERY_REFUSED = ("42", "25006", "0A000")
-"""SQLSTATEs of a query that Postgres runs for no job: it is no query, its names or rights are wrong, or it writes."""
+"""SQLSTATEs of a query that Postgres can run for no job: no query at all, wrong names or rights, or one that writes."""
 TIMED_OUT = {"57014", "25P04"}
-"""Of a statement, and of the whole transaction, whose session Postgres ends."""
+"""SQLSTATEs of the timeout of a statement, and of the whole transaction, after which Postgres ends the session."""
 
 
-NOT_CHOSEN = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open for good"
+NOT_CHOSEN = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open forever"
 NONE_CHOSEN = "KINO_JOB_SOURCE=none: a job whose event is lost counts as timed out and is refunded, completed or not"
 HOW_TO_CHOOSE = (
     "set it to sql or http where a table or an endpoint knows how jobs ended, to none only where nothing does"
@@ -56,7 +56,7 @@ class _Row(BaseModel):
     state: JobState
     origin: ErrorOrigin | None = None
     stage: SafetyStage | None = None
-    # Strict: a driver that gives 't', 1 or 'false' must not decide by what Python takes for true.
+    # Strict: a driver may give 't', 1 or 'false', all of which are true in Python, and this value decides a refund.
     result_produced: StrictBool | None = None
     finished_at: Time | None = None
 
@@ -71,10 +71,10 @@ class _Row(BaseModel):
 
 
 def read_answers(rows: Iterable[Mapping[str, Any]], asked: Sequence[str]) -> dict[str, Answer]:
-    """Turn rows into answers for the jobs that were asked for.
+    """Return the answers in these rows, by job id.
 
-    Raises ForeignAnswer for a row of another job, or of none; SourceBroken for a row that is not what the
-    contract says, or a job with two different answers.
+    Raises ForeignAnswer for a row of another job or of no job; SourceBroken for a row that breaks the contract, or for
+    a job with two different answers.
     """
     found = [dict(row) for row in rows]
     require_asked((row.get("job_id") for row in found), asked)
@@ -91,11 +91,11 @@ def read_answers(rows: Iterable[Mapping[str, Any]], asked: Sequence[str]) -> dic
 
 
 class SqlSource:
-    """Asks a database by a configured query with the parameter `:job_ids`, an array of text.
+    """A job source that runs a configured query with the parameter `:job_ids`, an array of text.
 
-    The query gives `job_id`, `state` (completed, failed, timed_out, rejected, running or unknown) and, where
-    known, `origin`, `stage`, `result_produced` (boolean) and `finished_at` (timestamptz); a job without a row
-    is unknown. It runs in a read-only transaction.
+    The query gives `job_id`, `state` (completed, failed, timed_out, rejected, running or unknown) and, if known,
+    `origin`, `stage`, `result_produced` (boolean) and `finished_at` (timestamptz). A job without a row is unknown. The
+    query runs in a read-only transaction.
     """
 
     def __init__(self, engine: sa.Engine, query: str) -> None:
@@ -103,10 +103,10 @@ class SqlSource:
         self._query = sa.text(f"DECLARE answer NO SCROLL CURSOR FOR {query}")
 
     def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        """Answer by one query.
+        """Return the answers of one query, by job id.
 
-        Raises BadSettings for a query that can run for no job, SourceUnavailable (SourceUnreachable where no
-        connection was had, SourceTimeout), ForeignAnswer and SourceBroken for rows that are no answer.
+        Raises BadSettings for a query that can run for no job, SourceUnavailable (SourceUnreachable if there was no
+        connection, SourceTimeout), ForeignAnswer and SourceBroken for rows that are not answers.
         """
         connection = self._connect()
         with connection, connection.begin():
@@ -125,10 +125,10 @@ class SqlSource:
 
     def _read(self, connection: sa.Connection, job_ids: Sequence[str]) -> list[dict[str, Any]]:
         rows_max = ROWS_EACH_MAX * len(job_ids)
-        # By a cursor: without one, psycopg would hold an endless result before we see its first row.
+        # By a cursor: without one, psycopg would read an endless result into memory before the first row is seen.
         connection.execute(self._query, {"job_ids": list(job_ids)})
         result = connection.execute(sa.text(f"FETCH FORWARD {rows_max + 1} FROM answer"))
-        # Checked also where there are no rows: such a query would say of every job that it is unknown.
+        # Checked even if there are no rows: such a query would answer `unknown` for every job, which refunds them.
         missing = sorted({"job_id", "state"} - set(result.keys()))
         if missing:
             raise BadSettings(f"KINO_JOB_SOURCE_QUERY gives no column {' and no '.join(missing)}")
@@ -139,7 +139,7 @@ class SqlSource:
 
 
 def _explained(error: sa.exc.DBAPIError) -> KinoError:
-    """Return what an error of the database means for the asking; SourceUnavailable where it may be one job's."""
+    """Return the error for an error of the source's database; SourceUnavailable if one job may be the cause."""
     code, text = getattr(error.orig, "sqlstate", None) or "", _first_line(error)
     if code in TIMED_OUT:
         return SourceTimeout(f"the job source's query did not end in time: {text}")
@@ -155,11 +155,11 @@ def _first_line(error: Exception) -> str:
 
 
 class HttpSource:
-    """Asks an endpoint: POST `{"job_ids": [...]}` gives `{"jobs": [{"job_id", "state", ...}]}`.
+    """A job source that asks an endpoint: POST `{"job_ids": [...]}` gives `{"jobs": [{"job_id", "state", ...}]}`.
 
-    Where known, a job also has `origin`, `stage`, `result_produced` (true or false) and `finished_at` (RFC 3339
-    with offset). A job that the endpoint does not know must be in the answer as `unknown`: one that is
-    missing was not answered. Redirects are not followed, for the token would go along.
+    If known, a job also has `origin`, `stage`, `result_produced` (true or false) and `finished_at` (RFC 3339 with
+    offset). A job that the endpoint does not know must be in the answer as `unknown`: a job that is missing was not
+    answered. Redirects are not followed, because the token would be sent to the other address.
     """
 
     def __init__(self, client: httpx.Client, url: str) -> None:
@@ -167,10 +167,10 @@ class HttpSource:
         self._url = url
 
     def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        """Answer by one request.
+        """Return the answers of one request, by job id.
 
-        Raises SourceUnavailable for anything but a readable 200 (SourceUnreachable where no connection or no
-        right to ask was had, SourceTimeout), ForeignAnswer and SourceBroken for rows that are no answer.
+        Raises SourceUnavailable for anything but a readable 200 (SourceUnreachable if there was no connection or no
+        right to ask, SourceTimeout), ForeignAnswer and SourceBroken for rows that are not answers.
         """
         body = bytearray()
         read = self._client.timeout.read
@@ -178,7 +178,7 @@ class HttpSource:
         try:
             with self._client.stream("POST", self._url, json={"job_ids": list(job_ids)}) as response:
                 if response.status_code != httpx.codes.OK:
-                    # Who may not ask, or asks at the wrong place, may not ask for fewer jobs either.
+                    # Without the right to ask, or at a wrong address, a smaller request would fail as well.
                     refused = response.is_redirect or response.status_code in {401, 403, 404, 405}
                     kind = SourceUnreachable if refused else SourceUnavailable
                     raise kind(f"the job source answered with status {response.status_code}")
@@ -196,7 +196,7 @@ class HttpSource:
         except httpx.HTTPError as error:
             raise SourceUnavailable(f"the job source did not answer: {type(error).__name__}") from error
         except ValidationError as error:
-            raise SourceBroken("the job source's answer is not of its shape") from error
+            raise SourceBroken("the job source's answer is not a JSON object with `jobs`, a list of objects") from error
         return read_answers(rows, job_ids)
 
 
@@ -206,7 +206,7 @@ class _Answers(BaseModel):
 
 @contextmanager
 def source_of(settings: Settings) -> Iterator[JobSource | None]:
-    """Open the configured source; None where the setting says that there is none. Raises BadSettings."""
+    """Open the configured source; None if the setting says that there is none. Raises BadSettings."""
     match settings.job_source:
         case None:
             raise BadSettings(f"{NOT_CHOSEN}; {HOW_TO_CHOOSE}")
@@ -222,7 +222,7 @@ def source_of(settings: Settings) -> Iterator[JobSource | None]:
                     f"KINO_JOB_SOURCE_QUERY has the parameter :{others[0]}, and only :job_ids is given;"
                     " write a colon that begins no parameter as \\:"
                 )
-            limit_ms = max(1, int(settings.job_source_timeout_s * 1000))  # 0 is no limit in Postgres
+            limit_ms = max(1, int(settings.job_source_timeout_s * 1000))  # 0 means no limit in Postgres
             limits = SessionLimits(statement_timeout_ms=limit_ms, transaction_timeout_ms=limit_ms)
             engine = create_engine(url, limits=limits, application_name="kino-job-source", holds_ledger=False)
             try:
@@ -240,7 +240,7 @@ def source_of(settings: Settings) -> Iterator[JobSource | None]:
 
 
 def _require_private(settings: Settings) -> str:
-    """Return the endpoint's URL if answers cannot be read or changed on their way; raises BadSettings."""
+    """Return the endpoint's URL if its answers cannot be read or changed on the network; raises BadSettings."""
     if settings.job_source_url is None:
         raise BadSettings("KINO_JOB_SOURCE=http needs KINO_JOB_SOURCE_URL; for example https://HOST/jobs")
     url = settings.job_source_url.get_secret_value()

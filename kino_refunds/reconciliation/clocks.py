@@ -1,7 +1,7 @@
-"""What cannot be undone needs two clocks: our presumed timeouts and expiry (design, first page).
+"""Compare the clocks, because presumed timeouts and expiry cannot be undone (design, first page).
 
-One clock decides (`kino.clock()`), but a clock can be wrong. Refunds and captures by event go on whatever it says; a
-presumed timeout or an expired lot on a wrong clock takes credits, or gives them, for good.
+One clock decides (`kino.clock()`), but a clock can be wrong. Refunds and captures by event go on, whatever it says. A
+presumed timeout or an expired lot by a wrong clock gives or takes credits, and nothing reverses that.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SKEW_MAX = timedelta(seconds=30)
-"""Far above what NTP leaves and a slow answer adds, far below any deadline or expiry that somebody would miss."""
+"""Far above the error that NTP leaves and a slow answer adds, and far below any deadline or expiry that matters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """The clocks of the three parties, read within one moment, and the newest time that the ledger has a row of."""
+    """The clocks of Postgres, this host and Redis, read within one moment, and the time of the ledger's newest row."""
 
     postgres: datetime
     host: datetime
     redis: datetime | None
-    """None: Redis could not be read, so nobody confirms the others."""
+    """None: Redis could not be read, so no second clock confirms Postgres'."""
     decides: datetime
-    """`kino.clock()`, which is Postgres' own but in tests."""
+    """`kino.clock()`: Postgres' own clock, except in tests."""
     newest_row: datetime | None
 
     def disagreement(self) -> str | None:
-        """Say in one sentence why these clocks decide nothing that cannot be undone; None if they agree."""
+        """Return in one sentence why timeouts and expiry must be withheld; None if the clocks agree."""
         return next(self._disagreements(), None)
 
     def _disagreements(self) -> Iterator[str]:
@@ -59,9 +59,9 @@ _READ = sa.text("""
 
 
 def read_clocks(connection: sa.Connection, redis_client: redis.Redis) -> Clocks:
-    """Read the clocks of Postgres, this host and Redis; raises what Postgres raises."""
+    """Return the clocks of Postgres, this host and Redis; raises what Postgres raises."""
     row = connection.execute(_READ).one()
-    host = datetime.now(UTC)  # one of the clocks that are compared
+    host = datetime.now(UTC)  # only compared with the others
     return Clocks(
         postgres=row.postgres,
         host=host,
@@ -74,6 +74,6 @@ def read_clocks(connection: sa.Connection, redis_client: redis.Redis) -> Clocks:
 def _redis_clock(client: redis.Redis) -> datetime | None:
     try:
         seconds, micros = client.time()
-    except (redis.RedisError, TypeError, ValueError, IndexError):  # a server of another kind answers anything
+    except (redis.RedisError, TypeError, ValueError, IndexError):  # another kind of server may answer anything
         return None
     return datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=micros)

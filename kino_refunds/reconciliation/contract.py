@@ -1,4 +1,4 @@
-"""Contract tests for a job source: subclass, give the fixtures, and pytest runs them against yours.
+"""Contract tests for a job source: subclass, add the fixtures, and pytest runs them against your source.
 
 class TestOurSource(JobSourceContract):
     @pytest.fixture
@@ -6,8 +6,8 @@ class TestOurSource(JobSourceContract):
     @pytest.fixture
     def known(self): return {"job-1": Answer(JobState.COMPLETED, finished_at=...), "job-2": Answer(JobState.RUNNING)}
 
-Let `known` hold a job of every state and detail that your source can say, ids of every length and spelling that
-your pipeline gives, and at least two jobs: each is compared whole.
+Let `known` have a job of every state and detail that your source can answer, ids of every length and spelling that your
+pipeline uses, and at least two jobs: each answer is compared as a whole.
 """
 
 from __future__ import annotations
@@ -21,59 +21,59 @@ if TYPE_CHECKING:
 
 NOBODY = "no-such-job-a41f0c"
 LENGTHS = (1, 19, 20, 21, 36, 127, 128)
-"""Of ids that no job has: a column of a fixed length gives each of the others back longer or cut."""
+"""Lengths of ids that no job has: a column of a fixed length would return the others padded or cut."""
 
 
 class JobSourceContract:
     """What the overdue sweep relies on; `known` maps some real job ids to what the source must say of them."""
 
     def test_known_jobs_are_answered_as_they_are(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """Each job that was asked for gets its own answer, with origin, stage, result_produced and finished_at."""
+        """Each job that was asked for has its own answer, with origin, stage, result_produced and finished_at."""
         assert {job_id: source.ask(list(known))[job_id] for job_id in known} == known
 
     def test_each_job_is_answered_alone_as_among_others(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """A batch that fails is halved: an answer does not depend on what else was asked."""
+        """A batch that fails is halved, so an answer must not depend on which other jobs were asked for."""
         assert {job_id: dict(source.ask([job_id])) for job_id in known} == {
             job_id: {job_id: answer} for job_id, answer in known.items()
         }
 
     def test_no_other_job_is_answered_for(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """Nothing comes back but the ids that were sent, letter by letter: a padded or folded one is another job's."""
+        """Only the ids that were sent are returned, letter by letter: a padded or folded id is another job's."""
         for job_id in known:
             assert set(source.ask([job_id])) == {job_id}
 
     def test_a_like_id_is_not_the_job(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """An id that differs from a job's by white space or case is a job that never was."""
+        """An id that differs from a job's by white space or case is an unknown job."""
         likes = {like for each in known for like in (f"{each} ", f" {each}", each.upper(), each.lower(), each.title())}
         for like in sorted(likes - set(known)):
             assert dict(source.ask([like])) == {like: Answer(JobState.UNKNOWN)}
 
     def test_every_value_is_an_answer(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """What comes back is a mapping of text to Answer, as the sweep checks it."""
+        """The result is a mapping of text to Answer, as the sweep checks it."""
         asked = [NOBODY, *known]
 
         assert answers_of(source.ask(asked), asked) == {NOBODY: Answer(JobState.UNKNOWN), **known}
 
     def test_the_order_does_not_matter(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """Answers belong to ids and not to places: asked the other way round, each job gets its own."""
+        """Answers belong to ids and not to positions: asked in reverse, each job has its own answer."""
         assert dict(source.ask([*reversed(known)])) == known
 
     def test_a_job_asked_twice_is_answered_once(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """An id that stands twice in the question changes nothing."""
+        """An id that is asked twice changes nothing."""
         assert dict(source.ask([*known, *known])) == known
 
     def test_an_unheard_of_job_is_unknown(self, source: JobSource) -> None:
-        """A job that never was is `unknown`: said in so many words, and not an error."""
+        """A job that does not exist is answered `unknown`, which is not an error."""
         assert dict(source.ask([NOBODY])) == {NOBODY: Answer(JobState.UNKNOWN)}
 
     def test_an_unheard_of_job_is_unknown_whatever_its_length(self, source: JobSource) -> None:
-        """An id of any length that an event may have comes back as it was sent, alone and among others."""
+        """An id of any length that an event may have is returned as it was sent, alone and among others."""
         ids = ["x" * length for length in LENGTHS]
 
         assert dict(source.ask(ids)) == dict.fromkeys(ids, Answer(JobState.UNKNOWN))
 
     def test_one_unheard_of_job_spoils_no_other_answer(self, source: JobSource, known: dict[str, Answer]) -> None:
-        """An unknown job in a batch leaves the others' answers as they are."""
+        """An unknown job in a batch does not change the answers of the others."""
         assert dict(source.ask([NOBODY, *known])) == {NOBODY: Answer(JobState.UNKNOWN), **known}
 
     def test_a_whole_batch_is_answered(self, source: JobSource, known: dict[str, Answer]) -> None:

@@ -1,4 +1,4 @@
-"""The guard of presumed timeouts: what forbids saying that a job timed out (P9; design, section 7)."""
+"""The guard of presumed timeouts: what forbids the presumption that a job timed out (P9; design, section 7)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 NAMELESS_COUNTS_FOR = timedelta(hours=1)
-"""A completion that we hold and cannot read is somebody's: for an hour it could be that of any charge older than it."""
+"""A dead letter that cannot be read may hold a completion: for an hour it may be that of any charge older than it."""
 STUCK_AFTER = timedelta(days=1)
-"""A message queued for longer than this is not late: one that is never removed must not end all presumed timeouts."""
+"""A message that is queued for longer than this is stuck, not late. It withholds the timeouts of its own jobs only:
+otherwise one message that is never settled would withhold every presumed timeout forever."""
 NOTED_MAX = 1_000
-"""Rows of `waiting_message`. More than this waiting is a backlog; what is stuck in it is noted once it has drained."""
+"""Rows of `waiting_message`. More queued messages are a backlog: stuck ones among them are noted once it drained."""
 
 
 class WithheldReason(StrEnum):
-    """Why a timeout is not presumed; counted in the sweep's report, so a word here never changes."""
+    """Why a timeout is withheld. The words are stored in the sweep's report, so a word here never changes."""
 
     INTAKE_PAUSED = "intake_paused"
     REDIS_AWAY = "redis_away"
@@ -49,7 +50,7 @@ class WithheldReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OverdueCharge:
-    """A charge past its deadline and grace that nothing has settled."""
+    """An open charge that is past its deadline and grace; `credits` are whole."""
 
     charge_id: int
     job_id: str
@@ -57,31 +58,31 @@ class OverdueCharge:
     credits: int
     opened_at: datetime
     due_at: datetime
-    """Deadline plus grace: the time of the event that we may have to write."""
+    """Deadline plus grace: the time of the event that the sweep may write."""
     asks: int
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What forbids to presume a timeout, read at one point: P9, never because *we* were behind.
+    """What forbids a presumed timeout, as read by `read_guard`: P9, never a refund because *we* were behind.
 
-    Redis is read first, Postgres after it: an event that leaves Redis in between has been committed, so
-    Postgres shows what it did. The other way round it could be missed by both.
+    Redis is read first, and Postgres after it. An event that leaves Redis in between was committed before, so Postgres
+    shows its outcome. In the other order both readings could miss it, and a completed job would be refunded.
     """
 
     refused: WithheldReason | None
     """A reason that holds for every charge."""
     oldest_queued: datetime | None
-    """The earliest time of an event queued in Redis, of those that have not been there for a day."""
+    """The earliest time of an event that is queued in Redis, without messages that are stuck."""
     queued_jobs: Collection[str]
-    """Jobs that a message queued in Redis names, whatever its time."""
+    """Jobs that a queued message names, whatever its time."""
     named_jobs: Collection[str]
     """Jobs that a pending event, or an open dead letter, names."""
     nameless: Sequence[datetime]
-    """When open dead letters came that may hold the end of a job that they do not name: it could be any charge's."""
+    """When the open dead letters were last seen that may hold the end of a job that they do not name: of any charge."""
 
     def reason(self, charge: OverdueCharge) -> WithheldReason | None:
-        """Return why this charge's timeout must not be presumed; None if it may be."""
+        """Return why this charge's timeout must be withheld; None if it may be presumed."""
         if self.refused is not None:
             return self.refused
         if self.oldest_queued is not None and self.oldest_queued <= charge.due_at:
@@ -103,9 +104,9 @@ def read_guard(
     now: datetime,
     source_configured: bool,
 ) -> Guard:
-    """Read what is queued, pending and paused, for these charges; raises what Postgres raises.
+    """Return the guard for these charges, from what is queued, pending and paused; raises what Postgres raises.
 
-    A Redis that cannot be read forbids every presumed timeout.
+    If Redis cannot be read, every presumed timeout is withheld.
     """
     found = _read_queued(redis_client)
     if found.error is not None:
@@ -146,10 +147,11 @@ _STUCK = sa.text("SELECT digest FROM kino.waiting_message WHERE first_seen_at < 
 
 
 def note_queued(engine: sa.Engine, redis_client: redis.Redis, *, now: datetime) -> None:
-    """Keep since when each message is queued, and forget those that are gone; raises what Postgres raises.
+    """Note in `waiting_message` since when each message is queued, and delete the rows of messages that are gone.
 
-    Once a sweep, whether or not a timeout is due: a message that was stuck long before must not withhold the first
-    one for another day. Where not all of it can be read nothing is concluded, and nothing written.
+    Runs once in each sweep, whether or not a timeout is due: otherwise a message that was stuck long before would
+    withhold the first timeout for another day. If Redis cannot be read completely, nothing is written. Raises what
+    Postgres raises.
     """
     found = _read_queued(redis_client)
     if found.refused is not None:
@@ -159,7 +161,7 @@ def note_queued(engine: sa.Engine, redis_client: redis.Redis, *, now: datetime) 
         noted = set(connection.execute(sa.text("SELECT digest FROM kino.waiting_message")).scalars())
         if gone := noted - by_digest.keys():
             connection.execute(_FORGET, {"digests": sorted(gone)})
-        # What cannot be read comes first, and then the oldest: those are the likeliest to be stuck.
+        # Messages without a readable time come first, then the oldest: those are most likely to be stuck.
         new = sorted(by_digest.keys() - noted, key=lambda digest: (by_digest[digest].time or _EARLIEST, digest))
         del new[max(0, NOTED_MAX - len(noted - gone)) :]
         if new:
@@ -177,7 +179,7 @@ _NOTE = sa.text("""
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What a queued message says; `time` is the earliest of its events', None if one cannot be read."""
+    """A queued message: `time` is the earliest time of its events, None if an event cannot be read."""
 
     digest: bytes
     time: datetime | None
@@ -186,12 +188,12 @@ class _Message:
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    """Every message queued in Redis, or why nothing can be said of them."""
+    """Every message that is queued in Redis, or the reason why they are not known."""
 
     refused: WithheldReason | None
     messages: Sequence[_Message]
     error: str | None = None
-    """What Redis, or the client, said."""
+    """The text of the error of Redis or of the client."""
 
 
 def _read_queued(redis_client: redis.Redis) -> _Queued:
@@ -205,7 +207,7 @@ def _read_queued(redis_client: redis.Redis) -> _Queued:
 
 
 def _read(raw: bytes) -> _Message:
-    """Read a message of one event or of several; what cannot be read still names the jobs that are found in it."""
+    """Return a message of one event or several; from events that do not parse the job ids that can be found."""
     digest = sha256(raw).digest()
     try:
         event = parse(raw)
@@ -228,7 +230,7 @@ def _read(raw: bytes) -> _Message:
 
 
 def _oldest(found: _Queued, stuck: Collection[bytes]) -> tuple[WithheldReason | None, datetime | None]:
-    """Return the oldest event time queued anywhere in Redis, or why nothing can be said."""
+    """Return (None, the earliest time of a queued event), or the reason why that time is not known."""
     if found.refused is not None:
         return found.refused, None
     times = [each.time for each in found.messages if each.digest not in stuck]

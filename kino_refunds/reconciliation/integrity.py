@@ -1,4 +1,4 @@
-"""Integrity: what no ledger may contain, whatever was asked of it (P1 to P5; queries in integrity.sql)."""
+"""Integrity: find what no ledger may contain, whatever was asked of it (P1 to P5; the queries are in integrity.sql)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ INTEGRITY = (resources.files("kino_refunds.reconciliation") / "integrity.sql").r
 
 
 def violations(connection: Any) -> list[str]:
-    """Return one sentence for each thing in the ledger that cannot be; `connection` is psycopg's or SQLAlchemy's."""
+    """Return one sentence for each impossible thing in the ledger; `connection` is psycopg's or SQLAlchemy's."""
     driver = getattr(connection, "connection", connection)
     return [violation for _, violation in driver.cursor().execute(INTEGRITY.encode()).fetchall()]

@@ -1,8 +1,8 @@
-"""Overdue: a charge that never hears of its job's end is found, and somebody is asked (P9; section 7).
+"""The overdue sweep: find charges whose job's event never came, and ask how the job ended (P9; design, section 7).
 
-What a source knows for certain becomes an event and goes through `settle` like any other. Where nobody
-knows, we may say ourselves that the job timed out (clause 2.timeout), but never while the reason that we
-have not heard could be our own: see `reconciliation/guard.py`.
+An ending that the source knows becomes an event, and is settled by `settle` like any other. For a job that no source
+knows, the sweep may presume a timeout (clause 2.timeout). It never does so while the event may be missing because of
+this system itself: see `reconciliation/guard.py`.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ log = get_logger(__name__)
 
 PAGE = 500
 ASK_BATCH = 100
-"""Small enough for a query string or an IN list of any source."""
+"""Jobs in one ask: small enough for a query string or an IN list of any source."""
 TIMEOUTS_MAX = 10
-"""Asks in a row that end in a timeout: more than the 8 of a batch that is halved down to its one slow job. Without
-this a source that hangs would hold a sweep for the timeout of 199 asks a batch, half an hour, and with it one of the
-worker's two threads. The price: four slow jobs at a batch's head keep those behind them waiting, which is reported."""
+"""Asks in a row that may end in a timeout: more than the 8 of a batch that is halved down to its one slow job. Without
+this limit a source that hangs would hold a sweep for 199 timeouts a batch, half an hour, and one of the worker's two
+threads with it. The price: four slow jobs at the head of a batch delay the jobs behind them, which is reported."""
 LEFT_OUT = "the job source left out jobs that it was asked for: it must say `unknown` of those that it does not know"
 PROBLEM_MAX = 300
-"""Characters of what a source raised: some raise a whole page."""
+"""Characters of a source's error that are kept: some errors are a whole page."""
 
 
 @dataclass(frozen=True, slots=True)
 class OverdueRules:
-    """When we ask, how often, and for how long."""
+    """When the sweep asks about a job, how often, and for how long."""
 
     grace: timedelta
     asks: int
@@ -69,16 +69,16 @@ class OverdueRules:
 
     @property
     def ask_spacing(self) -> timedelta:
-        """An ask sooner than this after the last is not made: three asks in one bad second are one.
+        """The least time between two asks about one job: three asks in one bad second would count as one.
 
-        Shorter than the window's even share, so that a sweep that starts a moment early is not skipped and the
-        last ask still lies within the window.
+        Shorter than the even share of the window, so that a sweep which starts a moment early is not skipped, and the
+        last ask is still inside the window.
         """
         return self.ask_window / (self.asks + 1)
 
 
 def overdue_rules_of(settings: Settings) -> OverdueRules:
-    """Read the sweep's rules from the settings."""
+    """Return the rules of the sweep, from the settings."""
     return OverdueRules(
         grace=settings.overdue_grace,
         asks=settings.overdue_asks,
@@ -89,24 +89,24 @@ def overdue_rules_of(settings: Settings) -> OverdueRules:
 
 @dataclass
 class OverdueReport:
-    """What one sweep did, or with `dry_run` would do; credits are whole."""
+    """The result of one sweep, or with `dry_run` what it would be; credits are whole."""
 
     dry_run: bool
     overdue: int = 0
     asked: int = 0
     source_errors: int = 0
-    """Jobs about which the source failed."""
+    """Jobs for which the source failed."""
     source_broken: int = 0
     """Jobs that have no answer because the source broke its contract."""
     source_problem: str | None = None
-    """What was wrong with the source; a broken contract rather than a failure, for waiting does not mend it."""
+    """What was wrong with the source. A broken contract is named before a failure, because time does not fix it."""
     source_away: bool = False
-    """Whether it was given up until the next sweep."""
+    """Whether the sweep stopped asking until the next one."""
     answers: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     refunded_credits: int = 0
     withheld: Counter[str] = field(default_factory=Counter)
-    """Timed-out verdicts that were due and not given, by the reason."""
+    """Presumed timeouts that were due and were withheld, by the reason."""
     verified_through: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,12 +137,13 @@ def sweep_overdue(
     dry_run: bool = False,
     progress: Callable[[OverdueReport], None] = lambda _: None,
 ) -> OverdueReport:
-    """Find every overdue charge, ask, and settle what is known; one pass.
+    """Find every overdue charge, ask about its job, and settle the endings that are known; one pass. Return the report.
 
-    `source` None means that there is none: every overdue job is unknown at once. With `dry_run` nothing is
-    written, and the outcomes are those of the events that would have been settled. Raises what Postgres
-    raises, and BadSettings where the source's own setting keeps it from answering at all; any other failure of
-    the source, or of Redis, costs presumed timeouts and not the sweep.
+    `source` None means that there is none: every overdue job is unknown at once. With `dry_run` nothing is written, and
+    the outcomes are those of the events that would be settled. `progress` is called with the report after each page.
+
+    Raises what Postgres raises, and BadSettings if the source's own setting keeps it from answering at all. Any other
+    failure of the source, or of Redis, withholds presumed timeouts and does not end the sweep.
     """
     report = OverdueReport(dry_run)
     with engine.connect() as connection:
@@ -151,13 +152,13 @@ def sweep_overdue(
     skewed = clocks.redis is not None and clocks.disagreement() is not None
     if not dry_run:
         note_queued(engine, redis_client, now=now)
-    # Without a source there is nobody whom three asks in a row could wake at a bad minute.
+    # The spacing lets a source get over a bad minute. Without a source there is nothing to wait for.
     asked_before = now if source is None else now - overdue.ask_spacing
     for page in _pages(engine, overdue, now, asked_before):
         report.overdue += len(page)
         answers = _ask(source, page, report)
         report.answers.update(answer.state.value for answer in answers.values())
-        # What is asked while the clocks disagree is no ask: it may be hours from the one before.
+        # An ask does not count while the clocks disagree: by a wrong clock it may seem hours after the one before.
         asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run or skewed)
         _raise_running(engine, page, answers, running_max=overdue.running_max, now=now, dry_run=dry_run)
         known = [c for c in page if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
@@ -219,7 +220,7 @@ def _pages(
             yield page
 
 
-# An ask that is later than it is now was noted by a clock that has been set back since: it is none.
+# An ask that lies in the future was noted by a clock that has been set back since: it does not count.
 _OVERDUE = sa.text("""
     SELECT o.charge_id, c.job_id, o.account_id, o.credits, c.opened_at, o.deadline_at,
            CASE WHEN a.last_asked_at <= :now THEN a.asks ELSE 0 END AS asks,
@@ -234,10 +235,11 @@ _OVERDUE = sa.text("""
 
 
 def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: OverdueReport) -> dict[str, Answer]:
-    """Ask in batches; a batch that errors is halved until the jobs that error are alone, and left for later.
+    """Return the source's answers by job id; a job that the source left out, or failed on, is missing.
 
-    A batch with an answer for another job is not halved: none of its jobs has an answer until the source is
-    fixed, for what is said of another job may be what should have been said of any of them.
+    Asks in batches. A batch that fails is halved until the failing jobs are alone; they are left for the next sweep. A
+    batch with an answer for another job is not halved: that answer may belong to any of its jobs, so none of them has
+    an answer until the source is fixed.
     """
     job_ids = [charge.job_id for charge in page]
     if source is None:
@@ -253,11 +255,11 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
             timeouts = 0
             answers |= said
             if left_out := [job_id for job_id in part if job_id not in said]:
-                # Reported, or a source that never says `unknown` would keep these jobs open for good without a word.
+                # Reported, because a source that never says `unknown` would keep these jobs open forever, unnoticed.
                 _note_problem(SourceUnavailable(LEFT_OUT), left_out, report)
         except BadSettings:
             raise
-        except Exception as error:  # noqa: BLE001 - a source is foreign code; whatever it raises is no answer
+        except Exception as error:  # noqa: BLE001 - a source is foreign code; any error of it is no answer
             timeouts = timeouts + 1 if isinstance(error, TimeoutError) else 0
             report.source_away = isinstance(error, SourceUnreachable) or timeouts > TIMEOUTS_MAX
             if len(part) > 1 and not report.source_away and not isinstance(error, ForeignAnswer):
@@ -270,10 +272,10 @@ def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: Overdu
 
 
 def _note_problem(error: Exception, part: Sequence[str], report: OverdueReport) -> None:
-    """Count the jobs that have no answer, and log and keep the reason once, not for each of 600 jobs."""
+    """Count the jobs that have no answer; log and keep the reason once, not for each of 600 jobs."""
     broken = isinstance(error, SourceBroken)
     said = str(error) if isinstance(error, KinoError) else f"{type(error).__name__}: {error}"
-    # It is stored as jsonb, which has no NUL and no half a surrogate: an error of any text must not cost the slot.
+    # The text is stored as jsonb, which takes no NUL and no lone surrogate: no error text may fail the slot's row.
     text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in said[:PROBLEM_MAX])
     if text != report.source_problem:
         log.warning("the job source failed", jobs=len(part), first_job_id=part[0], broken=broken, error=text)
@@ -293,7 +295,7 @@ def _note_answers(
     now: datetime,
     dry_run: bool,
 ) -> dict[int, int]:
-    """Count the asks that found nobody who knew; returns charge id -> asks in a row, this one included."""
+    """Store the answers `running` and `unknown`; return charge id -> asks in a row with `unknown`, with this one."""
     noted = [(c, answers[c.job_id].state) for c in page if answers.get(c.job_id, _NO_ANSWER).state in _NOT_AN_END]
     asks = {c.charge_id: c.asks + 1 if state is JobState.UNKNOWN else 0 for c, state in noted}
     if noted and not dry_run:
@@ -332,7 +334,7 @@ def _raise_running(
     now: datetime,
     dry_run: bool,
 ) -> None:
-    """A job that runs on is given time, up to a cap; after that a person looks at it."""
+    """Raise a break for each job that still runs after `running_max`: until then it has time, then a person looks."""
     found = [
         Break(
             kind=BreakKind.RUNNING_PAST_CAP,
@@ -352,15 +354,18 @@ def _raise_running(
 
 
 def event_of(charge: OverdueCharge, answer: Answer) -> Event:
-    """Write the event that should have come, from charge and answer alone: two sweeps write the same one.
+    """Return the event that should have come, made from charge and answer alone: two sweeps make the same event.
 
-    All that the content depends on stands in the id. So a source that says something else the second time, be
-    it only that it knows `finished_at` by then, makes another event: P1 lets the first settle, and the second
-    finds it settled. Under one id they would be a conflicting duplicate, a dead letter about nothing.
+    The id contains everything that the content depends on. So a source that answers differently the second time, even
+    if it only knows `finished_at` by then, makes another event. The first one settles the charge (P1), and the second
+    finds it settled. Under one id the second would be a conflicting duplicate, a dead letter that means nothing.
 
-    A `finished_at` before the charge was opened, or in the future, is kept as it was said. It moves no money:
-    policy version and account status are taken at a time that is clamped to [opened_at, now], as for every
-    event. Refusing it would keep a job open for a clock that is a second fast.
+    A `finished_at` before the charge was opened, or in the future, is kept unchanged. It moves no money, because the
+    policy version and the account's status are read at a time within [opened_at, now], as for every event. If it were
+    refused, a clock that is a second fast would keep a job open.
+
+    Raises ValueError for an answer that is not the end of a job, and pydantic's ValidationError if an id of the charge
+    is not an id.
     """
     at = charge.due_at if answer.finished_at is None else answer.finished_at
     common: dict[str, Any] = {
@@ -378,7 +383,7 @@ def event_of(charge: OverdueCharge, answer: Answer) -> Event:
             error = {"code": "reported_by_job_source", "origin": answer.origin}
             return JobFailed.of(id=f"{event_id}.{answer.origin}{finished}", error=error, **common)
         case JobState.TIMED_OUT:
-            # Without a result it is the event of a timeout that we presume, and of builds that did not know this field.
+            # Without a result the event is the same as a presumed timeout, and as that of builds without this field.
             result = ".result_produced" if answer.result_produced else ""
             return JobTimedOut.of(id=f"{event_id}{result}{finished}", result_produced=answer.result_produced, **common)
         case JobState.REJECTED:
@@ -395,13 +400,17 @@ def event_of(charge: OverdueCharge, answer: Answer) -> Event:
 
 
 def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> list[Delivery]:
-    """Write the event; a charge that no event can speak of (its ids are not ids) holds up no other."""
+    """Return the event as a delivery, or nothing if the charge's ids are not ids: it must not block other charges."""
     try:
-        with stored_ids():  # the charge may be from before today's rule for ids, and must end all the same
+        with stored_ids():  # the charge may be older than today's rule for ids, and must be settled all the same
             return [delivery_of(event_of(charge, answer))]
     except ValidationError as error:
         report.withheld[WithheldReason.IDS] += 1
-        log.warning("no event can speak of this charge", charge_id=charge.charge_id, errors=error.error_count())
+        log.warning(
+            "a charge has ids that no event can carry: a person must decide it, see `kino-refunds why JOB`",
+            charge_id=charge.charge_id,
+            errors=error.error_count(),
+        )
         return []
 
 
@@ -422,11 +431,15 @@ def _presumed_timeouts(
     disagreement = clocks.disagreement()
     if guard.refused is None and disagreement is not None:
         report.withheld[WithheldReason.CLOCK] += len(charges)
-        log.error("presumed timeouts are withheld: the clocks disagree", why=disagreement, charges=len(charges))
+        log.error(
+            "presumed timeouts are withheld: the clocks disagree, set them by NTP",
+            why=disagreement,
+            charges=len(charges),
+        )
         return []
     presumed = []
     for charge in charges:
-        # The clock was read when the sweep began, and may have been set back since.
+        # `now` was read when the sweep began. If the clock was set back since, the charge may not be overdue yet.
         reason = guard.reason(charge) or (WithheldReason.CLOCK if charge.due_at >= clocks.decides else None)
         if reason is None:
             presumed += _deliver(charge, Answer(JobState.TIMED_OUT), report)

@@ -19,7 +19,7 @@ SHOWN_MAX = 60
 
 
 class JobState(StrEnum):
-    """What a source can say of a job."""
+    """The states of a job that a source can answer."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -31,13 +31,13 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a source says of one job; raises SourceBroken for a value of another type.
+    """A source's answer for one job; raises SourceBroken for a value of another type.
 
-    `origin` belongs to failed, `stage` to rejected, `result_produced` to timed_out, `finished_at` to these
-    and to completed; with other states they mean nothing. The defaults leave the doubt with the customer
-    (clause 2): an unknown origin refunds, a rejection whose stage is not known happened during the
-    generation, and a timeout without a word about a result produced none. `finished_at` is the time of the
-    event that we write; without it that is the charge's deadline plus grace.
+    `origin` belongs to failed, `stage` to rejected, `result_produced` to timed_out, `finished_at` to these and to
+    completed; with other states they mean nothing. By the defaults the customer gets the benefit of the doubt (clause
+    2): an unknown origin refunds, a rejection whose stage is not known happened during the generation, and a timeout
+    that says nothing of a result produced none. `finished_at` is the time of the event that the sweep writes; without
+    it that is the charge's deadline plus grace.
     """
 
     state: JobState
@@ -47,7 +47,7 @@ class Answer:
     finished_at: datetime | None = None
 
     def __post_init__(self) -> None:
-        # A source is foreign code, and what it says moves money: 'false' is a true value, and NaN is not None.
+        # A source is foreign code, and its answer moves money: 'false' is a true value, and NaN is not None.
         for name, kind in (
             ("state", JobState),
             ("origin", ErrorOrigin),
@@ -61,26 +61,27 @@ class Answer:
 
 
 def _instant(value: object) -> datetime:
-    """Return the instant as a plain datetime in UTC: it becomes part of an event's id and of its content."""
+    """Return the instant as a plain datetime in UTC, because it becomes part of an event's id and content."""
     try:
         if isinstance(value, datetime) and value.utcoffset() is not None:
-            # Written and read, because a subclass may lie: pandas' NaT is a datetime, its Timestamp has nanoseconds.
+            # Written and read again, because it may be of a subclass: pandas' NaT is a datetime, and its Timestamp has
+            # nanoseconds.
             return datetime.fromisoformat(value.astimezone(UTC).isoformat())
     except Exception as error:  # a time zone is foreign code too
-        raise SourceBroken(f"the job source's finished_at is no instant: {type(error).__name__}") from error
+        raise SourceBroken(f"the job source's finished_at is not an instant: {type(error).__name__}") from error
     raise SourceBroken("the job source's finished_at is not a date and time with an offset")
 
 
 class JobSource(Protocol):
-    """What the overdue sweep asks."""
+    """A job source, as the overdue sweep asks it."""
 
     def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        """Answer for these jobs and for no other; `UNKNOWN` for one that the source has never heard of.
+        """Return the answers for these jobs and for no other; UNKNOWN for a job that the source does not know.
 
-        The keys are the ids exactly as they were sent: an id that differs by white space or case is another
-        job's, and then none of these jobs has an answer. A job that is missing was not answered, which is not
-        unknown. Raise whatever fits when the question fails: an error is not an answer, and the sweep asks in
-        smaller batches and then later. SourceUnreachable ends the asking until the next sweep.
+        The keys are the ids exactly as they were sent. An id that differs by white space or case is another job's, and
+        then none of these jobs has an answer. A job that is missing was not answered, which is not the same as unknown.
+        Raise any error if the question fails: an error is not an answer, and the sweep asks in smaller batches, and
+        then later. SourceUnreachable ends the asking until the next sweep.
         """
         ...
 
@@ -88,8 +89,8 @@ class JobSource(Protocol):
 def require_asked(answered: Iterable[object], asked: Sequence[str]) -> None:
     """Raise ForeignAnswer if a row is for a job that was not asked for.
 
-    The row may be that of any job that was asked for, under an id that a column padded or folded. So nothing
-    can be said of those jobs: least of all that they are unknown, which refunds after three asks.
+    The row may belong to any job that was asked for, under an id that a column padded or folded. So none of those jobs
+    has an answer. Least of all may they be taken for unknown, which refunds after three asks.
     """
     wanted = frozenset(asked)
     for job_id in answered:
@@ -104,10 +105,10 @@ def require_asked(answered: Iterable[object], asked: Sequence[str]) -> None:
 
 
 def answers_of(said: object, asked: Sequence[str]) -> dict[str, Answer]:
-    """Check what a source returned, and return it; a job that is missing in it was not answered.
+    """Return what a source returned, after checking it; a job that is missing in it was not answered.
 
-    Raises ForeignAnswer for what is no mapping or answers for another job, SourceBroken for a value that is
-    no Answer.
+    Raises ForeignAnswer if it is not a mapping or answers for another job, SourceBroken for a value that is not an
+    Answer.
     """
     if not isinstance(said, Mapping):
         raise ForeignAnswer(f"the job source returned {type(said).__name__}, not a mapping of job id to Answer")
@@ -115,7 +116,7 @@ def answers_of(said: object, asked: Sequence[str]) -> dict[str, Answer]:
     require_asked(answers, asked)
     for answer in answers.values():
         if not isinstance(answer, Answer):
-            raise SourceBroken(f"the job source said {type(answer).__name__}, not Answer")
+            raise SourceBroken(f"the job source returned {type(answer).__name__} for a job, not Answer")
     return answers
 
 

@@ -1,7 +1,7 @@
-"""Verified through: the time before which every charge is settled, for people (design, section 4).
+"""Verified through: the time before which every charge is settled; shown to people (design, section 4).
 
-Order and completeness come from transactions and not from time. A sample (an instant, a transaction's number) joins the
-two: once the horizon has passed the number, every row that was written before the instant can be seen.
+Order and completeness come from transactions and not from time. A sample (an instant and a transaction's number) joins
+the two: when the horizon has passed the number, every row that was written before the instant is visible.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ if TYPE_CHECKING:
 
 HORIZON_AGE_WARN = timedelta(minutes=5)
 HORIZON_AGE_FAIL = timedelta(hours=1)
-"""Statements and the relay stand still behind the horizon; so does every proof."""
+"""Statements and the relay read below the horizon only, and so does every proof: while it stands still, so do they."""
 
-# The instant is read before the number is drawn (columns are evaluated in this order): whoever draws a lower number
-# afterwards writes later instants, which are not claimed to be complete; the other way round some would be.
+# The instant is read before the number is drawn (columns are evaluated in this order). A transaction that has a lower
+# number and still writes then writes later instants, for which nothing is claimed. In the other order a row with an
+# earlier instant could still appear.
 _SAMPLE = sa.text("INSERT INTO kino.xid_clock (sampled_at, xid) VALUES (kino.clock(), kino.this_transaction())")
 
 
 def sample_clock(connection: sa.Connection) -> None:
-    """Note which instant belongs to which transaction; in a transaction of its own, which has written nothing yet."""
+    """Store which instant belongs to which transaction; call it in a transaction that has written nothing yet."""
     connection.execute(_SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
-    """How far the ledger can be vouched for.
+class Verification:
+    """How far the ledger is verified.
 
-    `through`: every charge opened before this is settled; None before the first sample is below the horizon.
-    `horizon_age`: how long ago the newest sample below the horizon was taken; None without one.
+    `through`: every charge opened before this instant is settled; None until a sample is below the horizon.
+    `horizon_age`: how long ago the newest sample below the horizon was taken; None if there is none. `oldest_open`:
+    when the oldest open charge was opened; None if no charge is open.
     """
 
     through: datetime | None
@@ -49,26 +51,27 @@ _VERIFIED = sa.text("""
 """)
 
 
-def read_verified(connection: sa.Connection) -> Verified:
-    """Read how far everything is settled, as of the newest sample below the horizon."""
+def read_verified(connection: sa.Connection) -> Verification:
+    """Return how far everything is settled, as of the newest sample below the horizon; raises what Postgres raises."""
     row = connection.execute(_VERIFIED).one()
     if row.sampled_at is None:
-        return Verified(None, None, row.oldest_open)
-    # A sample of a clock that has been set back since must not vouch for what is still to come.
+        return Verification(None, None, row.oldest_open)
+    # A clock that has been set back since may have written a sample in the future: charges opened until then are not
+    # settled yet.
     sampled_at = min(row.sampled_at, row.now)
-    return Verified(min(sampled_at, row.oldest_open or sampled_at), row.now - sampled_at, row.oldest_open)
+    return Verification(min(sampled_at, row.oldest_open or sampled_at), row.now - sampled_at, row.oldest_open)
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A session or prepared transaction whose open transaction holds the horizon."""
+    """A session or prepared transaction whose open transaction holds back the horizon."""
 
     name: str
     started_at: datetime | None
 
 
-# Every role may read pg_locks: a transaction with a number holds a lock on it. What else pg_stat_activity says of
-# another role's session is not shown to us.
+# Every role may read pg_locks, where a transaction with a number holds a lock on that number. Postgres hides other
+# columns of pg_stat_activity from us for sessions of other roles.
 _HOLDERS = sa.text("""
     SELECT coalesce('pid ' || a.pid || ' (' || coalesce(a.usename, '?') || ', '
                     || coalesce(nullif(a.application_name, ''), 'no application name') || ')',
@@ -83,5 +86,5 @@ _HOLDERS = sa.text("""
 
 
 def horizon_holders(connection: sa.Connection) -> Sequence[Holder]:
-    """Name who holds the horizon at this moment; empty if nobody does."""
+    """Return the sessions and prepared transactions that hold back the horizon at this moment; empty if none does."""
     return [Holder(row.name, row.started_at) for row in connection.execute(_HOLDERS)]

@@ -1,4 +1,4 @@
-"""Logs: one line a batch and a command, ids and never payloads; for people on a terminal, else JSON."""
+"""Logs: one line for each batch and command, with ids and never payloads; readable on a terminal, else JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send our lines and the libraries' to standard error, in one form."""
+    """Send the log lines of this program and its libraries to standard error, in one format."""
     console = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_logger_name,
@@ -39,7 +39,7 @@ def configure_logging(settings: Settings) -> None:
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
     for name in ("celery.app.trace", "celery.worker.strategy", "celery.beat"):
-        # Three lines for each sweep that found nothing; a sweep that did something says so itself.
+        # Celery would write three lines for each sweep that found nothing. A sweep that did something logs it itself.
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -50,7 +50,7 @@ def configure_logging(settings: Settings) -> None:
 
 
 def _shortened(record: logging.LogRecord) -> bool:
-    """Make one line of what Celery says of a Redis that is away or refuses; its stacks say no more than that."""
+    """Shorten to one line what Celery logs of a Redis that is away or refuses, because its traceback says no more."""
     error = record.exc_info[1] if record.exc_info else None
     if record.name.partition(".")[0] in {"celery", "kombu"} and _is_of_redis(error):
         said = record.getMessage().partition("\n")[0]
@@ -72,5 +72,5 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of what an exception says: the second line of SQLAlchemy's holds the parameters."""
+    """Return an exception's type and the first line of its text: SQLAlchemy's second line has the parameters."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -22,7 +22,7 @@ def test_overdue_run_needs_to_be_told_that_nobody_knows(run: Run) -> None:
 
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert result.err.startswith(
-        "error: KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open for good; set it"
+        "error: KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open forever; set it"
     )
 
 

@@ -309,5 +309,5 @@ def test_a_sweep_without_postgres_is_one_line_in_the_log(monkeypatch: pytest.Mon
         tasks.sweep_retries()
 
     [line] = lines
-    assert (line["event"], line["task"]) == ("sweep did not end", "kino.sweep_retries")
+    assert (line["event"], line["task"]) == ("sweep failed: the next run goes on from there", "kino.sweep_retries")
     assert line["error"].startswith("OperationalError: ")

@@ -356,7 +356,7 @@ def test_demo_whose_server_ends_says_which(monkeypatch: pytest.MonkeyPatch, name
     monkeypatch.setattr(Stage, "__init__", remembered(stages, Stage.__init__))
     monkeypatch.setattr(command._Lines, "show", show)
 
-    with pytest.raises(ServerFailed, match="ended by itself"):
+    with pytest.raises(ServerFailed, match="ended unexpectedly"):
         command.demo(jobs=1_000, seed=1, keep=False, as_json=True)
 
 

@@ -323,7 +323,7 @@ def test_a_server_that_ends_ends_dev(data_dir: Path) -> None:
 
         until(lambda: not alive(running.family))
     assert code == 3
-    assert "error: Postgres ended by itself" in running.said()
+    assert "error: Postgres ended unexpectedly" in running.said()
 
 
 def test_data_of_a_newer_build_is_left_alone(data_dir: Path) -> None:

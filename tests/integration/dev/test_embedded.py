@@ -275,7 +275,7 @@ def test_server_that_cannot_start_says_why(folder: Path, kind: type[EmbeddedPost
     else:
         damaged.write_text("not what it was\n", encoding="utf-8")
 
-    with pytest.raises(ServerFailed, match=r"(?s)it said last:\n.+"):
+    with pytest.raises(ServerFailed, match=r"(?s)its log ends with:\n.+"):
         first.start()
 
     assert processes_of(first.folder) == set()

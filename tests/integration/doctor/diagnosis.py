@@ -16,7 +16,7 @@ from tests.clock import MINUTE
 from tests.scenario import Scene
 
 SWEEPS = {
-    "try waiting events again": "kino.sweep_retries",
+    "retry pending events": "kino.sweep_retries",
     "expire lots": "kino.expire_lots",
     "note which time belongs to which transaction": "kino.sample_clock",
 }

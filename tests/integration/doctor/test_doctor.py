@@ -85,7 +85,7 @@ def test_unknown_name_is_a_warning_that_names_the_nearest(doctor: Doctor) -> Non
                 "settings",
                 "warn",
                 "KINO_COLOUR is not a setting and is ignored",
-                "remove it: nobody reads it",
+                "remove it: no program reads it",
             ),
             Found(
                 "settings",
@@ -135,7 +135,7 @@ def test_missing_url_is_wrong_usage_and_the_other_server_is_looked_at(
 @pytest.mark.usefixtures("well")
 def test_job_source_that_nobody_chose_is_wrong_usage(doctor: Doctor) -> None:
     """Without a choice no overdue sweep runs and lost jobs are never found: the doctor fails, and says what to set."""
-    says = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open for good"
+    says = "KINO_JOB_SOURCE is not set: a job whose event is lost is never found, and stays open forever"
 
     unset, empty = doctor(KINO_JOB_SOURCE=None), doctor(KINO_JOB_SOURCE="")
 

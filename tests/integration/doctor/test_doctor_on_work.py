@@ -71,7 +71,7 @@ LATE = "see that `celery -A workers.app beat` and a worker run, and that Redis i
 
 @pytest.mark.parametrize(
     ("ago_s", "late"),
-    [(20, []), (31, ["try waiting events again"]), (181, [*SWEEPS, OVERDUE[0]])],
+    [(20, []), (31, ["retry pending events"]), (181, [*SWEEPS, OVERDUE[0]])],
 )
 def test_sweep_that_stands_still_is_found(doctor: Doctor, scene: Scene, ago_s: int, late: list[str]) -> None:
     """Three slots without a run, and never less than half a minute, mean that beat is dead."""

@@ -187,7 +187,7 @@ def test_garbage_about_a_job_does_not_cost_the_others(scene: Scene, redis: Redis
 
     assert statuses(scene) == {**dict.fromkeys(answers, "open"), "job-1": "captured"}
     assert (came_to["source_broken"], came_to["source_errors"], came_to["answers"]) == (4, 0, {"completed": 1})
-    assert came_to["source_problem"] == "the job source said JobState, not Answer"
+    assert came_to["source_problem"] == "the job source returned JobState for a job, not Answer"
 
 
 def test_source_that_answers_with_no_mapping_settles_nothing(scene: Scene, redis: Redis) -> None:

@@ -153,7 +153,7 @@ def test_a_flushed_redis_does_not_end_the_worker(scene: Scene, redis: Redis, red
     open_jobs(scene, *jobs)
     events = endings(jobs)
     bindings = [f"_kombu.{kind}.{queue}" for kind in ("binding", "binding_permanent") for queue in SERVED]
-    restored = "kombu bindings were missing and are back; publish again what a SimpleQueue sent meanwhile"
+    restored = "kombu bindings were missing and are restored; publish again what a SimpleQueue sent meanwhile"
     with Connection(redis_url) as stock:
         simple = {queue: stock.SimpleQueue(queue.value) for queue in SERVED}
         worker = start()
