@@ -1,4 +1,4 @@
-"""The contents of a claim: parse its messages into events, and split the events into batches of one transaction."""
+"""Read a claim: each message becomes events or a dead letter, and events become batches of one transaction each."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kino_refunds.events.connection import redis_client
 from kino_refunds.events.schema import Event
 from kino_refunds.reconciliation.integrity import violations
 from kino_refunds.settings import Settings
-from kino_refunds.settlement import retries
+from kino_refunds.settlement import pending
 from kino_refunds.settlement.decide import Busy
 from kino_refunds.settlement.deliveries import delivery_of
 from kino_refunds.settlement.rules import rules_of
@@ -156,7 +156,7 @@ def test_jobs_that_were_busy_are_settled_within_the_time(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without beat nobody would try them again: the bench does, says so, and counts the time."""
-    monkeypatch.setattr(retries, "FIRST_DELAY", timedelta(0))
+    monkeypatch.setattr(pending, "FIRST_DELAY", timedelta(0))
     events = made(open_jobs(bench.servers, "busy", 10), refund)
     with engine_of(bench.servers) as engine, engine.connect() as connection:
         settle(

@@ -237,7 +237,7 @@ def test_the_referee_reads_the_same_in_every_environment(database: Database, mon
 OWN_SESSIONS = {
     "kino_refunds/db/engine.py": "pins",
     "kino_refunds/demo/promises.py": "pins its own",
-    "kino_refunds/embedded.py": "reads no times, and only from servers of its own",
+    "kino_refunds/dev/embedded.py": "reads no times, and only from servers of its own",
 }
 
 

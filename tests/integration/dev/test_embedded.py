@@ -28,6 +28,7 @@ LISTENING_IN_PROC = "0A"
 OWNER = """
 import json, os, sys, time
 from pathlib import Path
+from kino_refunds.dev.embedded import servers
 with servers(Path(sys.argv[1]) if sys.argv[1] else None) as running:
     child = 0
     if sys.argv[2] == "fork":

@@ -98,7 +98,7 @@ def test_a_model_is_published_with_its_message(publisher: EventPublisher, stock_
     with closing(stock_kombu.SimpleQueue("generation.job-failed")) as queue:
         message = queue.get(block=False)
         assert message.payload["data"] == {
-            "error": {"code": "E", "message": "bad prompt", "origin": "user"},
+            "error": {"code": "GPU_OOM", "message": "out of memory on node 7", "origin": "platform"},
             "job_id": "job-1",
         }
 

@@ -10,6 +10,7 @@ import pytest
 
 from kino_refunds.schedule import KEPT_FOR, Entry, Run, finish_slot
 from kino_refunds.settings import Settings, load_settings
+from kino_refunds.settlement import retries
 from tests.clock import HOUR, MINUTE, SECOND, claim_slot, read_schedule
 from tests.scenario import Scene, make_event
 from workers import tasks
@@ -213,7 +214,7 @@ def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as
     def killed(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(tasks, "settle_batch", killed)
+    monkeypatch.setattr(retries, "settle_batch", killed)
     alive_ttl = timedelta(seconds=load_settings().alive_ttl_s)
     before = datetime.now(UTC)
     with pytest.raises(SystemExit):
