@@ -15,7 +15,7 @@ def main() -> None:
     """Run the command line; see `kino_refunds.cli.main`."""
     _forget_impossible_sizes()
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # in the background of a script Ctrl-C is nobody's business
+    if before is not signal.SIG_IGN:  # a script's background job ignores Ctrl-C, and so must this
         signal.signal(signal.SIGINT, _leave)
     from kino_refunds.cli.main import main as run  # noqa: PLC0415 - the second in which Ctrl-C must not be a traceback
 

@@ -1,4 +1,4 @@
-"""What the demo comes to, read from the ledger while it runs and when it has ended."""
+"""The figures of the demo, read from the ledger while it runs and at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """How things stand at this moment."""
+    """The figures at one moment of the run."""
 
     at_s: float
     stage: str
@@ -34,12 +34,12 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class StoryReport:
-    """How the story ended; credits are whole, latencies in milliseconds from event (or its charge) to COMMIT."""
+    """The report at the end of the story; credits are whole, latencies are in ms from event (or charge) to COMMIT."""
 
     jobs: int
     messages: int
     outcomes: list[dict[str, Any]]
-    """Every decided event: outcome, events, and the credits that it settled."""
+    """For each outcome: how many events had it, and the credits that they settled."""
     reasons: list[dict[str, Any]]
     dead_letters: list[dict[str, Any]]
     duplicates_absorbed: int
@@ -53,23 +53,23 @@ class StoryReport:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise held; lateness alone may be the machine's, and is shown without being a failure."""
+        """Whether every promise held. Lateness alone is shown and is no failure, because the machine may be slow."""
         return all(each["word"] != "broken" for each in self.promises)
 
 
 def unsettled(connection: sa.Connection) -> int:
-    """Count the charges without a settlement and the events that wait for a retry."""
+    """Return how many charges have no settlement, plus how many events are pending."""
     return int(connection.execute(_UNSETTLED).scalar_one())
 
 
 def standing(connection: sa.Connection) -> dict[str, Any]:
-    """Read the part of a `Snapshot` that the ledger knows."""
+    """Return the fields of a `Snapshot` that are read from the ledger."""
     found: dict[str, Any] = connection.execute(_STANDING).scalar_one()
     return found
 
 
 def ending(connection: sa.Connection, *, events: Sequence[str], killed_at: datetime) -> dict[str, Any]:
-    """Read the part of `StoryReport` that the ledger knows; `events` are those that the killed worker held."""
+    """Return the fields of a `StoryReport` that the ledger has; `events` are those of the killed worker's batch."""
     batch = {"events": list(events), "killed_at": killed_at, "reconciler": RECONCILER}
 
     def rows(query: sa.TextClause, **values: Any) -> list[dict[str, Any]]:

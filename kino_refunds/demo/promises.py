@@ -1,20 +1,20 @@
-"""The referee: P1 to P10, judged from a record of what was asked of a ledger and from what it says now.
+"""The referee: judge P1 to P10 from a record of what was asked of a ledger, and from the ledger's state now.
 
     python -I kino_refunds/demo/promises.py RECORD [--json]
 
-It imports nothing of this project, so that a mistake which the product and its own views share is still a
-finding here: it reads tables and Redis keys by itself, and it has a reading of the policy of its own.
+It imports nothing of this project, so that a mistake which the product and its own views share is still a finding here.
+It reads tables and Redis keys with its own queries, and has its own reading of the policy.
 
-RECORD is a JSON object: `database_url` (of a superuser: it tries to change what nobody may change, and rolls
-back), `worker_url`, `redis_url`; `grants` and `jobs` as they were asked for; `messages` in the order in which
-Redis confirmed them (`queue`; `event`, null where nobody can read it; `reason` and base64 `raw` where it must
-become a dead letter; `burst`: what was pushed together); `silent` jobs and the `answers` that somebody knows
-for them; `terminated_for_violation` accounts; `killed` (`at`, `events` that the worker held); `transfers`, a
-digest taken halfway; `policy_versions`, `reconciler`, `overdue_grace_s`, `alive_ttl_s`, `lot_grace_days`. Nobody
-in it has asked for a lot to be frozen, expired or voided.
+RECORD is a JSON object: `database_url` (of a superuser: the referee tries changes that no role may make, and rolls them
+back), `worker_url`, `redis_url`; `grants` and `jobs` as they were asked for; `messages` in the order in which Redis
+confirmed them (`queue`; `event`, null if it cannot be read; `reason` and base64 `raw` if it must become a dead letter;
+`burst`: the number of the messages that were pushed together); `silent` jobs and the `answers` that are known for them;
+`terminated_for_violation` accounts; `killed` (`at`, and the `events` that the worker had in flight); `transfers`, a
+digest taken halfway; `policy_versions`, `reconciler`, `overdue_grace_s`, `alive_ttl_s`, `lot_grace_days`. The record
+must not ask for a lot to be frozen, expired or voided.
 
-Exit code: 0 every promise held (or was only late: a slow machine is no lost refund), 1 one was broken, 2 usage,
-3 a dependency is away.
+Exit code: 0 every promise held (or was only late: a slow machine loses no refund), 1 one was broken, 2 usage, 3 a
+dependency is away.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import psycopg.rows
 import redis
 
 INTEGRITY = (Path(__file__).parents[1] / "reconciliation" / "integrity.sql").read_text(encoding="utf-8")
-"""One statement that names everything in a ledger that cannot be, whatever was asked of it."""
+"""One statement that returns everything in a ledger that must not be, whatever was asked of it."""
 FACTS = ("charge", "charge_line", "settlement", "transfer", "inbox_event")
-"""What is only ever inserted."""
+"""Tables whose rows are only inserted."""
 WRITTEN_BY_FUNCTIONS = (
     "UPDATE kino.credit_lot SET remaining = granted",
     "UPDATE kino.account SET status = 'active'",
@@ -45,7 +45,7 @@ WRITTEN_BY_FUNCTIONS = (
     "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining) SELECT 'x', 'x', 'courtesy', 1, 1",
     "INSERT INTO kino.account (account_id) VALUES ('x')",
 )
-"""What no role that logs in may do to a ledger, whose functions alone write it."""
+"""Statements that no role that logs in may run, because only the ledger's functions write these tables."""
 SHOWN_MAX = 5
 P99_MAX_S = 5.0
 OVERDUE_MAX_S = 300.0
@@ -55,7 +55,7 @@ SETTLING = {
     **{("captured", clause): "captured_not_covered" for clause in ("2.failure", "2.timeout", "2.safety")},
     **{("refunded", clause): "refunded" for clause in ("2.failure", "2.timeout", "2.safety")},
 }
-"""What the inbox says of the event that settled a charge in this way; of no other event it may say so."""
+"""The outcome that the inbox must have for the event that settled a charge in this way, and for no other event."""
 
 PROMISES = {
     "P1": "A charge is settled once.",
@@ -63,7 +63,7 @@ PROMISES = {
     "P3": "Different events about one job refund once.",
     "P4": "A refund goes back to the lots it came from, or their successors.",
     "P5": "Transfers are append-only, and the books sum to zero.",
-    "P6": "An event is waiting or decided, never lost.",
+    "P6": "An event is queued, pending or decided, never lost.",
     "P7": "What cannot be understood or applied is kept whole.",
     "P8": "One bad event never blocks or fails its neighbours.",
     "P9": "Every job that the policy refunds is refunded, and no other; in time.",
@@ -74,7 +74,7 @@ Row = dict[str, Any]
 
 
 class Reading(NamedTuple):
-    """What the policy makes of one ending of a job."""
+    """How a charge must be settled for one ending of its job, by the policy."""
 
     kind: str
     reason: str
@@ -85,7 +85,7 @@ OPEN = Reading("open", "-", "-")
 
 
 def read_policy(type_: str, data: Row, *, terminated: bool) -> Reading:
-    """Read clauses 1, 2 and 6 for one event, independently of the product's own reading."""
+    """Return what clauses 1, 2 and 6 say of one event, independently of the product's own reading."""
     if type_ == "kino.generation.job-completed.v1":
         return Reading("captured", "completed", "1")
     if type_ == "kino.generation.job-failed.v1":
@@ -104,14 +104,14 @@ TIMED_OUT = ("kino.generation.timeout.v1", {"result_produced": False})
 
 @dataclass
 class Judgement:
-    """What was found of one promise; one for which there was nothing to look at has not been checked."""
+    """The judgement of one promise. A promise for which there was nothing to look at was not checked, and is broken."""
 
     promise: str
     says: str
     looked_at: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
     late: bool = False
-    """Whether all that is wrong is that something took too long: then it may be the machine."""
+    """Whether the only finding is that something took too long: then the machine may be slow."""
 
     @property
     def word(self) -> str:
@@ -121,7 +121,7 @@ class Judgement:
         return "late" if self.late else "broken"
 
     def as_dict(self) -> Row:
-        """Return plain values for JSON."""
+        """Return the judgement as plain values for JSON."""
         return {
             "promise": self.promise,
             "says": self.says,
@@ -135,18 +135,18 @@ class Judgement:
         self.findings.append(text)
 
     def require(self, good: object, text: str) -> None:
-        """Add a finding unless this is so."""
+        """Add a finding unless `good` is true."""
         if not good:
             self.findings.append(text)
 
 
 class Books(NamedTuple):
-    """Everything in the ledger, in one snapshot, and every message that waits in Redis."""
+    """Everything in the ledger, in one snapshot, and how many messages are left in Redis, by key."""
 
     charges: dict[str, Row]
     settlements: dict[int, list[Row]]
     transfers: dict[int | None, list[Row]]
-    """By charge; those of no charge under None."""
+    """By charge id; transfers without a charge are under None."""
     lots: dict[str, Row]
     inbox: dict[tuple[str, str], list[Row]]
     pending: set[tuple[str, str]]
@@ -177,7 +177,7 @@ class Referee:
         self._raws = [(m, base64.b64decode(m["raw"])) for m in record["messages"] if m["reason"] is not None]
 
     def judge(self) -> list[Judgement]:
-        """Look at everything."""
+        """Check every promise; return one judgement for each."""
         self._settled_once()
         self._same_event_again()
         self._one_refund_a_job()
@@ -197,7 +197,7 @@ class Referee:
         return list(self._judgements.values())
 
     def _readings(self, job_id: str) -> dict[Reading, Row]:
-        """Every way in which this job's charge may be settled, with the event that would settle it so."""
+        """Return every way in which this job's charge may be settled, each with the event that settles it so."""
         terminated = job_id in self._terminated
         if job_id in self._record["silent"]:
             answer = self._record["answers"].get(job_id)
@@ -220,7 +220,7 @@ class Referee:
         p1 = self._judgements["P1"]
         p1.looked_at["charges"] = len(self._books.charges)
         for job_id in self._books.charges.keys() - self._jobs.keys():
-            p1.say(f"{job_id} was charged, and nobody asked for it")
+            p1.say(f"{job_id} was charged, and the record does not ask for it")
         for job_id, job in self._jobs.items():
             charge = self._books.charges.get(job_id)
             if charge is None:
@@ -277,7 +277,7 @@ class Referee:
         for each in self._books.breaks:
             open_ = each["status"] == "open" and each["credits"] == self._jobs[each["job_id"]]["credits"]
             several = len(self._events[each["job_id"]]) > 1
-            p3.require(open_ and several, f"{each['job_id']}: a break {each['kind']} that nobody can explain")
+            p3.require(open_ and several, f"{each['job_id']}: a break {each['kind']} without a contradiction")
 
     def _lots(self) -> None:
         p4 = self._judgements["P4"]
@@ -293,12 +293,12 @@ class Referee:
         granted = {grant["reference"] for grant in self._record["grants"]}
         for reference, lot in self._books.lots.items():
             asked_for = lot["successor_of"] is not None or reference in granted
-            p4.require(asked_for, f"{lot['granted']} credits were granted as {reference}, and nobody asked for it")
+            p4.require(asked_for, f"{lot['granted']} credits were granted as {reference}, which is not in the record")
             if lot["successor_of"] is not None:
                 lives = timedelta(days=self._record["lot_grace_days"])
                 enough = lot["expires_at"] - lot["granted_at"] > lives - timedelta(minutes=1)
                 p4.require(enough, f"{reference} has expired {lot['expires_at']}: what came back cannot be spent")
-            p4.require(lot["state"] == "active", f"{reference} is {lot['state']}, and nobody asked for it")
+            p4.require(lot["state"] == "active", f"{reference} is {lot['state']}, which the record does not ask for")
         for each in (each for transfers in self._books.transfers.values() for each in transfers):
             asked_for = each["kind"] in {"grant", "hold", "capture", "refund"}
             p4.require(asked_for, f"{each['credits']} credits of {each['account_id']} were taken: {each['kind']}")
@@ -309,7 +309,7 @@ class Referee:
         with _connect(self._record["database_url"]) as superuser:
             found = digest_transfers(superuser, halfway["below"])
         wanted = {name: halfway[name] for name in found}
-        p5.require(found == wanted, f"the transfers of halfway are {found} now, and were {wanted}")
+        p5.require(found == wanted, f"the transfers from before halfway are {found} now, and were {wanted}")
         for url, who in ((self._record["worker_url"], "a worker"), (self._record["database_url"], "a superuser")):
             for statement in (
                 *(f"DELETE FROM kino.{table}" for table in FACTS),  # noqa: S608 - constants
@@ -346,8 +346,8 @@ class Referee:
                 continue
             asked, found = (message["reason"], message["queue"]), (letter["reason"], letter["queue"])
             p7.require(asked == found, f"{name} is kept as {found}")
-            p7.require(letter["detail"], f"{name} is kept without a word of why")
-            p7.require(letter["status"] == "open", f"{name} is {letter['status']}, and nobody did that")
+            p7.require(letter["detail"], f"{name} is kept without a detail that says why")
+            p7.require(letter["status"] == "open", f"{name} is {letter['status']}, and must be open")
             p7.require(letter["seen"] >= times[raw], f"{name} came {times[raw]} times, counted is {letter['seen']}")
 
     def _neighbours(self) -> None:
@@ -358,7 +358,7 @@ class Referee:
             fine = bytes(letter["raw"]) in bad
             p8.require(fine, f"event {letter['event_id']} of {letter['job_id']} is a dead letter: {letter['detail']}")
         for source, event_id in self._books.pending:
-            p8.say(f"event {event_id} of {source} still waits for a retry")
+            p8.say(f"event {event_id} of {source} is still pending")
         bursts = {message["burst"] for message, _ in self._raws}
         for message in self._record["messages"]:
             if message["burst"] in bursts and message["reason"] is None:
@@ -372,7 +372,7 @@ class Referee:
             standing, allowed = self._standing(job_id), self._readings(job_id)
             due = {reading.kind for reading in allowed}
             p9.looked_at["refunds that are due"] += due == {"refunded"}
-            text = " or ".join("/".join(reading) for reading in allowed) or "settled by nobody"
+            text = " or ".join("/".join(reading) for reading in allowed) or "open"
             p9.require(standing in allowed, f"{job_id} is {'/'.join(standing)}, must be {text}")
             p9.require(not self._settled_too_early(job_id), f"{job_id} was settled before it was overdue")
         wrong = bool(p9.findings)
@@ -383,7 +383,7 @@ class Referee:
         p9.late = bool(p9.findings) and not wrong
 
     def _settled_too_early(self, job_id: str) -> bool:
-        """Tell whether the reconciler ended this job before its deadline and grace had passed."""
+        """Return whether the reconciler settled this job before its deadline and grace had passed."""
         charge = self._books.charges.get(job_id)
         due = datetime.fromisoformat(self._jobs[job_id]["deadline_at"])
         due += timedelta(seconds=self._record["overdue_grace_s"])
@@ -391,7 +391,7 @@ class Referee:
         return any(row["event_source"] == self._record["reconciler"] and row["committed_at"] < due for row in settled)
 
     def _lateness(self) -> list[tuple[str, list[float], float]]:
-        """Seconds from event, or from its charge where that came later, to COMMIT; the killed worker's apart."""
+        """Return seconds from event (or charge, if that is later) to COMMIT; those of the killed worker separately."""
         killed_at = datetime.fromisoformat(self._record["killed"]["at"])
         in_hand = set(self._record["killed"]["events"])
         grace = timedelta(seconds=self._record["overdue_grace_s"])
@@ -411,7 +411,8 @@ class Referee:
                 (killed if held else live).append(late)
         slow = P99_MAX_S + self._record["alive_ttl_s"]
         found = [("settled by their event", live, P99_MAX_S), ("settled without one", overdue, OVERDUE_MAX_S)]
-        # What it held may settle nothing, such as one event for a wrong account; then there is nothing to be late.
+        # The killed worker's batch may settle nothing, for example if it is one event for a wrong account: then no
+        # settlement can be late.
         settles = any(row["event_id"] in in_hand for rows in self._books.settlements.values() for row in rows)
         return [*found, ("of the killed worker", killed, slow)] if settles else found
 
@@ -423,7 +424,7 @@ class Referee:
                 self._explain(p10, job_id, charge, row)
             for transfer in self._books.transfers.get(charge["charge_id"], []):
                 named = transfer["actor"] and (transfer["kind"] == "hold" or transfer["reason"])
-                p10.require(named, f"a {transfer['kind']} of {job_id} does not say by whom and why")
+                p10.require(named, f"a {transfer['kind']} of {job_id} has no actor or no reason")
 
         for identity, rows in self._books.inbox.items():
             for row in rows:
@@ -446,7 +447,7 @@ class Referee:
         event = self._events.get(job_id, {}).get(identity)
         if event is None:
             by_answer = row["event_source"] == self._record["reconciler"] and job_id in self._record["silent"]
-            p10.require(by_answer, f"{job_id} is settled by {identity}, which nobody published")
+            p10.require(by_answer, f"{job_id} is settled by {identity}, which was not published")
             return
         mine = read_policy(event["type"], event["data"], terminated=job_id in self._terminated)
         p10.require(reading == mine, f"{job_id} is {'/'.join(reading)}; its event says {'/'.join(mine)}")
@@ -459,14 +460,14 @@ class Referee:
 
 def _connect(url: str) -> psycopg.Connection[Any]:
     connection = psycopg.connect(url, connect_timeout=5, application_name="kino-promises", client_encoding="UTF8")
-    # Times come as text: PGDATESTYLE or a role's default must not decide whether they can be read.
+    # Times arrive as text: PGDATESTYLE or a default of the role must not change how they are read.
     connection.execute("SET DateStyle = 'ISO, MDY'; SET TimeZone = 'UTC'; SET IntervalStyle = 'postgres'")
     connection.commit()
     return connection
 
 
 def digest_transfers(connection: psycopg.Connection[Any], below: str) -> Row:
-    """Digest the transfers of all transactions below a horizon: none can join them, and none of them may change."""
+    """Return count and digest of the transfers below a horizon: none can be added to them, and none may change."""
     cursor = connection.execute(
         "SELECT CAST(t AS text) FROM kino.transfer t WHERE t.xid < CAST(%s AS xid8) ORDER BY t.transfer_id", [below]
     )
@@ -478,7 +479,7 @@ def digest_transfers(connection: psycopg.Connection[Any], below: str) -> Row:
 
 
 def _refused(url: str, statement: str) -> bool:
-    """Try to change what may not be changed; whatever comes of it is rolled back."""
+    """Run a statement that must be refused, and roll it back; return whether it was refused."""
     with _connect(url) as connection:
         try:
             connection.execute("SET lock_timeout = '5s'")
@@ -491,7 +492,7 @@ def _refused(url: str, statement: str) -> bool:
 
 
 def read_books(record: Row) -> Books:
-    """Read the ledger in one snapshot, then Redis; raises what psycopg and redis raise."""
+    """Return the ledger in one snapshot, and then Redis; raises what psycopg and redis raise."""
     with _connect(record["database_url"]) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         settlements, transfers, inbox = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -526,7 +527,7 @@ def _rows(connection: psycopg.Connection[Any], query: str) -> list[Row]:
 
 
 def _queued(url: str) -> dict[str, int]:
-    """Count what is under every key that can hold an event: queues with their priorities, in flight, recovered."""
+    """Return the length of every list that can hold an event: queues with their priorities, in flight, recovered."""
     with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
         keys = [
             key for pattern in ("generation.*", "kino:inflight:*", "kino:recovered:*") for key in client.keys(pattern)
@@ -538,7 +539,7 @@ def _queued(url: str) -> dict[str, int]:
 
 
 def main() -> int:
-    """Judge the record that the command line names."""
+    """Judge the record that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="the record, a JSON file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

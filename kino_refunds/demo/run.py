@@ -1,8 +1,8 @@
-"""The demo: the story on its stage, with real workers, one of which is killed in the middle.
+"""The demo: the story on its stage, with real workers, one of which is killed halfway.
 
-Nothing here settles anything: charges are opened as a product opens them, events are published as the
-pipeline publishes them, and two workers and beat do the rest. Afterwards `promises.py`, a program of its own
-that imports nothing of this project, compares the ledger with the record of what was asked of it.
+No code here settles a charge: charges are opened as a product opens them, events are published as the pipeline
+publishes them, and two workers and beat do the rest. Afterwards `promises.py`, a separate program that imports nothing
+of this project, compares the ledger with the record of what was asked of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHUNK = 50
 PAUSE_S = 0.1
-"""Between chunks: 500 jobs a second, far below what two workers settle, so that latencies are those of a calm day."""
+"""The pause between chunks: 500 jobs a second, far below what two workers settle, so that they are not overloaded."""
 EARLY_CHUNKS = 10
 COPY_CHUNKS = 5
 KILLED_AT = 0.4
@@ -42,25 +42,25 @@ KILLED_AT = 0.4
 LOOK_EVERY_S = 0.25
 WAIT_S = 0.05
 STANDSTILL_S = 45.0
-"""When nothing has moved for so long, the waiting ends, and the promises are judged as things are."""
+"""If nothing changes for so long, the demo stops waiting, and the promises are judged as things are."""
 RATE_OVER_S = 2.0
 LOT_GRACE_DAYS = 7
-"""What a new ledger begins with: the referee must not take it from the ledger that it judges."""
+"""The lot grace of a new ledger: the referee must not read it from the ledger that it judges."""
 
 
 class View(Protocol):
-    """Whoever shows the demo while it runs."""
+    """The display of the demo while it runs."""
 
     def say(self, at_s: float, what: str, text: str) -> None:
-        """Say one thing that happened; `what` is `broken`, `healed` or empty."""
+        """Print one thing that happened; `what` is `broken`, `healed` or empty."""
 
     def show(self, now: Snapshot) -> None:
-        """Show how things stand."""
+        """Show the present figures."""
 
 
 @dataclass
 class _InjectedFault:
-    """Something that was broken on purpose, and the question whether it has healed."""
+    """A fault that was injected on purpose: the text for when it has healed, and the check whether it has."""
 
     healed: str
     is_healed: Callable[[], bool]
@@ -73,7 +73,7 @@ class _Kill:
 
 
 class Demo:
-    """One run on a stage; `started` is when all this began (`time.monotonic()`), the servers included."""
+    """One run on a stage; `started` is the `time.monotonic()` at which the start of the servers began."""
 
     def __init__(self, stage: Stage, view: View, *, jobs: int, seed: int, started: float) -> None:
         self._stage = stage
@@ -82,7 +82,7 @@ class Demo:
         self._chance = random.Random(seed)  # noqa: S311 - a story, not a secret
         self._closed = make_closed_jobs()
         self._jobs = make_jobs(jobs - len(self._closed), self._chance)
-        self._everybody = [*self._closed, *self._jobs]
+        self._all_jobs = [*self._closed, *self._jobs]
         self._traffic = Traffic(stage)
         self._injected: list[_InjectedFault] = []
         self._killed: _Kill | None = None
@@ -92,7 +92,7 @@ class Demo:
         self._lately: deque[tuple[float, int]] = deque([(started, 0)])
 
     def run(self) -> StoryReport:
-        """Tell the story to its end and judge it; raises ServerFailed if a process ends by itself."""
+        """Run the story to its end and return its report; raises ServerFailed if a process ends unexpectedly."""
         self._begin()
         self._submit_all()
         self._afterwards()
@@ -105,7 +105,7 @@ class Demo:
     # --- the story -------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        accounts = self._traffic.grant(make_lots(self._everybody, self._chance))
+        accounts = self._traffic.grant(make_lots(self._all_jobs, self._chance))
         self._traffic.open(self._closed)
         self._traffic.close_accounts()
         if not self._wait(self._stage.ready):
@@ -145,9 +145,9 @@ class Demo:
         self._traffic.open([job for jobs in charges.values() for job in jobs])
 
     def _say_what_is_wrong(self) -> None:
-        """Say what is wrong with the messages from now on; each is said to be healed when the ledger shows it."""
-        twists = Counter(job.twist for job in self._everybody)
-        jobs = {twist: [job.job_id for job in self._everybody if job.twist is twist] for twist in Twist}
+        """Announce what is wrong with the messages from now on; each fault is announced as healed by the ledger."""
+        twists = Counter(job.twist for job in self._all_jobs)
+        jobs = {twist: [job.job_id for job in self._all_jobs if job.twist is twist] for twist in Twist}
         settled = "SELECT count(*) FROM kino.settlement JOIN kino.charge USING (charge_id) WHERE job_id = ANY(:jobs)"
         letters = "SELECT count(*) FROM kino.dead_letter WHERE reason = ANY(:reasons)"
         copied, early, silent = twists[Twist.COPIES], twists[Twist.EARLY], twists[Twist.SILENT]
@@ -167,34 +167,34 @@ class Demo:
         )
         kinds = len(MalformedReason)
         self._break(
-            f"{kinds} messages that nobody can read, one of each kind",
-            f"those {kinds} are dead letters, whole",
+            f"{kinds} messages cannot be read, one of each kind",
+            f"those {kinds} are kept whole as dead letters",
             letters,
             kinds,
             reasons=[reason.value for reason in MalformedReason],
         )
         self._break(
             f"{twists[Twist.CONTRADICTION]} jobs both complete and fail",
-            f"for those {twists[Twist.CONTRADICTION]} the first word stands, each is a break for a person",
+            f"for those {twists[Twist.CONTRADICTION]} the first settlement stands, each is a break for a person",
             "SELECT count(*) FROM kino.break",
             twists[Twist.CONTRADICTION],
         )
         self._break(
-            f"{silent} jobs whose event never comes",
-            f"those {silent} were found overdue, and somebody was asked",
+            f"the events of {silent} jobs never come",
+            f"those {silent} were found overdue, and the job source was asked",
             settled,
             silent,
             jobs=jobs[Twist.SILENT],
         )
 
     def _afterwards(self) -> None:
-        """What may only come when something else is decided: twins of decided events, and corrected ones."""
+        """Publish what may come only after other events are decided: twins of decided events, and corrected events."""
         self._chapter = "afterthoughts"
         twins = [job for job in self._jobs if job.twist is Twist.TWIN]
         wrong = [job for job in self._jobs if job.twist is Twist.MISDIRECTED]
         decided = "SELECT count(*) FROM kino.inbox_event WHERE job_id = ANY(:jobs)"
         letters = "SELECT count(*) FROM kino.dead_letter WHERE reason = ANY(:reasons)"
-        # Where one of them does not come the judgement will say which.
+        # If one of them is missing, the referee reports which.
         self._wait(lambda: self._stage.one(decided, jobs=[job.job_id for job in twins]) == len(twins))
         self._wait(lambda: self._stage.one(letters, reasons=["account_mismatch"]) == len(wrong))
         now = datetime.now(UTC)
@@ -224,7 +224,7 @@ class Demo:
     # --- what is broken on purpose ---------------------------------------------------------------------------
 
     def _kill(self, *, last: bool) -> None:
-        """Kill a worker that is caught with messages in its hands; at the `last` chance one that holds nothing."""
+        """Kill a worker that has messages in flight; at the `last` chance one that has none."""
         caught = self._stage.catch()
         if caught is None and not last:
             return
@@ -234,7 +234,7 @@ class Demo:
         self._killed = _Kill(datetime.now(UTC), events)
         self._note_transfers()
         self._break(
-            f"worker {number} is killed by SIGKILL with {len(held)} messages in its hands",
+            f"worker {number} is killed by SIGKILL with {len(held)} messages in flight",
             f"the other worker has recovered and decided those {len(held)}",
             "SELECT count(*) FROM kino.inbox_event WHERE event_id = ANY(:events)",
             len(set(events) - self._traffic.doomed()),
@@ -242,13 +242,13 @@ class Demo:
         )
 
     def _note_transfers(self) -> None:
-        """Digest every transfer that no open transaction can still add to: none of them may ever change (P5)."""
+        """Store a digest of the transfers below the horizon: none can be added to them, and none may change (P5)."""
         horizon = self._stage.one("SELECT CAST(kino.horizon() AS text)")
         with self._stage.servers.postgres.connect("kino") as superuser:
             self._traffic.record["transfers"] = {"below": horizon, **promises.digest_transfers(superuser, horizon)}
 
     def _break(self, broken: str, healed: str, query: str, wanted: int, **values: Any) -> None:
-        """Say what is broken now; it has healed when `query` counts `wanted`."""
+        """Announce a fault; it has healed when `query` counts `wanted`."""
         self._say("broken", broken)
         self._injected.append(_InjectedFault(healed, lambda: bool(self._stage.one(query, **values) >= wanted)))
 
@@ -258,7 +258,7 @@ class Demo:
     # --- looking ---------------------------------------------------------------------------------------------
 
     def _settle_down(self) -> None:
-        """Wait until nothing waits anywhere and every charge is settled; or until nothing moves any more."""
+        """Wait until no event is queued or pending and every charge is settled, or until nothing changes any more."""
         self._chapter = "the last ones settle"
         moved, stood = time.monotonic(), -1
         while True:
@@ -273,7 +273,7 @@ class Demo:
             time.sleep(WAIT_S)
 
     def _wait(self, until: Callable[[], bool]) -> bool:
-        """Wait for something that must come within seconds, and say whether it has."""
+        """Wait for a condition that must be true within seconds; return whether it is."""
         deadline = time.monotonic() + STANDSTILL_S
         while not (come := until()) and time.monotonic() < deadline:
             self._look()
@@ -300,7 +300,7 @@ class Demo:
             Snapshot(
                 at_s=self._looked - self._started,
                 stage=self._chapter,
-                jobs=len(self._everybody),
+                jobs=len(self._all_jobs),
                 submitted=self._submitted,
                 per_second=(after - before) / max(at - then, LOOK_EVERY_S),
                 queues=depths(self._stage.redis),
@@ -315,7 +315,7 @@ class Demo:
         with self._stage.operator.connect() as connection:
             found = figures.ending(connection, events=killed.events, killed_at=killed.at)
         return StoryReport(
-            jobs=len(self._everybody),
+            jobs=len(self._all_jobs),
             messages=len(self._traffic.messages),
             duplicates_absorbed=self._stage.duplicates(),
             seconds=round(seconds, 1),
@@ -324,7 +324,7 @@ class Demo:
         )
 
     def _judge(self, killed: _Kill) -> list[dict[str, Any]]:
-        """Have the promises checked by a process that knows nothing of this one but the record."""
+        """Have the referee check the promises, in a process that gets only the record; return its entries."""
         self._traffic.record |= {
             "database_url": _plain(self._stage.servers.superuser_url()),
             "worker_url": _plain(self._stage.servers.database_url()),
@@ -342,7 +342,7 @@ class Demo:
 
 
 def judge(record: Path) -> list[dict[str, Any]]:
-    """Run `promises.py` on a record in a process of its own; returns one entry for each promise."""
+    """Run `promises.py` on a record in a process of its own; return one entry for each promise. Raises ServerFailed."""
     ran = subprocess.run(  # noqa: S603 - our own interpreter and file
         [sys.executable, "-I", promises.__file__, str(record), "--json"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The demo's stage: scratch servers, two workers and beat, and the means to catch and kill a worker."""
+"""The demo's stage: scratch servers, two workers and beat, and the functions that catch and kill a worker."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 CATCHES_MAX = 400
 LOOK_EVERY_S = 0.1
 COMMIT_WITHIN_S = 0.1
-"""A COMMIT that was sent before its worker was stopped has begun by then; how long it takes is the disk's business."""
+"""A COMMIT that was sent before its worker was stopped has begun after this time; its length depends on the disk."""
 LIMITS_MS = {"lock": 500, "statement": 1500, "idle_in_transaction": 500, "transaction": 1500, "tcp_user": 500}
 OVERDUE_GRACE_S = 2.0
 SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_id = ANY(:job_ids)"
 SETTINGS = {
-    # A worker's batch is taken over once its alive key has run out: 9.5 s with these, 65 s with the defaults.
+    # Another worker recovers a batch after the alive TTL: 9.5 s with these settings, 65 s with the defaults.
     **{f"KINO_{name.upper()}_TIMEOUT_MS": str(value) for name, value in LIMITS_MS.items()},
     "KINO_JOB_SOURCE": "sql",
     "KINO_JOB_SOURCE_QUERY": SOURCE_QUERY,
@@ -43,7 +43,7 @@ SETTINGS = {
     "KINO_OVERDUE_ASK_WINDOW_S": "4",
     "KINO_RETRY_EVERY_S": "1",
 }
-"""What the demo sets otherwise than by default: everything that would take minutes takes seconds."""
+"""The settings of the demo that differ from the defaults: steps that would take minutes take seconds."""
 
 _PIPELINE = (
     b"CREATE SCHEMA pipeline",
@@ -51,7 +51,7 @@ _PIPELINE = (
     b"GRANT USAGE ON SCHEMA pipeline TO kino_read",
     b"GRANT SELECT ON pipeline.job TO kino_read",
 )
-"""The pipeline's own table of what became of its jobs: the job source that the overdue sweep asks."""
+"""The pipeline's own table of its jobs' ends: the job source that the overdue sweep asks."""
 
 
 _UNKNOWN = """
@@ -68,7 +68,7 @@ _COMMITTING = """
 
 
 def events_in(raws: Iterable[bytes]) -> list[str]:
-    """Read the ids of the events in these messages; those that nobody can read have none."""
+    """Return the ids of the events in these messages; a message that does not parse has none."""
     found = []
     for raw in raws:
         with suppress(MalformedMessage):
@@ -77,13 +77,13 @@ def events_in(raws: Iterable[bytes]) -> list[str]:
 
 
 def alive_ttl_s() -> float:
-    """How long after its death a worker of this stage is taken for dead."""
+    """Return the alive TTL of this stage in seconds: so long after its death a worker counts as dead."""
     limits: dict[str, Any] = {f"{name}_timeout_ms": value for name, value in LIMITS_MS.items()}
     return Settings.model_construct(**limits).alive_ttl_s
 
 
 class Stage:
-    """Everything that runs, on servers that nobody else uses; it is put away with the block."""
+    """The servers and processes of the demo, which no other program uses; all are stopped at the end of the block."""
 
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
@@ -105,7 +105,7 @@ class Stage:
             folder = self.servers.data_dir
             self._beat = start_beat(self.settings, folder / "beat-schedule", folder / "beat.log")
             stack.callback(self._beat.stop)
-            # Nothing failed: from here on it is put away at the end of the block.
+            # Nothing failed: from here on everything is stopped at the end of the block.
             self._stack = stack.pop_all()
         return self
 
@@ -114,11 +114,11 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The KINO_* variables of the processes, for whoever wants to look at the same ledger."""
+        """The KINO_* variables of the processes, also for a shell that uses the same ledger."""
         return settings_for(self.servers, **SETTINGS, KINO_JOB_SOURCE_URL=self.servers.database_url(role="kino_read"))
 
     def require_alive(self, *, for_s: float = 0.0) -> None:
-        """Raise ServerFailed if a server or a process has ended by itself, or does so within `for_s`."""
+        """Raise ServerFailed if a server or a process has ended unexpectedly, or does so within `for_s`."""
         deadline = time.monotonic() + for_s
         while True:
             self._require_alive_now()
@@ -133,22 +133,22 @@ class Stage:
             process.require_alive()
 
     def ready(self) -> bool:
-        """Whether the intake of every worker has begun."""
+        """Return whether the intake of every worker has started."""
         return bool(self.one("SELECT count(*) FROM kino.intake_worker") == len(self.workers))
 
     def one(self, query: str, **values: Any) -> Any:
-        """Read the one value that a query gives."""
+        """Return the one value that a query gives."""
         with self.operator.connect() as connection:
             return connection.execute(sa.text(query), values).scalar_one()
 
     def queued(self) -> int:
-        """Count the messages anywhere in Redis."""
+        """Return how many messages are in Redis: queued, in flight or recovered."""
         return sum(depths(self.redis).values())
 
     def catch(self) -> tuple[int, list[bytes]] | None:
-        """Stop one worker after the other for an instant; the first that holds an undecided batch is left stopped.
+        """Stop one worker after the other for an instant; leave the first stopped that has an undecided batch.
 
-        Returns its number and its messages; None if nobody was caught before nothing waited any more.
+        Returns its number and its messages; None if no worker was caught before all messages were settled.
         """
         worker_ids = self.one("SELECT jsonb_object_agg(pid, worker_id) FROM kino.intake_worker")
         for _ in range(CATCHES_MAX):
@@ -163,10 +163,10 @@ class Stage:
         return None
 
     def _is_undecided(self, held: list[bytes]) -> bool:
-        """Whether a stopped worker's batch is not committed: then nothing at all is known of one of its events."""
+        """Return whether the batch of a stopped worker is not committed: then one of its events is recorded nowhere."""
         time.sleep(COMMIT_WITHIN_S)
         for _ in range(CATCHES_MAX):
-            if not self.one(_COMMITTING):  # the other worker's may be seen too: one instant without any is enough
+            if not self.one(_COMMITTING):  # the other worker's COMMIT is seen too: one instant without any is enough
                 break
             time.sleep(LOOK_EVERY_S / 10)
         return bool(self.one(_UNKNOWN, events=events_in(held)))
@@ -176,11 +176,11 @@ class Stage:
         self.workers.pop(number).kill()
 
     def duplicates(self) -> int:
-        """Add up what the workers said of their batches: a duplicate leaves no row, which is the point of it."""
+        """Return the sum of the duplicates in the workers' logs: a duplicate leaves no row in the ledger."""
         found = 0
         for log_file in self.servers.data_dir.glob("worker-*.log"):
             for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, AttributeError):  # not every line of a worker's log is ours
+                with suppress(ValueError, AttributeError):  # some lines of a worker's log come from libraries
                     found += json.loads(line).get("outcomes", {}).get("duplicate", 0)
         return found
 

@@ -1,6 +1,6 @@
-"""The demo's story: whose jobs end how, and what becomes of the messages on their way. Nothing here runs anything.
+"""The demo's story: how each job ends, and what happens to its messages. This module only makes values.
 
-The same seed tells the same story.
+The same seed makes the same story.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 EVENT_SOURCE = "generation-pipeline"
 TERMINATED = "customer-terminated"
-"""Closed for violation of the terms while its jobs run: clause 6 keeps its credits."""
+"""An account that is terminated for violation while its jobs run: by clause 6 its credits are not refunded."""
 SUSPENDED = "customer-suspended"
-"""Suspended while its jobs run: its wallet is frozen, not forfeited, so it is refunded."""
+"""An account that is suspended while its jobs run: its wallet is frozen and not forfeited, so it is refunded."""
 ACCOUNTS = 50
 
 
 class Ending(NamedTuple):
-    """One way in which a job can end, as the pipeline says it; `weight` of a thousand end so."""
+    """One way in which a job can end, as its event says; `weight` of a thousand jobs end so."""
 
     type: str
     data: dict[str, Any]
     weight: int
     state: str
-    """What the pipeline's own table says of such a job (design, section 7)."""
+    """The state of such a job in the pipeline's own table (design, section 7)."""
 
 
 def _failed(origin: str, weight: int) -> Ending:
@@ -69,15 +69,15 @@ class Twist(StrEnum):
     COPIES = auto()
     """The same event three times, in both wire forms."""
     TWIN = auto()
-    """Later, when the event is decided, another one comes under its id."""
+    """Later, when the event is decided, another ending comes under its id."""
     PAIR = auto()
-    """Two endings that both refund, the later one first on the queue."""
+    """Two endings that both refund; the later one is first on the queue."""
     CONTRADICTION = auto()
-    """Completed, and failed."""
+    """The job both completes and fails."""
     EARLY = auto()
-    """The event is there before the charge."""
+    """The event comes before the charge."""
     MISDIRECTED = auto()
-    """The event names another account; a corrected one follows."""
+    """The event names another account; a corrected event follows."""
     SILENT = auto()
     """The event never comes."""
 
@@ -91,10 +91,10 @@ _TWISTS = {
     Twist.EARLY: 20,
     Twist.COPIES: 100,
 }
-"""How many jobs of a thousand; at least two of each."""
+"""How many jobs of a thousand have this twist; each has at least two."""
 
 SILENT_ENDINGS = ("completed", "failed, platform", "failed, user", "timed out", "rejected during", None)
-"""What the pipeline knows of jobs whose event never comes; None: nothing, so that the overdue sweep must decide."""
+"""How jobs ended whose event never comes, as the pipeline knows. None: it does not know, so a timeout is presumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Lot(NamedTuple):
 
 
 def make_jobs(count: int, chance: random.Random) -> list[Job]:
-    """Make jobs in the order in which they are submitted; twins' jobs come early, so that they are decided in time."""
+    """Return jobs in the order of their submission; jobs with twins come first, so that they are decided in time."""
     twists = [twist for twist, of_thousand in _TWISTS.items() for _ in range(max(2, -(-count * of_thousand // 1000)))]
     twists += [Twist.PLAIN] * (count - len(twists))
     twists = twists[:count]
@@ -159,7 +159,7 @@ def _job(number: int, twist: Twist, chance: random.Random) -> Job:
 
 
 def make_closed_jobs() -> list[Job]:
-    """Make jobs of the two accounts that are closed while their jobs run."""
+    """Return jobs of the two accounts that are terminated or suspended while their jobs run."""
     return [
         Job(job_id=f"{account_id}-{number}", account_id=account_id, credits=4, twist=Twist.PLAIN, ending=ending)
         for account_id in (TERMINATED, SUSPENDED)
@@ -168,9 +168,9 @@ def make_closed_jobs() -> list[Job]:
 
 
 def make_lots(jobs: Sequence[Job], chance: random.Random) -> Iterator[Lot]:
-    """Give each account lots of several classes; the first is small and burns first, so that charges span lots.
+    """Yield lots of several classes for each account; the first is small and burns first, so that charges span lots.
 
-    Some welcome lots expire within the lot grace: what comes back to them goes to a successor.
+    Some welcome lots expire within the lot grace: credits that a refund returns to them go to a successor.
     """
     needed: dict[str, int] = defaultdict(int)
     for job in jobs:
@@ -205,7 +205,7 @@ def make_lots(jobs: Sequence[Job], chance: random.Random) -> Iterator[Lot]:
 def document(
     job_id: str, ending: str, *, at: datetime, account_id: str | None = None, event_id: str | None = None
 ) -> dict[str, Any]:
-    """Write the event that a job ended like this, as the pipeline would."""
+    """Return the event of a job's end, as the pipeline writes it."""
     how = ENDINGS[ending]
     data = {"job_id": job_id, **how.data}
     if account_id is not None:
@@ -222,7 +222,7 @@ def document(
 
 
 def malformed(reason: MalformedReason, *, at: datetime) -> bytes:
-    """Write a message that no worker can understand, for this reason; a new reason does not type-check."""
+    """Return a message that no worker can understand, for this reason; a new reason does not type-check."""
     event = document("demo-unreadable", "completed", at=at, event_id=f"unreadable-{reason}")
     match reason:
         case MalformedReason.TOO_LARGE:

@@ -1,4 +1,4 @@
-"""Jobs with a known ending, read from a trace. Each says what the ledger must come to."""
+"""Read a trace: jobs with a known ending. Each job says what the ledger must contain after the run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 EVENT_SOURCE = "generation-pipeline"
 TRACE_DEADLINE = timedelta(minutes=10)
 MARGIN = timedelta(minutes=1)
-"""How far in the past the last deadline and its grace end, so that the sweep finds it due."""
+"""How long ago the last deadline and its grace end, so that the overdue sweep finds the charge."""
 
 TRACE_COLUMNS = ("gmt_create", "predict_status", "exec_time_seconds", "groupId", "num_images_per_prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job: what it takes, the event that ends it (None: none ever comes), and what must come of it."""
+    """One job: the credits that it takes, the event that ends it (None: no event comes), and whether it is refunded."""
 
     job_id: str
     account_id: str
@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Jobs in the order they are submitted, and the lots they draw from."""
+    """Jobs in the order of their submission, and the lots that they draw from."""
 
     name: str
     grants: list[Grant]
@@ -47,10 +47,10 @@ class Workload:
 
 
 def read_trace(path: Path, *, now: datetime, grace: timedelta) -> Workload:
-    """Read a CSV like gentd26-first60.csv (the mapping is in the README beside it).
+    """Return the workload in a CSV like gentd26-first60.csv (the README beside it has the mapping).
 
-    All times are shifted by one amount, so that every deadline and its grace lie before `now`. Raises
-    BadTrace that names the line.
+    All times are shifted by the same amount, so that every deadline and its grace are before `now`. Raises BadTrace,
+    which names the line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -124,5 +124,5 @@ def _one_lot_each(jobs: Iterable[Job]) -> Iterator[Grant]:
     for job in jobs:
         needed[job.account_id] += job.credits
     for account_id, credits in sorted(needed.items()):
-        # A group whose requests all ask for nothing still needs its account.
+        # An account whose jobs all take zero credits needs a lot too: its first grant creates it.
         yield Grant(f"lot-{account_id}", account_id, max(credits, 1), LotClass.SUBSCRIPTION)

@@ -1,7 +1,7 @@
-"""Run a workload through the real thing: scratch servers, a real worker, then the overdue sweep.
+"""The trace run: scratch servers, a real worker, then the overdue sweep, and every job compared with the trace.
 
-Nothing here settles anything: charges are opened as a product opens them, events are published as the
-pipeline publishes them, and a `celery -A workers.app worker` process does the rest.
+No code here settles a charge: charges are opened as a product opens them, events are published as the pipeline
+publishes them, and a `celery -A workers.app worker` process does the rest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOOK_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the ledger came to; `refunded` is without what the overdue sweep refunded. Credits are whole."""
+    """The ledger's figures after the run; `refunded` excludes the refunds of the overdue sweep. Credits are whole."""
 
     jobs: int
     captured: int
@@ -59,12 +59,12 @@ class Figures:
     seconds: float
     """From the first published event to the last settlement, the overdue sweep included."""
     events_per_second: float
-    """Published events over the time until the queues were drained; opening the charges is in that time."""
+    """Published events over the time until the queues were empty; that time includes opening the charges."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceReport:
-    """The figures, where the ledger disagrees with the workload, and what was settled for which reason."""
+    """The result of a trace run: figures, a sentence for each disagreement, and the number of jobs for each reason."""
 
     figures: Figures
     disagreements: list[str]
@@ -72,16 +72,16 @@ class TraceReport:
 
 
 class AllUnknown:
-    """The job source of a trace: for a job whose end was never recorded it knows nothing."""
+    """The job source of a trace: it answers `unknown` for every job, because the trace does not know their ends."""
 
     def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        """Answer unknown."""
+        """Return `unknown` for every job."""
         return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
 
 
 @contextmanager
 def scratch() -> Iterator[Servers]:
-    """Run scratch servers with a migrated database."""
+    """Run scratch servers with a migrated database for the time of the block."""
     with servers() as running:
         migrate(running.database_url(role="kino_owner"))
         yield running
@@ -90,9 +90,9 @@ def scratch() -> Iterator[Servers]:
 def run_trace(
     workload: Workload, running: Servers, *, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> TraceReport:
-    """Run `workload` through a real worker on these servers and compare every job with what must be.
+    """Run `workload` through a real worker on these servers; return the report, which compares every job and wallet.
 
-    `progress` is told (stage, done, of) again and again. Raises ServerFailed if the worker ends.
+    `progress` is called with (stage, done, of) during the run. Raises ServerFailed if the worker ends.
     """
     product = create_engine(running.database_url(role="kino_product"), application_name="kino-product")
     operator = create_engine(running.database_url(), application_name="kino-trace")
@@ -120,7 +120,7 @@ def run_trace(
 
 
 def _sweep_once(engine: sa.Engine, client: redis.Redis) -> None:
-    """Ask once about each job without an event; the settings' own defaults otherwise."""
+    """Ask once about each job without an event, with the defaults of all other settings."""
     settings = Settings.model_construct()
     sweep_overdue(
         engine,
@@ -167,9 +167,9 @@ def _submit(
 def _wait_until_drained(
     client: redis.Redis, worker: CeleryProcess, published: int, progress: Callable[[str, int, int], None]
 ) -> None:
-    while waiting := sum(depths(client).values()):
+    while queued := sum(depths(client).values()):
         worker.require_alive()
-        progress("events settled", published - waiting, published)
+        progress("events settled", published - queued, published)
         time.sleep(LOOK_EVERY_S)
     progress("events settled", published, published)
 
@@ -203,7 +203,7 @@ def _figures(connection: sa.Connection, seconds: float, events_per_second: float
 
 
 def _disagreements(connection: sa.Connection, jobs: Iterable[Job]) -> Iterator[str]:
-    """Compare every job, and every wallet, with what the workload says must be."""
+    """Yield a sentence for every job and every wallet that is not as the workload says."""
     found = {
         row.job_id: (row.account_id, row.credits, row.status, row.refunded)
         for row in connection.execute(sa.text("SELECT * FROM kino.charge_status"))

@@ -1,4 +1,4 @@
-"""The demo's traffic: lots, charges and messages, as product and pipeline make them, and the record of it."""
+"""The demo's traffic: lots, charges and messages, as product and pipeline make them, and the record of them."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 
 DEADLINE = timedelta(minutes=10)
 SILENT_FOR = timedelta(seconds=1)
-"""How long after its submission the deadline of a job is whose event never comes."""
+"""The time from submission to deadline of a job whose event never comes."""
 
 
 class Message(NamedTuple):
-    """A message to publish; `event` is None where nobody can read it."""
+    """A message to publish; `event` is None if the message cannot be read."""
 
     queue: str
     event: dict[str, Any] | None
     bytes: bytes
     reason: str | None
-    """Of the dead letter that it must become, if it must."""
+    """The reason of the dead letter that it must become; None if it must not."""
     copied: bool = False
     together: bool = False
-    """One of two whose order on the queue matters: both go by LPUSH."""
+    """Whether it is one of two messages whose order on the queue matters: both are sent by LPUSH."""
 
 
 def message(
     event: dict[str, Any], *, reason: str | None = None, copied: bool = False, together: bool = False
 ) -> Message:
-    """Put an event on the queue of its type."""
+    """Return the message of an event, for the queue of its type."""
     return Message(
         queue=QUEUES[event["type"]].value,
         event=event,
@@ -60,12 +60,12 @@ def message(
 
 
 def unreadable(reason: MalformedReason, queue: Queue) -> Message:
-    """Make a message that nobody can read, for this reason."""
+    """Return a message that cannot be read, for this reason."""
     return Message(queue.value, None, malformed(reason, at=datetime.now(UTC)), reason.value)
 
 
 def ends(job: Job) -> list[Message]:
-    """Write the messages of one job's end, in the order in which they go onto the queue."""
+    """Return the messages of one job's end, in the order in which they go onto the queue."""
     now = datetime.now(UTC)
     if job.ending is None or job.twist is Twist.SILENT:
         return []
@@ -80,7 +80,7 @@ def ends(job: Job) -> list[Message]:
 
 
 class Traffic:
-    """What product and pipeline do on this stage; `record` keeps what they asked for, for the referee."""
+    """The acts of product and pipeline on this stage; `record` keeps what they asked for, for the referee."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -89,7 +89,7 @@ class Traffic:
         self.record: dict[str, Any] = {"jobs": [], "answers": {}, "silent": [], "messages": self.messages}
 
     def grant(self, lots: Iterable[Lot]) -> int:
-        """Grant lots, which creates their accounts; returns how many accounts."""
+        """Grant lots, which creates their accounts; return how many accounts."""
         now = datetime.now(UTC)
         grants = [
             Grant(
@@ -125,7 +125,7 @@ class Traffic:
         self.record["terminated_for_violation"] = [TERMINATED]
 
     def open(self, jobs: Sequence[Job]) -> None:
-        """Open charges as the product does; where the event will not come, the pipeline's own table knows, or not."""
+        """Open charges as the product does; for jobs whose event never comes, fill the pipeline's own table."""
         now = datetime.now(UTC)
         silent = [job for job in jobs if job.twist is Twist.SILENT]
         deadlines = {job.job_id: now + SILENT_FOR for job in silent}
@@ -146,7 +146,7 @@ class Traffic:
         self.record["silent"] += [job.job_id for job in silent]
 
     def open_one_more(self) -> dict[str, str]:
-        """Open a charge `walk-1` for a customer `acme`; returns two files: its event gone wrong, and corrected."""
+        """Open a charge `walk-1` for a customer `acme`; return two files: its event with a mistake, and corrected."""
         now = datetime.now(UTC)
         with self._stage.product.begin() as connection:
             grant_lots(connection, [Grant("acme-order-1", "acme", 100, LotClass.PURCHASED)])
@@ -156,7 +156,7 @@ class Traffic:
         return {"misdirected.jsonl": json.dumps(wrong) + "\n", "corrected.json": json.dumps(right) + "\n"}
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Put messages on their queues: every second event through kombu, everything else by a bare LPUSH."""
+        """Put messages on their queues: every second event by kombu, all others by a bare LPUSH."""
         kombu: list[Message] = []
         bare: list[Message] = []
         for each in messages:
@@ -183,5 +183,5 @@ class Traffic:
         ]
 
     def doomed(self) -> set[str]:
-        """Name the events that were published and must become dead letters."""
+        """Return the ids of the published events that must become dead letters."""
         return {each["event"]["id"] for each in self.messages if each["event"] and each["reason"]}

@@ -63,7 +63,7 @@ def disposition(outcome: Outcome) -> Disposition:
         case Outcome.CHARGE_NOT_FOUND | Outcome.BUSY:
             return Disposition.RETRY
         # Two messages, or a message and a charge, contradict each other. Applied, it could pay the wrong customer, or
-        # change a decision that a customer has seen.
+        # change an outcome that a customer has seen.
         case Outcome.CONFLICTING_DUPLICATE | Outcome.ACCOUNT_MISMATCH:
             return Disposition.DEAD_LETTER
         case _:
