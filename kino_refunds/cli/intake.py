@@ -12,7 +12,7 @@ from kino_refunds.cli.output import console, print_facts, print_json, print_tabl
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.queues import depths
 from kino_refunds.intake.gate import pause_intake, read_gate, resume_intake
-from kino_refunds.intake.heartbeat import read_workers
+from kino_refunds.intake.workforce import read_workers
 from kino_refunds.settings import load_settings
 
 
