@@ -36,7 +36,7 @@ COMMANDS = [
     "relay rewind",
     "schedule",
     "overdue",
-    "overdue run",
+    "charges ask",
 ]
 
 
