@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from kino_refunds.db.clock import read_clock
-from kino_refunds.intake.heartbeat import read_workforce
+from kino_refunds.intake.workforce import read_workforce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kino_refunds.db.engine import SessionLimits, driver_url
 from kino_refunds.errors import BadSettings
-from kino_refunds.events.connection import EXAMPLE, read_url
-from kino_refunds.events.queues import CLAIM_LIMIT_MAX, QUEUE_KEYS
+from kino_refunds.events.queue_names import CLAIM_LIMIT_MAX, QUEUE_KEYS
+from kino_refunds.events.redis_url import EXAMPLE, read_url
 
 PREFIX = "KINO_"
 DATABASE_URL, PRODUCT_DATABASE_URL = f"{PREFIX}DATABASE_URL", f"{PREFIX}PRODUCT_DATABASE_URL"

@@ -14,7 +14,7 @@ from celery import Celery, bootsteps
 from celery.signals import setup_logging
 
 from kino_refunds.errors import BadSettings
-from kino_refunds.events.connection import celery_settings
+from kino_refunds.events.broker import celery_settings
 from kino_refunds.reconciliation.adapters import HOW_TO_CHOOSE, NONE_CHOSEN, source_of
 from kino_refunds.settings import Settings, load_settings, unknown_names
 from kino_refunds.telemetry.log import configure_logging, get_logger

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from kino_refunds.events.queues import depths
 from kino_refunds.intake.gate import Gate, read_gate
-from kino_refunds.intake.heartbeat import read_workforce
+from kino_refunds.intake.workforce import read_workforce
 from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verification, read_verified
 from kino_refunds.schedule import Run, entries, read_schedule
 

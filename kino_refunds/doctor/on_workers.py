@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from kino_refunds.doctor.findings import Finding, Level, judge
 from kino_refunds.doctor.on_settings import JOB_SOURCE
 from kino_refunds.intake.gate import Gate, read_gate
-from kino_refunds.intake.heartbeat import Workforce, read_workforce
+from kino_refunds.intake.workforce import Workforce, read_workforce
 from kino_refunds.schedule import Run, entries, read_schedule
 from kino_refunds.settings import Settings
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from redis.exceptions import RedisError
 
 from kino_refunds.errors import DependencyAway, MalformedMessage
-from kino_refunds.events.connection import kombu_connection, read_url
+from kino_refunds.events.broker import kombu_connection
 from kino_refunds.events.envelope import MESSAGE_BYTES_MAX, MalformedReason, parse
+from kino_refunds.events.redis_url import read_url
 from kino_refunds.events.schema import Event, Queue, queue_of
 
 # The envelope that kombu writes around a body takes about 330 bytes.

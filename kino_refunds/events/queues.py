@@ -35,16 +35,11 @@ import redis
 
 from kino_refunds.errors import WrongKeyType
 from kino_refunds.events.envelope import ELEMENTS_MAX
+from kino_refunds.events.queue_names import CLAIM_LIMIT_MAX
+from kino_refunds.events.queue_names import QUEUE_KEYS as QUEUE_KEYS  # noqa: PLC0414 - found here by who reads queues
+from kino_refunds.events.queue_names import SERVED as SERVED  # noqa: PLC0414
 from kino_refunds.events.schema import Queue
 
-# A claim serves the queues in this order: a customer waits for a refund, and no customer waits for a capture.
-SERVED: Final = (Queue.JOB_FAILED, Queue.TIMEOUT, Queue.SAFETY_REJECTION, Queue.JOB_COMPLETED)
-# kombu has one list for each priority; the list of priority 0, with the plain name, is served first.
-PRIORITY_SUFFIXES: Final = ("", "\x06\x163", "\x06\x166", "\x06\x169")
-QUEUE_KEYS: Final = tuple(queue + suffix for queue in SERVED for suffix in PRIORITY_SUFFIXES)
-
-# A claim of 1,000 messages takes Redis some 4 ms (measured); while a script runs, Redis serves no other client.
-CLAIM_LIMIT_MAX: Final = 1000
 # A recovered message that has ended this many workers, each time alone in flight, is not settled again.
 POISON_CRASHES: Final = 3
 # How long a crash is counted: long enough for a message to be claimed again behind a recovered backlog.

@@ -6,13 +6,20 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-import redis
 import structlog
-from billiard.exceptions import RestartFreqExceeded
-from kombu.exceptions import KombuError
 
 if TYPE_CHECKING:
     from kino_refunds.settings import Settings
+
+
+def _to_standard_error(*_: object) -> structlog.PrintLogger:
+    return structlog.PrintLogger(sys.stderr)
+
+
+# Until `configure_logging` is called, lines go to standard error. By default structlog writes them to standard output,
+# which is a command's answer alone: `--json | jq` must work.
+if not structlog.is_configured():
+    structlog.configure(logger_factory=_to_standard_error)
 
 
 def configure_logging(settings: Settings) -> None:
@@ -60,6 +67,11 @@ def _shortened(record: logging.LogRecord) -> bool:
 
 
 def _is_of_redis(error: BaseException | None) -> bool:
+    # Only a record of Celery or kombu comes here, so these are loaded by then: a command does not pay for them.
+    import redis  # noqa: PLC0415
+    from billiard.exceptions import RestartFreqExceeded  # noqa: PLC0415
+    from kombu.exceptions import KombuError  # noqa: PLC0415
+
     while error is not None and not isinstance(error, (redis.RedisError, KombuError, RestartFreqExceeded)):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -11,7 +11,9 @@ import redis
 from kombu.transport import redis as kombu_redis
 
 from kino_refunds.errors import BadSettings
-from kino_refunds.events.connection import RedisUrl, celery_settings, kombu_connection, read_url, redis_client
+from kino_refunds.events.broker import celery_settings, kombu_connection
+from kino_refunds.events.connection import redis_client
+from kino_refunds.events.redis_url import RedisUrl, read_url
 
 URL = "redis://user:p%40ss@redis.example:6380/3"
 TLS_URL = "rediss://user:p%40ss@redis.example:6380/3"

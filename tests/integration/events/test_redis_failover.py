@@ -15,7 +15,8 @@ from redis import Redis
 
 from kino_refunds.dev.processes import start_beat, start_worker
 from kino_refunds.errors import DependencyAway
-from kino_refunds.events.connection import NotPrimary, kombu_connection, redis_client
+from kino_refunds.events.broker import kombu_connection
+from kino_refunds.events.connection import NotPrimary, redis_client
 from kino_refunds.events.publisher import EventPublisher
 from kino_refunds.events.queues import SERVED, BindReport, Queues, Recovery, depths, read_queued
 from kino_refunds.outbox.relay import relay_refunds
