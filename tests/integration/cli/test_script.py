@@ -62,7 +62,7 @@ def test_json_is_all_there_is_on_standard_output(database: Database, scene: Scen
     out, err = program.communicate(timeout=60)
 
     assert (program.returncode, json.loads(out)["withheld"]) == (3, {"redis_away": 1})
-    assert b"no verdict: Redis cannot be read" in err
+    assert b"no timeout is presumed: Redis cannot be read" in err
 
 
 COMPLETE = "_KINO_REFUNDS_COMPLETE"
