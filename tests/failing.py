@@ -16,6 +16,10 @@ from kino_refunds.settlement.settle import settle
 from tests.scenario import Scene
 
 
+class Killed(BaseException):
+    """As kill -9: nothing of ours catches it, and nothing is cleaned up."""
+
+
 def fail_first(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *errors: Exception, after: bool = False
 ) -> list[Exception]:

@@ -10,6 +10,7 @@ import pytest
 from kino_refunds.desk import replays
 from kino_refunds.settings import load_settings
 from tests.command_line import Run
+from tests.failing import Killed
 from tests.integration.cli.letters import letter, unread
 from tests.scenario import Scene, Waits, make_event
 
@@ -55,12 +56,13 @@ def test_what_is_tried_by_hand_is_leased_as_by_a_sweep(cli: Run, scene: Scene, m
     scene.settle(make_event("timeout"))
 
     def killed(*_: object) -> None:
-        raise SystemExit(9)
+        raise Killed
 
     monkeypatch.setattr("kino_refunds.settlement.retries.settle_batch", killed)
     ttl = timedelta(seconds=load_settings().alive_ttl_s)
     before = datetime.now(UTC)
-    said = cli("retries", "run-now")
+    with pytest.raises(Killed):
+        cli("retries", "run-now")
     after = datetime.now(UTC)
 
     ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")

@@ -12,6 +12,7 @@ from redis import Redis
 from kino_refunds.events.queues import POISON_CRASHES, depths
 from kino_refunds.events.schema import to_json
 from kino_refunds.settlement.batch import Part, settle_parts
+from tests.failing import Killed
 from tests.intake import A, B, die, make_intake, queues_of
 from tests.malformed import envelope
 from tests.pipeline import EMPTY, FAILED, drain, failures, open_jobs, push, refunded, several
@@ -132,10 +133,6 @@ def test_a_letter_that_cannot_be_written_keeps_the_poison_in_flight(scene: Scene
 
 
 # --- poison among several events
-
-
-class Killed(BaseException):
-    """As kill -9: nothing of ours catches it, and nothing is cleaned up."""
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from kino_refunds.schedule import KEPT_FOR, Entry, Run, finish_slot
 from kino_refunds.settings import Settings, load_settings
-from kino_refunds.settlement import retries
 from tests.clock import HOUR, MINUTE, SECOND, claim_slot, read_schedule
+from tests.failing import Killed
 from tests.scenario import Scene, make_event
 from workers import tasks
 from workers.schedule import beat_schedule
@@ -212,12 +212,12 @@ def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as
     monkeypatch.setattr(tasks, "_engine", lambda: scene.worker)
 
     def killed(*_: object) -> None:
-        raise SystemExit
+        raise Killed
 
-    monkeypatch.setattr(retries, "settle_batch", killed)
+    monkeypatch.setattr("kino_refunds.settlement.retries.settle_batch", killed)
     alive_ttl = timedelta(seconds=load_settings().alive_ttl_s)
     before = datetime.now(UTC)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Killed):
         tasks.sweep_retries()
     after = datetime.now(UTC)
 
