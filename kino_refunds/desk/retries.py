@@ -109,4 +109,4 @@ def try_now(engine: Engine, rules: Rules, *, event_id: str | None, lease: timede
         swept = sweep_retries(engine, rules, lease=lease, limit=ROUND, event_id=event_id)
         tried += swept.tried
         outcomes.update(swept.outcomes)
-    return RetryReport(tried, outcomes)
+    return RetryReport(tried, dict(outcomes))
