@@ -1,4 +1,4 @@
-"""Where `kino-refunds` and `python -m kino_refunds` begin: Ctrl-C is understood before the slow imports."""
+"""Where `kino-refunds` and `python -m kino_refunds` begin: Ctrl-C is understood before the first import is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 
 INTERRUPTED = 130
-"""As in `cli/exit_codes.py`, which needs the imports."""
+"""As in `cli/exit_codes.py`, which is not imported yet."""
 
 
 def main() -> None:
@@ -17,7 +17,9 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:  # a script's background job ignores Ctrl-C, and so must this
         signal.signal(signal.SIGINT, _leave)
-    from kino_refunds.cli.main import main as run  # noqa: PLC0415 - the second in which Ctrl-C must not be a traceback
+    # Ctrl-C during this import must not end in a traceback. Later typer catches it, also while a command imports what
+    # it runs with.
+    from kino_refunds.cli.main import main as run  # noqa: PLC0415
 
     signal.signal(signal.SIGINT, before)
     run()
@@ -31,7 +33,7 @@ def _forget_impossible_sizes() -> None:
 
 
 def _leave(*_: object) -> None:
-    """Leave at once: nothing was started that would have to be put away."""
+    """Leave at once: nothing was started that would have to be stopped."""
     if sys.stderr is not None:
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()

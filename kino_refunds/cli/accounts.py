@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kino_refunds import ledger
 from kino_refunds.cli.options import (
     AlthoughPast,
     AsJson,
@@ -19,11 +18,10 @@ from kino_refunds.cli.options import (
     require_future,
     require_past,
 )
-from kino_refunds.cli.output import console, errors, print_error, print_facts, print_items, print_json
-from kino_refunds.db.clock import read_clock
-from kino_refunds.db.engine import Connection
-from kino_refunds.desk.accounts import account_exists, was_granted
-from kino_refunds.ledger import Grant, LotClass
+from kino_refunds.cli.output import print_error, print_facts, print_items, print_json, say, tell
+
+if TYPE_CHECKING:
+    from kino_refunds.db.engine import Connection
 
 Account = Annotated[str, typer.Argument(help="The account's id.", metavar="ACCOUNT")]
 
@@ -37,7 +35,10 @@ def grant(
         typer.Option(help="What this grant is for, such as an order; the same one again changes nothing."),
     ],
     by: By,
-    lot_class: Annotated[LotClass, typer.Option("--class", help="Where the credits come from.")] = LotClass.PURCHASED,
+    lot_class: Annotated[
+        Literal["promotional", "courtesy", "subscription", "purchased", "lifetime"],
+        typer.Option("--class", help="Where the credits come from."),
+    ] = "purchased",
     expires_at: Annotated[str | None, typer.Option(help="When they expire (RFC 3339); without it: never.")] = None,
     although_past: AlthoughPast = False,
     priority: Annotated[
@@ -52,13 +53,17 @@ def grant(
 
     Example: kino-refunds accounts grant acme 500 --reference order-1234
     """
+    from kino_refunds.db.clock import read_clock
+    from kino_refunds.desk.accounts import was_granted
+    from kino_refunds.ledger import Grant, LotClass, grant_lots
+
     expiry = None if expires_at is None else read_time(expires_at, Edge.END)
     try:
         wanted = Grant(
             reference=reference,
             account_id=account,
             credits=credits,
-            lot_class=lot_class,
+            lot_class=LotClass(lot_class),
             expires_at=expiry,
             priority=priority,
             purchase_id=purchase,
@@ -69,7 +74,7 @@ def grant(
         # The same grant again is fine for ever, and so also after it has expired.
         if expiry is not None and not was_granted(connection, reference):
             require_future("--expires-at", expiry, now=read_clock(connection), although_past=although_past)
-        lot = ledger.grant_lots(connection, [wanted], actor=by)[0]
+        lot = grant_lots(connection, [wanted], actor=by)[0]
     if as_json:
         print_json(lot)
     else:
@@ -85,13 +90,16 @@ def show(
 
     Example: kino-refunds accounts show acme --at 2026-01-31T12:00:00Z
     """
+    from kino_refunds.db.clock import read_clock
+    from kino_refunds.ledger import balance
+
     instant = None if at is None else read_time(at, Edge.END)
     with ledger_connection() as connection:
         if instant is not None:
             require_past("--at", instant, now=read_clock(connection))
         if not _exists(connection, account):
             return 1
-        found = ledger.balance(connection, account, at=instant)
+        found = balance(connection, account, at=instant)
     told = {"account_id": account, **({} if instant is None else {"at": instant}), **asdict(found)}
     if as_json:
         print_json(told)
@@ -113,6 +121,8 @@ def statement(
 
     Example: kino-refunds accounts statement acme --limit 20
     """
+    from kino_refunds import ledger
+
     with ledger_connection() as connection:
         if not _exists(connection, account):
             return 1
@@ -125,14 +135,16 @@ def statement(
         empty="no transfers" if after is None else "no more transfers",
     )
     if not as_json and lines:
-        console.print(f"sum of these lines: {sum(line.credits for line in lines):,}", style="dim")
+        say(f"sum of these lines: {sum(line.credits for line in lines):,}", style="dim")
     if more_later:
         # On standard error, so that the JSON keeps its shape and its reader is told as well.
-        errors.print("later lines exist: a transaction before them is still open; ask again soon", soft_wrap=True)
+        tell("later lines exist: a transaction before them is still open; ask again soon")
     return 0
 
 
 def _exists(connection: Connection, account: str) -> bool:
+    from kino_refunds.desk.accounts import account_exists
+
     if account_exists(connection, account):
         return True
     print_error(f"there is no account {account!r}; its first grant creates it (kino-refunds accounts grant)")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kino_refunds.cli.exit_codes import AWAY, FINDING
 from kino_refunds.cli.options import AsJson, By, ledger_engine
-from kino_refunds.cli.output import errors, print_facts, print_json
-from kino_refunds.desk.asks import ask_now
-from kino_refunds.events.connection import redis_client
-from kino_refunds.reconciliation.adapters import source_of
-from kino_refunds.reconciliation.overdue import OverdueReport, overdue_rules_of
-from kino_refunds.settings import load_settings
-from kino_refunds.settlement.rules import rules_of
+from kino_refunds.cli.output import print_facts, print_json, tell
+
+if TYPE_CHECKING:
+    from kino_refunds.reconciliation.overdue import OverdueReport
 
 
 def ask(
@@ -34,6 +32,13 @@ def ask(
 
     Example: kino-refunds charges ask --dry-run --json
     """
+    from kino_refunds.desk.asks import ask_now
+    from kino_refunds.events.connection import redis_client
+    from kino_refunds.reconciliation.adapters import source_of
+    from kino_refunds.reconciliation.overdue import overdue_rules_of
+    from kino_refunds.settings import load_settings
+    from kino_refunds.settlement.rules import rules_of
+
     settings = load_settings()
     with (
         source_of(settings) as source,
@@ -63,8 +68,8 @@ def ask(
 
 
 def _show_progress(report: OverdueReport) -> None:
-    if errors.is_terminal:
-        errors.print(f"{report.overdue:,} overdue so far, {sum(report.outcomes.values()):,} settled", style="dim")
+    if sys.stderr.isatty():
+        tell(f"{report.overdue:,} overdue so far, {sum(report.outcomes.values()):,} settled", style="dim")
 
 
 def _shown(value: object) -> object:

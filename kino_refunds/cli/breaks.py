@@ -6,12 +6,9 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 import typer
-from rich.text import Text
 
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, said
-from kino_refunds.cli.output import console, print_facts, print_items, print_json, shown
-from kino_refunds.desk import breaks as desk
-from kino_refunds.settlement.breaks import BreakStatus, accept_break
+from kino_refunds.cli.output import escaped, print_facts, print_items, print_json, say
 
 Number = Annotated[int, typer.Argument(help="The break's number.", metavar="NUMBER")]
 
@@ -28,6 +25,9 @@ def list_breaks(
 
     Example: kino-refunds breaks list
     """
+    from kino_refunds.desk import breaks as desk
+    from kino_refunds.settlement.breaks import BreakStatus
+
     with ledger_connection() as connection:
         found = desk.list_breaks(
             connection, status=None if status == "all" else BreakStatus(status), after=after, limit=limit
@@ -46,13 +46,15 @@ def show(number: Number, as_json: AsJson = False) -> None:
 
     Example: kino-refunds breaks show 3
     """
+    from kino_refunds.desk.breaks import read_break
+
     with ledger_connection() as connection:
-        found = desk.read_break(connection, number)
+        found = read_break(connection, number)
     if as_json:
         print_json(found)
     else:
         print_facts((name.replace("_", " "), value) for name, value in asdict(found).items())
-        console.print(Text.assemble("next: kino-refunds why ", shown(found.job_id), style="dim"))
+        say(f"next: kino-refunds why {escaped(found.job_id)}", style="dim")
 
 
 def accept(
@@ -65,7 +67,9 @@ def accept(
 
     Example: kino-refunds breaks accept 3 --note "agreed with support"
     """
+    from kino_refunds.settlement.breaks import accept_break
+
     confirm(f"Accept break {number} as it stands?", yes=yes)
     with ledger_connection() as connection:
         accept_break(connection, number, note=note, actor=by)
-    console.print(f"break {number} is accepted")
+    say(f"break {number} is accepted")

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from kino_refunds import ledger
 from kino_refunds.cli.options import (
     AlthoughPast,
     AsJson,
@@ -20,10 +19,6 @@ from kino_refunds.cli.options import (
     require_future,
 )
 from kino_refunds.cli.output import print_facts, print_items, print_json
-from kino_refunds.db.clock import read_clock
-from kino_refunds.desk import charges as desk
-from kino_refunds.ledger import ChargeRequest
-from kino_refunds.settings import load_settings
 
 DEADLINE_MIN = 15
 """Minutes: several times what a video takes, and short enough that a job tried here is found overdue the same hour."""
@@ -48,6 +43,9 @@ def list_charges(
 
     Example: kino-refunds charges list --open
     """
+    from kino_refunds.desk import charges as desk
+    from kino_refunds.settings import load_settings
+
     settings = load_settings()
     with ledger_connection(settings) as connection:
         found = desk.list_charges(
@@ -92,6 +90,9 @@ def open_charge(
 
     Example: kino-refunds charges open job-42 acme 8 --deadline 15
     """
+    from kino_refunds.db.clock import read_clock
+    from kino_refunds.ledger import ChargeRequest, open_charges
+
     wait = _minutes(deadline)
     instant = read_time(deadline, Edge.END) if wait is None else None
     try:
@@ -103,7 +104,7 @@ def open_charge(
             require_future("--deadline", instant, now=read_clock(connection), although_past=although_past)
         elif wait is not None:
             wanted = replace(wanted, deadline_at=read_clock(connection) + wait)
-        charge = ledger.open_charges(connection, [wanted], actor=by)[0]
+        charge = open_charges(connection, [wanted], actor=by)[0]
     if as_json:
         print_json(charge)
     else:

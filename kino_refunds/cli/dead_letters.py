@@ -7,30 +7,18 @@ from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kino_refunds.cli.exit_codes import FINDING
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, ledger_engine, said, warn_if_paused
-from kino_refunds.cli.output import (
-    console,
-    errors,
-    print_error,
-    print_facts,
-    print_items,
-    print_json,
-    print_table,
-    shown,
-)
-from kino_refunds.desk import letters as desk
-from kino_refunds.desk.protection import ALL, Protection, discard_although_open, read_protection
-from kino_refunds.desk.replays import Replay, note_letter, replay_letter, require_letter
+from kino_refunds.cli.output import escaped, print_error, print_facts, print_items, print_json, print_table, say, tell
 from kino_refunds.errors import DeadLetterClosed, LetterProtects, MalformedMessage
-from kino_refunds.intake.gate import read_gate
-from kino_refunds.settings import load_settings
-from kino_refunds.settlement.dead_letters import LetterStatus
-from kino_refunds.settlement.rules import rules_of
+
+if TYPE_CHECKING:
+    from kino_refunds.desk.protection import Protection
+    from kino_refunds.desk.replays import Replay
 
 Number = Annotated[int, typer.Argument(help="The letter's number.", metavar="NUMBER")]
 
@@ -53,6 +41,9 @@ def list_letters(
 
     Example: kino-refunds dead-letters list --reason account_mismatch
     """
+    from kino_refunds.desk import letters as desk
+    from kino_refunds.settlement.dead_letters import LetterStatus
+
     with ledger_connection() as connection:
         found = desk.list_letters(
             connection,
@@ -89,8 +80,10 @@ def show(
 
     Example: kino-refunds dead-letters show 7 --save message.bin
     """
+    from kino_refunds.desk.letters import read_letter
+
     with ledger_connection() as connection:
-        letter = asdict(desk.read_letter(connection, number))
+        letter = asdict(read_letter(connection, number))
     raw = letter.pop("raw")
     if save is not None:
         with save.open("xb") as file:  # what is there is somebody's
@@ -103,12 +96,12 @@ def show(
     print_facts((name.replace("_", " "), value) for name, value in letter.items())
     for name, entries in lists.items():
         if entries:
-            console.print(f"\n{name}", style="bold")
+            say(f"\n{name}", style="bold")
             names = list(dict.fromkeys(key for entry in entries for key in entry))
             print_table([{key: entry.get(key) for key in names} for entry in entries])
     if exception:
-        console.print("\nexception", style="bold")
-        console.print(exception)
+        say("\nexception", style="bold")
+        say(exception)
 
 
 def replay(
@@ -135,6 +128,11 @@ def replay(
     """
     if edited is not None and len(numbers) != 1:
         raise typer.BadParameter("--edited corrects one letter: name one number")
+    from kino_refunds.desk.replays import replay_letter, require_letter
+    from kino_refunds.intake.gate import read_gate
+    from kino_refunds.settings import load_settings
+    from kino_refunds.settlement.rules import rules_of
+
     settings = load_settings()
     rules = rules_of(settings)
     corrected = edited.read_bytes() if edited is not None else None
@@ -158,7 +156,7 @@ def replay(
             if replays:
                 _show_replays(replays, as_json=as_json)
     if dry_run and not as_json:
-        console.print("dry run: nothing was written", style="dim")
+        say("dry run: nothing was written", style="dim")
     return 0 if all(each.closed for each in replays) and len(replays) == len(set(numbers)) else 1
 
 
@@ -204,6 +202,9 @@ def discard(
 
     Example: kino-refunds dead-letters discard 7 --note "a test message"
     """
+    from kino_refunds.desk.protection import discard_although_open, read_protection
+    from kino_refunds.settings import load_settings
+
     confirm(f"Discard dead letter {number}?", yes=yes)
     settings = load_settings()
     source_configured = settings.job_source not in {None, "none"}
@@ -228,26 +229,28 @@ def discard(
         with ledger_connection(settings) as connection:
             found = read_protection(connection, number, source_configured=source_configured)
         protected = close([*named, *_ask_for_names(number, found, named)])
-    console.print(f"dead letter {number} is discarded; it is kept")
+    say(f"dead letter {number} is discarded; it is kept")
     if protected.charges:
-        console.print(f"no longer protected: open charges {protected.charges:,}, credits {protected.credits:,}")
+        say(f"no longer protected: open charges {protected.charges:,}, credits {protected.credits:,}")
 
 
 def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> list[str]:
     """Show the open charges that a letter protects and have each named; what is not typed ends the command."""
+    from kino_refunds.desk.protection import ALL
+
     protects = "of its jobs" if found.names_its_jobs else "it may be the end of any of these"
-    errors.print(f"dead letter {number} protects open charges {found.charges:,}, credits {found.credits:,}: {protects}")
+    tell(f"dead letter {number} protects open charges {found.charges:,}, credits {found.credits:,}: {protects}")
     for each in found.sample:
         deadline = f"{each.deadline_at.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
         line = f"  {each.job_id}: {each.credits:,} credits of account {each.account_id}, deadline {deadline}"
-        errors.print(shown(line), soft_wrap=True)
+        tell(escaped(line))
     if found.charges > len(found.sample):
-        errors.print(f"  and {found.charges - len(found.sample):,} more")
+        tell(f"  and {found.charges - len(found.sample):,} more")
     asked = [name for name in found.names if name not in named]
     for name in asked:
         what = f"the word {ALL}" if name == ALL else "the job's id"
         if typer.prompt(f"They may be refunded as timed out. To discard all the same, type {what}", err=True) != name:
-            errors.print("nothing was done")
+            tell("nothing was done")
             raise typer.Exit(FINDING)
     return asked
 
@@ -261,6 +264,8 @@ def note(
 
     Example: kino-refunds dead-letters note 7 "the pipeline team is on it"
     """
+    from kino_refunds.desk.replays import note_letter
+
     with ledger_connection() as connection:
         note_letter(connection, number, text, actor=by)
-    console.print(f"noted on dead letter {number}")
+    say(f"noted on dead letter {number}")

@@ -12,20 +12,17 @@ from typing import Annotated
 
 import typer
 
-from kino_refunds.cli.output import console, errors, shown
+from kino_refunds.cli.output import escaped, say, tell
 from kino_refunds.cli.signals import stopping
-from kino_refunds.desk.schema import migrate_schema
-from kino_refunds.dev.embedded import servers
-from kino_refunds.dev.processes import RestartingProcess, passed_on, settings_for, start_beat, start_worker
 from kino_refunds.errors import BadSettings
-from kino_refunds.reconciliation.adapters import source_of
-from kino_refunds.settings import PREFIX, Settings, load_settings
 
 LOOK_EVERY_S = 0.5
 
 
 def exports(settings: Mapping[str, str]) -> str:
     """Write what a shell must read (`. FILE`) so that `kino-refunds` there is this one, with these settings."""
+    from kino_refunds.settings import PREFIX, Settings
+
     # What another ledger's file left in that shell (the demo's, then `dev`'s) must not be mixed with these.
     others = sorted({f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - settings.keys())
     lines = [f"unset {' '.join(others)}\n"]
@@ -52,12 +49,18 @@ def dev(
 
     Example: kino-refunds dev --data-dir /tmp/kino
     """
+    from kino_refunds.desk.schema import migrate_schema
+    from kino_refunds.dev.embedded import servers
+    from kino_refunds.dev.processes import RestartingProcess, passed_on, settings_for, start_beat, start_worker
+    from kino_refunds.reconciliation.adapters import source_of
+    from kino_refunds.settings import load_settings
+
     chosen = load_settings()
     if chosen.job_source is not None:
         with source_of(chosen):  # a wrong one is told here, once, and not by every sweep
             pass
     others = passed_on()
-    with stopping() as stop, servers(data_dir, log=console.print) as running:
+    with stopping() as stop, servers(data_dir, log=say) as running:
         schema = migrate_schema(running.database_url(role="kino_owner"))
         if schema.newer:
             raise BadSettings(
@@ -75,32 +78,32 @@ def dev(
             ):
                 kept.append(RestartingProcess(start, _tell))
                 stack.callback(kept[-1].stop)
-            stack.callback(console.print, "stopping")
+            stack.callback(say, "stopping")
             _introduce(addresses, others, environment_file)
             while not stop.wait(LOOK_EVERY_S):
                 running.postgres.require_alive()
                 running.redis.require_alive()
                 for each in kept:
                     each.look()
-    console.print(f"stopped; the data is kept in {data_dir}")
+    say(f"stopped; the data is kept in {data_dir}")
 
 
 def _introduce(addresses: Mapping[str, str], others: Mapping[str, str], environment_file: Path) -> None:
     """Say where everything is and which settings hold; never what a setting of this shell is: it may be a secret."""
     for name, value in addresses.items():
-        console.print(f"{name}={value}", soft_wrap=True)
+        say(f"{name}={value}", whole=True)
     if ignored := [name for name in addresses if os.environ.get(name) not in {None, "", addresses[name]}]:
-        console.print(f"not used, these servers are dev's own: {', '.join(ignored)} of this shell", soft_wrap=True)
+        say(f"not used, these servers are dev's own: {', '.join(ignored)} of this shell", whole=True)
     if others:
-        console.print(f"as in this shell: {', '.join(others)}", soft_wrap=True)
+        say(f"as in this shell: {', '.join(others)}", whole=True)
     if "KINO_JOB_SOURCE" not in others:
         text = "job source: none, KINO_JOB_SOURCE is not set; a job without an event is refunded once it is overdue"
-        console.print(text, soft_wrap=True)
-    console.print(f"in another terminal: . {shlex.quote(str(environment_file))}", soft_wrap=True)
+        say(text, whole=True)
+    say(f"in another terminal: . {shlex.quote(str(environment_file))}", whole=True)
 
 
 def _tell(text: str) -> None:
-    errors.print(shown(text), soft_wrap=True)
+    tell(escaped(text))
 
 
 def _write_private(file: Path, text: str) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 
-import redis
-
-from kino_refunds.db.faults import REACH, Meaning, explain
 from kino_refunds.errors import (
     BadSettings,
     BadTrace,
@@ -18,8 +15,6 @@ from kino_refunds.errors import (
     SourceUnavailable,
     TransferNotFound,
 )
-from kino_refunds.events.connection import NotPrimary
-from kino_refunds.settings import DATABASE_URL
 
 FINDING, USAGE, AWAY, INTERRUPTED = 1, 2, 3, 130
 _WRONGLY_NAMED = {
@@ -42,6 +37,12 @@ def explained(error: Exception) -> tuple[int, str] | None:
 
 def explained_by_server(error: Exception) -> tuple[int, str] | None:
     """Say the same of an error of Postgres or Redis alone; None for any other."""
+    import redis
+
+    from kino_refunds.db.faults import REACH, Meaning, explain
+    from kino_refunds.events.connection import NotPrimary
+    from kino_refunds.settings import DATABASE_URL
+
     if isinstance(error, redis.RedisError):
         advice = "give an address that follows the primary" if isinstance(error, NotPrimary) else REACH
         return AWAY, f"Redis (KINO_REDIS_URL): {_first_line(error)}; {advice}"

@@ -8,12 +8,7 @@ from typing import Annotated
 import typer
 
 from kino_refunds.cli.options import AsJson, By, Yes, confirm, ledger_connection, said
-from kino_refunds.cli.output import console, print_facts, print_json, print_table
-from kino_refunds.events.connection import redis_client
-from kino_refunds.events.queues import depths
-from kino_refunds.intake.gate import pause_intake, read_gate, resume_intake
-from kino_refunds.intake.workforce import read_workers
-from kino_refunds.settings import load_settings
+from kino_refunds.cli.output import print_facts, print_json, print_table, say
 
 
 def status(as_json: AsJson = False) -> int:
@@ -23,6 +18,12 @@ def status(as_json: AsJson = False) -> int:
 
     Example: kino-refunds intake status --json
     """
+    from kino_refunds.events.connection import redis_client
+    from kino_refunds.events.queues import depths
+    from kino_refunds.intake.gate import read_gate
+    from kino_refunds.intake.workforce import read_workers
+    from kino_refunds.settings import load_settings
+
     settings = load_settings()
     # Redis outside the transaction: one that hangs would have Postgres end the session, and be blamed for it.
     with ledger_connection() as connection:
@@ -45,7 +46,7 @@ def status(as_json: AsJson = False) -> int:
             ]
         )
         if workers:
-            console.print()
+            say("")
             shown = ("host", "pid", "build", "alive", "seen_at", "messages")
             print_table([{"worker": row["worker_id"][:8], **{name: row[name] for name in shown}} for row in workers])
     return 1 if gate.paused or not alive else 0
@@ -62,10 +63,12 @@ def pause(
 
     Example: kino-refunds intake pause --reason "ledger maintenance until 14:00"
     """
+    from kino_refunds.intake.gate import pause_intake
+
     confirm("Stop taking events in every worker?", yes=yes)
     with ledger_connection() as connection:
         paused = pause_intake(connection, reason=reason, actor=by)
-    console.print("intake is paused" if paused else "intake was paused already; see `kino-refunds intake status`")
+    say("intake is paused" if paused else "intake was paused already; see `kino-refunds intake status`")
 
 
 def resume(by: By, reason: Annotated[str, typer.Option(help="Why.", callback=said)] = "resumed by hand") -> None:
@@ -73,6 +76,8 @@ def resume(by: By, reason: Annotated[str, typer.Option(help="Why.", callback=sai
 
     Example: kino-refunds intake resume
     """
+    from kino_refunds.intake.gate import resume_intake
+
     with ledger_connection() as connection:
         resumed = resume_intake(connection, reason=reason, actor=by)
-    console.print("intake takes events" if resumed else "intake was open already")
+    say("intake takes events" if resumed else "intake was open already")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import structlog
 import typer
 
+from kino_refunds.cli import log
 from kino_refunds.cli.exit_codes import INTERRUPTED, USAGE, explained
-from kino_refunds.cli.output import errors, print_error, shown
-from kino_refunds.cli.tree import Root, command_words
+from kino_refunds.cli.output import escaped, print_error, tell
+from kino_refunds.cli.tree import Root
 from kino_refunds.errors import ServerFailed
-from kino_refunds.settings import unknown_names
 
 app = typer.Typer(
     name="kino-refunds",
@@ -43,22 +40,15 @@ def kino_refunds() -> None:
 
 LAST_WORDS_MAX, LAST_WORD_LENGTH = 5, 160
 """Of the log of a server or worker that has ended."""
-COMPLETING = "_KINO_REFUNDS_COMPLETE"
-"""Typer's name for it: set by the shell's completion when it asks what could come next."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 fine, 1 a finding, 2 usage, 3 a dependency is away, 130 interrupted."""
     _make_streams_usable()
-    # By default structlog writes to standard output, which is the answer's alone: `--json | jq` must work.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    # Between two presses of TAB whatever is said lands in the middle of the line that is being typed.
-    for name, advice in unknown_names() if COMPLETING not in os.environ else ():
-        errors.print(shown(f"warning: {name} is not a setting and is ignored; {advice}"), soft_wrap=True)
-    structlog.contextvars.clear_contextvars()
+    log.forget()
     started = time.monotonic()
-    code = _run(arguments)
-    _say(sys.argv[1:] if arguments is None else arguments, code, time.monotonic() - started)
+    code = _run(arguments, begin=log.begin)
+    log.write_line(sys.argv[1:] if arguments is None else arguments, code, time.monotonic() - started)
     sys.exit(code)
 
 
@@ -76,28 +66,19 @@ def _make_streams_usable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _say(arguments: Sequence[str], code: int, took_s: float) -> None:
-    """One canonical line a command, where logs are collected; a person at a terminal has seen the answer."""
-    if os.environ.get("KINO_LOG_FORMAT") != "json":
-        return
-    words = command_words(arguments)
-    line = {"event": "command", "command": " ".join(words), "exit_code": code, "took_ms": round(took_s * 1000)}
-    line |= structlog.contextvars.get_contextvars()  # who did it, and how much
-    sys.stderr.write(json.dumps({"timestamp": datetime.now(UTC).isoformat(), **line}) + "\n")
-
-
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None, *, begin: Callable[[], None] | None = None) -> int:
+    """Run a command and return its exit code; `begin` is called once its arguments are known to be right."""
     for argument in sys.argv[1:] if arguments is None else arguments:
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in argument):
             print_error(f"{argument!a} is not text: write it in UTF-8, without NUL")
             return USAGE
     try:
-        result: Any = app(args=arguments, standalone_mode=False)
+        result: Any = app(args=arguments, standalone_mode=False, obj=begin)
     except typer.Abort:  # Ctrl-C or Ctrl-D at a question
-        errors.print("\ninterrupted")
+        tell("\ninterrupted")
         return INTERRUPTED
     except KeyboardInterrupt:  # before typer looks out for it
-        errors.print("interrupted")
+        tell("interrupted")
         return INTERRUPTED
     except typer.TyperException as error:  # typer carries a click of its own: click's classes never match
         _show_usage_error(error)
@@ -109,10 +90,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         said = text.splitlines() if isinstance(error, ServerFailed) else [text]
         print_error(said[0])
         for line in said[1:][-LAST_WORDS_MAX:]:
-            errors.print(shown(f"  {line[:LAST_WORD_LENGTH]}"), soft_wrap=True, style="dim")
+            tell(escaped(f"  {line[:LAST_WORD_LENGTH]}"), style="dim")
         return code
     if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
-        errors.print("interrupted")
+        tell("interrupted")
     return result if isinstance(result, int) else 0
 
 
@@ -120,7 +101,7 @@ def _show_usage_error(error: Any) -> None:
     """Say what is wrong with the command line, in one line; a command that lacks everything shows its help."""
     message, context = error.format_message(), getattr(error, "ctx", None)
     if context is not None and message == context.get_help():
-        errors.print(message, soft_wrap=True)
+        tell(message)
     else:
         command = context.command_path if context is not None else "kino-refunds"
         print_error(f"{message.rstrip('.')}; see {command} --help")

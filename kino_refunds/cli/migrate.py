@@ -7,9 +7,7 @@ from typing import Annotated
 import typer
 
 from kino_refunds.cli.options import AsJson
-from kino_refunds.cli.output import console, print_json
-from kino_refunds.desk.schema import migrate_schema
-from kino_refunds.settings import load_settings
+from kino_refunds.cli.output import print_json, say
 
 
 def migrate(
@@ -40,6 +38,9 @@ def migrate(
 
     Example: kino-refunds migrate --lot-grace-days 14
     """
+    from kino_refunds.desk.schema import migrate_schema
+    from kino_refunds.settings import load_settings
+
     found = migrate_schema(
         load_settings().require_migration_database_url(),
         lot_grace_days=lot_grace_days,
@@ -49,19 +50,19 @@ def migrate(
     if as_json:
         print_json(found)
     elif found.newer:
-        console.print(
+        say(
             f"the schema is at {after}, of a newer build than this one: nothing was changed, its functions included",
-            soft_wrap=True,
+            whole=True,
         )
     elif found.before == after:
-        console.print(f"the schema is at {after}, nothing to do")
+        say(f"the schema is at {after}, nothing to do")
     else:
-        console.print(f"the schema was at {found.before or 'nothing'} and is at {after} now")
+        say(f"the schema was at {found.before or 'nothing'} and is at {after} now")
     if not found.newer and not as_json:
-        console.print(
+        say(
             "the ledger's tables stay open to older builds: migrate again without --beside-older-builds when they have"
             " gone"
             if beside_older_builds
             else "the ledger's tables are written by its functions only",
-            soft_wrap=True,
+            whole=True,
         )

@@ -9,18 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import structlog
 import typer
 
+from kino_refunds.cli import log
 from kino_refunds.cli.exit_codes import FINDING
-from kino_refunds.cli.output import errors, shown
-from kino_refunds.db.engine import Connection, Engine, create_engine
-from kino_refunds.db.faults import Meaning, explain
+from kino_refunds.cli.output import escaped, tell
 from kino_refunds.errors import DependencyAway
-from kino_refunds.intake.gate import TRIPWIRE, Gate
-from kino_refunds.settings import PRODUCT_DATABASE_URL, Settings, load_settings
+
+if TYPE_CHECKING:
+    from kino_refunds.db.engine import Connection, Engine
+    from kino_refunds.intake.gate import Gate
+    from kino_refunds.settings import Settings
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -28,6 +29,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 @contextmanager
 def ledger_engine(settings: Settings | None = None) -> Iterator[Engine]:
     """Give an engine for KINO_DATABASE_URL; raises BadSettings if it is not set."""
+    from kino_refunds.settings import load_settings
+
     settings = settings or load_settings()
     with _engine(settings.require_database_url(), settings) as engine:
         yield engine
@@ -47,6 +50,9 @@ def product_connection() -> Iterator[Connection]:
     What is done in it is committed at the end. Raises DependencyAway that names the setting where the server is away
     or the login has no right: a worker's login opens no charges.
     """
+    from kino_refunds.db.faults import Meaning, explain
+    from kino_refunds.settings import PRODUCT_DATABASE_URL, load_settings
+
     settings = load_settings()
     url, name = settings.require_product_database_url()
     try:
@@ -65,6 +71,8 @@ def product_connection() -> Iterator[Connection]:
 
 @contextmanager
 def _engine(url: str, settings: Settings) -> Iterator[Engine]:
+    from kino_refunds.db.engine import create_engine
+
     engine = create_engine(url, limits=settings.session_limits, application_name="kino-cli")
     try:
         yield engine
@@ -76,7 +84,7 @@ def warn_if_paused(gate: Gate) -> None:
     """Say on standard error that intake is paused, where a person is about to settle something all the same."""
     if gate.paused:
         text = f"warning: intake is paused by {gate.actor} ({gate.reason}); what you run settles all the same"
-        errors.print(shown(text), soft_wrap=True)
+        tell(escaped(text))
 
 
 class Edge(Enum):
@@ -136,6 +144,9 @@ def require_past(name: str, instant: datetime, *, now: datetime) -> None:
         raise typer.BadParameter(f"{name} {written(instant)} lies in the future (it is {written(now)})")
 
 
+TRIPWIRE = "tripwire"
+"""As in `intake/gate.py`, which takes a while to load."""
+
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")]
 
 
@@ -157,7 +168,7 @@ def _person(name: str) -> str:
     if name == TRIPWIRE:
         raise typer.BadParameter(f"{TRIPWIRE} is not a person: what it closes opens by itself")
     # The command's line in the logs says who, for every command that asks.
-    structlog.contextvars.bind_contextvars(actor=name)
+    log.note(actor=name)
     return said(name)
 
 
@@ -183,5 +194,5 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     require_terminal()
     if not typer.confirm(question, err=True):
-        errors.print("nothing was done")
+        tell("nothing was done")
         raise typer.Exit(FINDING)

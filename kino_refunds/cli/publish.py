@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-import structlog
 import typer
 
+from kino_refunds.cli import log
 from kino_refunds.cli.options import AsJson, ByInTheLog
-from kino_refunds.cli.output import console, print_error, print_json
+from kino_refunds.cli.output import print_error, print_json, say
 from kino_refunds.errors import DependencyAway, MalformedMessage
-from kino_refunds.events.envelope import MalformedReason, parse
-from kino_refunds.events.publisher import EventPublisher, to_wire
-from kino_refunds.settings import load_settings
 
 ERRORS_SHOWN = 10
 
@@ -35,6 +32,9 @@ def publish(
 
     Example: kino-refunds publish events.jsonl
     """
+    from kino_refunds.events.publisher import EventPublisher
+    from kino_refunds.settings import load_settings
+
     events: list[dict[str, Any]] = []
     wrong = []
     for number, line in enumerate(file, start=1):
@@ -59,16 +59,19 @@ def publish(
     except DependencyAway as error:
         advice = "see `kino-refunds doctor`; part of the events may be published: publish all of them again"
         raise DependencyAway(f"{error}; {advice}") from error
-    structlog.contextvars.bind_contextvars(published=count)
+    log.note(published=count)
     if as_json:
         print_json({"published": count})
     else:
-        console.print(f"published {count:,} event{'' if count == 1 else 's'}")
+        say(f"published {count:,} event{'' if count == 1 else 's'}")
     return 0
 
 
 def _read(line: bytes) -> dict[str, Any]:
     """Check a line as a worker would, and return it whole: unknown fields and `message` travel along."""
+    from kino_refunds.events.envelope import MalformedReason, parse
+    from kino_refunds.events.publisher import to_wire
+
     parse(line)
     event: dict[str, Any] = json.loads(line)
     if "specversion" not in event:

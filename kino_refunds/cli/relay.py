@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import structlog
 import typer
 
+from kino_refunds.cli import log
 from kino_refunds.cli.options import (
     AsJson,
     ByInTheLog,
@@ -20,9 +20,10 @@ from kino_refunds.cli.options import (
     require_terminal,
     written,
 )
-from kino_refunds.cli.output import console, print_json
-from kino_refunds.db.clock import read_clock
-from kino_refunds.outbox.relay import Rewind, rewind_relay
+from kino_refunds.cli.output import print_json, say
+
+if TYPE_CHECKING:
+    from kino_refunds.outbox.relay import Rewind
 
 
 def rewind(
@@ -41,6 +42,9 @@ def rewind(
 
     Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run
     """
+    from kino_refunds.db.clock import read_clock
+    from kino_refunds.outbox.relay import rewind_relay
+
     instant = read_time(to, Edge.START)
 
     def run(*, dry: bool) -> Rewind:
@@ -52,11 +56,11 @@ def rewind(
         require_terminal()
         confirm(f"{_sentence(run(dry=True), dry_run=True, to=written(instant))}. Do it?", yes=yes)
     found = run(dry=dry_run)
-    structlog.contextvars.bind_contextvars(told_again=found.told_again, dry_run=dry_run)
+    log.note(told_again=found.told_again, dry_run=dry_run)
     if as_json:
         print_json({"dry_run": dry_run, "to": instant, **asdict(found)})
     else:
-        console.print(_sentence(found, dry_run=dry_run, to=written(instant)))
+        say(_sentence(found, dry_run=dry_run, to=written(instant)))
 
 
 def _sentence(found: Rewind, *, dry_run: bool, to: str) -> str:

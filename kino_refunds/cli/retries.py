@@ -9,11 +9,7 @@ from typing import Annotated
 import typer
 
 from kino_refunds.cli.options import AsJson, By, ledger_connection, ledger_engine, warn_if_paused
-from kino_refunds.cli.output import console, print_error, print_facts, print_items, print_json, print_table
-from kino_refunds.desk import retries as desk
-from kino_refunds.intake.gate import read_gate
-from kino_refunds.settings import load_settings
-from kino_refunds.settlement.rules import rules_of
+from kino_refunds.cli.output import print_error, print_facts, print_items, print_json, print_table, say
 
 
 def list_pending(
@@ -26,6 +22,8 @@ def list_pending(
     Example: kino-refunds retries list --json
     """
     cursor = None if after is None else _read_cursor(after)
+    from kino_refunds.desk import retries as desk
+
     with ledger_connection() as connection:
         found = desk.list_pending(connection, after=cursor, limit=limit)
     print_items(
@@ -56,6 +54,8 @@ def show(
 
     Example: kino-refunds retries show job-42-end
     """
+    from kino_refunds.desk import retries as desk
+
     with ledger_connection() as connection:
         rows = [asdict(each) for each in desk.read_pending_events(connection, event_id)]
     if not rows:
@@ -68,7 +68,7 @@ def show(
         history = row.pop("history")
         print_facts((name.replace("_", " "), value) for name, value in row.items())
         if history:
-            console.print("\nattempts", style="bold")
+            say("\nattempts", style="bold")
             names = list(dict.fromkeys(key for entry in history for key in entry))
             print_table([{key: entry.get(key) for key in names} for entry in history])
     return 0
@@ -85,11 +85,16 @@ def run_now(
 
     Example: kino-refunds retries run-now
     """
+    from kino_refunds.desk.retries import try_now
+    from kino_refunds.intake.gate import read_gate
+    from kino_refunds.settings import load_settings
+    from kino_refunds.settlement.rules import rules_of
+
     settings = load_settings()
     with ledger_engine(settings) as engine:
         with engine.connect() as connection:
             warn_if_paused(read_gate(connection))
-        found = desk.try_now(engine, rules_of(settings), event_id=event_id, lease=settings.retry_lease, actor=by)
+        found = try_now(engine, rules_of(settings), event_id=event_id, lease=settings.retry_lease, actor=by)
     if event_id is not None and not found.tried:
         print_error(f"no event {event_id!r} waits, or a sweep has it in hand; see `kino-refunds retries list`")
         return 1

@@ -7,9 +7,6 @@ from typing import Any
 
 from kino_refunds.cli.options import AsJson, ledger_connection
 from kino_refunds.cli.output import print_items
-from kino_refunds.db.clock import read_clock
-from kino_refunds.schedule import entries, read_schedule
-from kino_refunds.settings import load_settings
 
 
 def schedule(as_json: AsJson = False) -> int:
@@ -20,6 +17,10 @@ def schedule(as_json: AsJson = False) -> int:
 
     Example: kino-refunds schedule
     """
+    from kino_refunds.db.clock import read_clock
+    from kino_refunds.schedule import entries, read_schedule
+    from kino_refunds.settings import load_settings
+
     with ledger_connection() as connection:
         now = read_clock(connection)
         runs = read_schedule(connection, entries(load_settings()))

@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kino_refunds.cli.options import AsJson
-from kino_refunds.cli.output import console, errors, print_error, print_facts, print_json, print_table
+from kino_refunds.cli.output import print_error, print_facts, print_json, print_table, say
 from kino_refunds.cli.signals import interrupted_by_signals
-from kino_refunds.demo import trace_run as runs
-from kino_refunds.demo.trace import Workload, read_trace
-from kino_refunds.demo.trace_run import TraceReport
-from kino_refunds.settings import Settings
+
+if TYPE_CHECKING:
+    from kino_refunds.demo.trace import Workload
+    from kino_refunds.demo.trace_run import TraceReport
 
 DISAGREEMENTS_SHOWN = 10
 Report = Callable[[str, int, int], None]
@@ -39,11 +38,16 @@ def run(
 
     Example: kino-refunds trace run gentd26-first60.csv --json
     """
+    from kino_refunds.demo.trace import read_trace
+    from kino_refunds.settings import Settings
+
     grace = Settings.model_construct().overdue_grace
     return _run(read_trace(file, now=datetime.now(UTC), grace=grace), as_json=as_json)
 
 
 def _run(workload: Workload, *, as_json: bool) -> int:
+    from kino_refunds.demo import trace_run as runs
+
     with interrupted_by_signals(), _progress() as report:
         report("starting Postgres, Valkey and a worker", 0, 0)
         with runs.scratch() as running:
@@ -61,24 +65,28 @@ def _run(workload: Workload, *, as_json: bool) -> int:
 
 def _show(workload: Workload, replayed: TraceReport) -> None:
     print_table(replayed.reasons, title=f"{workload.name}: how {replayed.figures.jobs:,} jobs ended")
-    console.print()
+    say("")
     print_facts((name.replace("_", " "), value) for name, value in asdict(replayed.figures).items())
     if not replayed.disagreements:
-        console.print("\nevery job and every wallet is as the workload says", style="bold green")
+        say("\nevery job and every wallet is as the workload says", style="bold green")
 
 
 @contextmanager
 def _progress() -> Iterator[Report]:
     """Show how far it is: a live bar on a terminal, otherwise one plain line for each stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kino_refunds.cli.tables import errors
+
     if not errors.is_terminal:
         said: set[str] = set()
 
-        def say(stage: str, _done: int, _total: int) -> None:
+        def name(stage: str, _done: int, _total: int) -> None:
             if stage not in said:
                 said.add(stage)
                 errors.print(stage)
 
-        yield say
+        yield name
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as bars:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import typer
 import typer.main
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,11 +130,31 @@ class _Commands(UserDict[str, Any]):
 def _leaf(name: str, place: str) -> Any:
     module, _, function = place.partition(":")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name)(getattr(import_module(f"{__package__}.{module}"), function))
+    app.command(name, cls=_Leaf)(getattr(import_module(f"{__package__}.{module}"), function))
     return typer.main.get_command(app)
 
 
+class _Leaf(TyperCommand):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and before it what the caller wants done once the arguments are known to be right."""
+        if callable(ctx.obj):
+            ctx.obj()
+        return super().invoke(ctx)
+
+
 class _Branch(TyperGroup):
+    def get_params(self, ctx: Any) -> Any:
+        """Return the options that stand before the verb: typer's own, such as `--help`.
+
+        An option that is not given is None, and typer loads pydantic to read that; False it takes as it is. This saves
+        half of the time of a usage error.
+        """
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            if getattr(parameter, "is_bool_flag", False) and parameter.default is None:
+                parameter.default = False
+        return parameters
+
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer's signature
         """List the names without making the commands."""
         return list(self.commands)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kino_refunds.cli.options import AsJson, ledger_connection
-from kino_refunds.cli.output import console, print_error, print_facts, print_json, print_table, shown
-from kino_refunds.desk.explain import Explanation, explain_job
+from kino_refunds.cli.output import escaped, print_error, print_facts, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from kino_refunds.desk.explain import Explanation
 
 Job = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")]
 _NAMES = {"lot_class": "class"}
@@ -31,6 +33,8 @@ def why(job: Job, as_json: AsJson = False) -> int:
 
     Example: kino-refunds why job-42
     """
+    from kino_refunds.desk.explain import explain_job
+
     with ledger_connection() as connection:
         found = explain_job(connection, job)
     if found.is_empty:
@@ -42,15 +46,15 @@ def why(job: Job, as_json: AsJson = False) -> int:
     if as_json:
         print_json(parts)
         return 0
-    console.print(shown(_sentence(job, found)), style="bold")
+    say(escaped(_sentence(job, found)), style="bold")
     for name, rows in parts.items():
         if name == "charge":
             continue
         if len(rows) == 1 and name in {"settlement", "correction", "asks"}:
-            console.print(f"\n{name}", style="bold")
+            say(f"\n{name}", style="bold")
             print_facts((key.replace("_", " "), value) for key, value in rows[0].items())
         elif rows:
-            console.print(f"\n{name.replace('_', ' ')}", style="bold")
+            say(f"\n{name.replace('_', ' ')}", style="bold")
             hidden = _ONLY_IN_JSON.get(name, frozenset())
             print_table([{key: value for key, value in row.items() if key not in hidden} for row in rows])
     return 0

@@ -28,9 +28,8 @@ SQL_CLOCK = re.compile(
 )
 
 DECIDES_NOTHING = {
-    "kino_refunds/cli/main.py": "the time of a log line",
     "kino_refunds/cli/trace.py": "places a trace in the past, in scratch servers",
-    "kino_refunds/cli/status.py": "when the screen said that a server is away, which then cannot be asked",
+    "kino_refunds/cli/status_screen.py": "when the screen said that a server is away, which then cannot be asked",
     "kino_refunds/db/clock.py": "the definition of kino.clock()",
     "kino_refunds/db/migrations/versions/0003_one_clock.py": "the same",
     "kino_refunds/demo/run.py": "the demo is the pipeline and the product: it writes their times",

@@ -162,4 +162,4 @@ def test_unknown_account_is_a_finding_that_says_how_accounts_begin(run: Run, com
     """Zero credits and no such account are not the same answer."""
     result = run(command, "nobody", "--json")
 
-    assert result == error("there is no account 'nobody'; its first grant creates it (kino-refunds grant)", 1)
+    assert result == error("there is no account 'nobody'; its first grant creates it (kino-refunds accounts grant)", 1)

@@ -35,8 +35,7 @@ COMMANDS = [
     "relay",
     "relay rewind",
     "schedule",
-    "overdue",
-    "overdue run",
+    "charges ask",
 ]
 
 

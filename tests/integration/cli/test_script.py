@@ -62,7 +62,7 @@ def test_json_is_all_there_is_on_standard_output(database: Database, scene: Scen
     out, err = program.communicate(timeout=60)
 
     assert (program.returncode, json.loads(out)["withheld"]) == (3, {"redis_away": 1})
-    assert b"no verdict: Redis cannot be read" in err
+    assert b"no timeout is presumed: Redis cannot be read" in err
 
 
 COMPLETE = "_KINO_REFUNDS_COMPLETE"
@@ -324,25 +324,28 @@ def demo_ended_by(number: signal.Signals, scratch: Path) -> tuple[int, bytes]:
     return ended_by(number, program, once=lambda said: b"BROKEN" in said)
 
 
-def test_interrupt_while_it_is_loaded_is_no_traceback() -> None:
-    """Ctrl-C in the first second, in the middle of the imports, ends as it does later."""
-    program = script("balance", "acme", PYTHONPROFILEIMPORTTIME="1")
-    code, said = ended_by(signal.SIGINT, program, once=lambda said: b" redis\n" in said)
+@pytest.mark.parametrize(
+    ("module", "later"), [(b" typer.core", b"kino_refunds.cli.main"), (b" sqlalchemy.sql.base", b"KINO_DATABASE_URL")]
+)
+def test_interrupt_while_it_is_loaded_is_no_traceback(module: bytes, later: bytes) -> None:
+    """Ctrl-C in the middle of the imports, the program's own or its command's, ends as it does later."""
+    program = script("accounts", "show", "acme", PYTHONPROFILEIMPORTTIME="1")
+    code, said = ended_by(signal.SIGINT, program, once=lambda said: module + b"\n" in said)
 
     assert code == 130
-    assert said.splitlines()[-1] == b"interrupted"
+    assert b"interrupted" in said.splitlines()
     assert b"Traceback" not in said
-    assert b"kino_refunds.cli.main" not in said
+    assert later not in said
 
 
 def test_interrupt_that_is_ignored_stays_ignored() -> None:
     """Started in the background of a script (SIGINT ignored), it goes on to its own end."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        program = script("balance", "acme", PYTHONPROFILEIMPORTTIME="1")
+        program = script("accounts", "show", "acme", PYTHONPROFILEIMPORTTIME="1")
     finally:
         signal.signal(signal.SIGINT, before)
-    code, said = ended_by(signal.SIGINT, program, once=lambda said: b" redis\n" in said)
+    code, said = ended_by(signal.SIGINT, program, once=lambda said: b" typer.core\n" in said)
 
     assert code == 2
     assert b"KINO_DATABASE_URL is not set" in said

@@ -91,7 +91,7 @@ ODD = [
     "", " ", "0", "-1", "9" * 40, str(2**63), HOSTILE, "/", "x" * 200_000, "9999-12-31T23:59:59-12:00", "a\0b",
     "\udcff",
 ]  # fmt: skip
-STARTS_SERVERS = {"demo", "dev", "replay-trace"}
+STARTS_SERVERS = {"demo", "dev", "trace run"}
 
 
 @pytest.mark.parametrize("command", sorted(commands().keys() - STARTS_SERVERS))
@@ -147,8 +147,8 @@ def test_a_file_whose_name_breaks_a_line_is_shown_on_one(run: Run, scene: Scene,
 
 
 READ_ONLY = {
-    "balance", "breaks list", "breaks show", "charges list", "dead-letters list", "dead-letters show", "doctor",
-    "intake status", "retries list", "retries show", "schedule", "statement", "status", "why",
+    "accounts show", "accounts statement", "breaks list", "breaks show", "charges list", "dead-letters list",
+    "dead-letters show", "doctor", "intake status", "retries list", "retries show", "schedule", "status", "why",
 }  # fmt: skip
 NOBODY_ACTS = STARTS_SERVERS | {"migrate"}
 """Scratch servers; and the schema, whose owner's login is known."""

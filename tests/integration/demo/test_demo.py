@@ -22,7 +22,8 @@ from redis import Redis
 from rich.console import Console
 
 from kino_refunds.cli import demo as command
-from kino_refunds.cli.output import plain
+from kino_refunds.cli import demo_screen
+from kino_refunds.cli.output import print_json
 from kino_refunds.demo import promises
 from kino_refunds.demo.figures import Snapshot, StoryReport
 from kino_refunds.demo.run import Demo, judge
@@ -175,7 +176,7 @@ def test_end_table_names_everything(
 ) -> None:
     """A person sees outcomes, refunds, dead letters, latency, the killed worker's batch apart, and each promise."""
     monkeypatch.setenv("COLUMNS", "80")
-    command.show(run.told)
+    demo_screen.show(run.told)
 
     said = capsys.readouterr().out
     for word in ("refunded", "captured_terminated", "generation_failure", "too_large", "duplicates absorbed"):
@@ -183,14 +184,15 @@ def test_end_table_names_everything(
     assert "the killed worker's batch" in said
     assert said.count("held") + said.count("late ") >= 10
     assert max(map(len, said.splitlines())) <= 80
-    json.dumps(plain(run.told))
+    print_json(run.told)
+    assert json.loads(capsys.readouterr().out)["jobs"] == run.told.jobs
 
 
 def test_picture_fits_a_small_terminal(run: Run) -> None:
     """The live picture names throughput, outcomes, latency and queues within 80 columns."""
     assert run.seen.last is not None
     console = Console(width=80, record=True, file=StringIO())
-    console.print(command.picture(run.seen.last))
+    console.print(demo_screen.picture(run.seen.last))
     said = console.export_text()
 
     assert f"settled  {JOBS} of {JOBS} jobs" in said
@@ -354,7 +356,7 @@ def test_demo_whose_server_ends_says_which(monkeypatch: pytest.MonkeyPatch, name
 
     stages: list[Stage] = []
     monkeypatch.setattr(Stage, "__init__", remembered(stages, Stage.__init__))
-    monkeypatch.setattr(command._Lines, "show", show)
+    monkeypatch.setattr(demo_screen._Lines, "show", show)
 
     with pytest.raises(ServerFailed, match="ended unexpectedly"):
         command.demo(jobs=1_000, seed=1, keep=False, as_json=True)

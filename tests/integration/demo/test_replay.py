@@ -14,7 +14,6 @@ import pytest
 from redis import Redis
 
 from kino_refunds.cli import main as cli
-from kino_refunds.cli import trace as commands
 from kino_refunds.demo.trace import Workload, read_trace
 from kino_refunds.settings import PREFIX
 from tests.conftest import Database
@@ -124,7 +123,7 @@ def test_ledger_that_disagrees_with_its_trace_is_a_finding(
         first = workload.jobs[0]
         return replace(workload, jobs=[replace(first, refunded=not first.refunded), *workload.jobs[1:]])
 
-    monkeypatch.setattr(commands, "read_trace", tampered)
+    monkeypatch.setattr("kino_refunds.demo.trace.read_trace", tampered)
 
     result = run("replay-trace", str(trace))
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from kino_refunds.cli import status
-from kino_refunds.cli.output import console
+from kino_refunds.cli import status, status_screen
+from kino_refunds.cli.tables import console
 from kino_refunds.dev.embedded import LOOPBACK
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.queues import QUEUE_KEYS, SERVED
@@ -233,7 +233,7 @@ def test_watch_outlives_a_server_that_is_away(run: Run, scene: Scene, monkeypatc
 def test_watch_says_that_a_server_hangs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a look gets no answer the screen says so, instead of showing the last one as if it were now."""
     told = Event()
-    read, draw = status.read_status, status._draw
+    read, draw = status.read_status, status_screen._draw
 
     def hang(*arguments: Any) -> dict[str, Any]:
         assert told.wait(60)
@@ -244,9 +244,9 @@ def test_watch_says_that_a_server_hangs(run: Run, monkeypatch: pytest.MonkeyPatc
         if "no answer for" in str(seen):
             told.set()
 
-    monkeypatch.setattr(status, "HANGS_AFTER_S", 0.05)
+    monkeypatch.setattr(status_screen, "HANGS_AFTER_S", 0.05)
     monkeypatch.setattr(status, "read_status", hang)
-    monkeypatch.setattr(status, "_draw", drawn)
+    monkeypatch.setattr(status_screen, "_draw", drawn)
     result = watched(run, monkeypatch)
 
     first, *_, last = result.out.splitlines()
@@ -276,8 +276,8 @@ def test_short_screen_has_what_is_not_fine(run: Run, scene: Scene) -> None:
     )
     found = json.loads(run("status", "--json").out)
 
-    short = console.render_lines(status._screen(found, lines_max=4))
-    whole = console.render_lines(status._screen(found, lines_max=100))
+    short = console.render_lines(status_screen._screen(found, lines_max=4))
+    whole = console.render_lines(status_screen._screen(found, lines_max=100))
 
     told = ["".join(segment.text for segment in line).strip() for line in short]
     assert told[0].startswith("not fine: 2 things")
@@ -291,13 +291,13 @@ def test_short_screen_has_what_is_not_fine(run: Run, scene: Scene) -> None:
 def test_watch_knows_how_high_the_screen_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is known from the terminal itself."""
     heights: list[int | None] = []
-    screen = status._screen
+    screen = status_screen._screen
 
     def seen(found: dict[str, Any], *, lines_max: int | None = None) -> Any:
         heights.append(lines_max)
         return screen(found, lines_max=lines_max)
 
-    monkeypatch.setattr(status, "_screen", seen)
+    monkeypatch.setattr(status_screen, "_screen", seen)
     monkeypatch.setattr(console, "_height", 33)
     watched(run, monkeypatch)
 

@@ -139,7 +139,7 @@ def test_work_that_waits_for_a_person_is_found(doctor: Doctor, well: Scene) -> N
             "overdue charges",
             "fail",
             "1 charge with 5 credits stood open more than 5 min past deadline and grace",
-            "`kino-refunds overdue run --dry-run` says what is known of them, and what withholds them",
+            "`kino-refunds charges ask --dry-run` says what is known of them, and what withholds them",
         ),
         Found(
             "dead letters",
