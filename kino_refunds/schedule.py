@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -164,15 +164,30 @@ def read_schedule(connection: sa.Connection, scheduled: Sequence[Entry]) -> list
         "currents": [entry.slot(now) for entry in scheduled],
         "now": now,
     }
-    found = {row.name: row for row in connection.execute(_RUNS, wanted)}
+    found = {name: Slots(*slots) for name, *slots in connection.execute(_RUNS, wanted)}
     return [_run(entry, found[entry.name], workers_since, now) for entry in scheduled]
 
 
-def _run(entry: Entry, row: Any, workers_since: datetime | None, now: datetime) -> Run:
+class Slots(NamedTuple):
+    """What the slots of one sweep say, up to now; None where none has run."""
+
+    last: datetime | None = None
+    """The newest slot in which a run started."""
+    finished: datetime | None = None
+    """When that run ended."""
+    result: Any = None
+    first: datetime | None = None
+    """The first slot that is looked at."""
+    slots: int = 0
+    """Slots before the current one in which a run started."""
+    ended: datetime | None = None
+    """The newest slot whose run came to its end."""
+
+
+def _run(entry: Entry, row: Slots, workers_since: datetime | None, now: datetime) -> Run:
     late_after = max(LATE_SLOTS * entry.every, LATE_MIN)
     # A sweep that never ran is late only if a worker has been alive to run it.
     expected_since = row.last or workers_since
-    started_since = row.ended or workers_since or row.last
     due = max(0, (entry.slot(now) - row.first) // entry.every) if row.first is not None else 0
     return Run(
         name=entry.name,
@@ -184,6 +199,6 @@ def _run(entry: Entry, row: Any, workers_since: datetime | None, now: datetime) 
         next=entry.slot(now) + entry.every,
         missed=max(0, due - row.slots),
         late=expected_since is not None and now - expected_since > late_after,
-        stuck=row.last is not None and row.last - started_since > late_after,
+        stuck=row.last is not None and row.last - (row.ended or workers_since or row.last) > late_after,
         what=entry.what,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kino_refunds.doctor.findings import guarded
+from kino_refunds.doctor.findings import bounded
 from kino_refunds.doctor.on_postgres import check_postgres
 from kino_refunds.doctor.on_redis import check_redis
 from kino_refunds.doctor.on_settings import check_settings, unreadable
@@ -35,4 +35,4 @@ def examine() -> Iterator[Finding]:
         except BadSettings as error:
             yield unreadable(error)
         else:
-            yield from guarded(check, partial(look, url, settings))
+            yield from bounded(check, partial(look, url, settings))

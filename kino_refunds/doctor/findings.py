@@ -31,12 +31,12 @@ class Finding:
     advice: str | None = None
 
 
-def judge(check: str, good: bool, found: str, advice: str, *, level: Level = "fail") -> Finding:
+def expect(check: str, good: bool, found: str, advice: str, *, level: Level = "fail") -> Finding:
     """Say what was found, with the advice only where it is not good."""
     return Finding(check, "ok", found) if good else Finding(check, level, found, advice)
 
 
-def guarded(check: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+def bounded(check: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     """Give what `look` finds; that it cannot go on, or does not end in time, is a finding too."""
     found: SimpleQueue[Finding | Exception | None] = SimpleQueue()
 

@@ -20,7 +20,7 @@ from kino_refunds.db.functions import (
     writers_beside_functions,
 )
 from kino_refunds.db.migrate import current_revision, functions_of_head, head_revision, is_known_revision
-from kino_refunds.doctor.findings import Finding, judge
+from kino_refunds.doctor.findings import Finding, expect
 from kino_refunds.doctor.on_work import check_work
 from kino_refunds.doctor.on_workers import check_workers
 from kino_refunds.settings import LOT_GRACE_DAYS, Settings, redacted
@@ -83,7 +83,7 @@ def check_postgres(url: str, settings: Settings) -> Iterator[Finding]:
             # On an older schema the questions below would be errors; a newer one has all that this build knows of.
             whole = found is not None and (found == head_revision() or not is_known_revision(found))
             if whole and not lacks:
-                yield judge(
+                yield expect(
                     "ledger clock",
                     is_real_clock(connection),
                     "kino.clock() is Postgres' own" if is_real_clock(connection) else "kino.clock() is a test's",
@@ -99,7 +99,7 @@ def check_postgres(url: str, settings: Settings) -> Iterator[Finding]:
 def _lot_grace(connection: sa.Connection) -> Iterator[Finding]:
     days = connection.exec_driver_sql("SELECT lot_grace_days FROM kino.ledger_setting").scalar_one()
     said = os.environ.get(LOT_GRACE_DAYS, "").strip()
-    yield judge(
+    yield expect(
         "lot grace",
         said in {"", str(days)},
         f"{days} days" + (f" in the ledger; {LOT_GRACE_DAYS}, which nobody reads, says {said}" if said else ""),
@@ -133,33 +133,33 @@ _SERVER = sa.text("""
 
 
 def _server(server: Any, url: str) -> Iterator[Finding]:
-    yield judge(
+    yield expect(
         "postgres version",
         server.version_num >= POSTGRES_MIN,
         f"{server.version} at {redacted(url)}",
         "Postgres 15 or newer is needed",
     )
-    yield judge(
+    yield expect(
         "postgres writable",
         not server.read_only,
         "a standby" if server.standby else "read-only" if server.read_only else "yes",
         "workers keep their batches and wait; let the URL lead to the primary (target_session_attrs=read-write)",
     )
-    yield judge(
+    yield expect(
         "durability",
         server.fsync == "on" and server.synchronous_commit != "off" and server.full_page_writes == "on",
         f"fsync {server.fsync}, synchronous_commit {server.synchronous_commit},"
         f" full_page_writes {server.full_page_writes}",
         "set fsync and full_page_writes on, synchronous_commit not off: a COMMIT that is lost is a lost refund",
     )
-    yield judge(
+    yield expect(
         "triggers",
         server.replication_role != "replica",
         f"session_replication_role is {server.replication_role}",
         "set it back to origin for this role and database: without triggers no sweep sees that a charge is open",
     )
     skew = abs(server.now - datetime.now(UTC))
-    yield judge(
+    yield expect(
         "postgres clock",
         skew < SKEW_MAX,
         f"{skew.total_seconds():,.3f} s from this host's",
@@ -169,7 +169,7 @@ def _server(server: Any, url: str) -> Iterator[Finding]:
 
 def _roles(connection: sa.Connection, server: Any) -> Iterator[Finding]:
     missing = ROLES - set(connection.execute(_ROLES, {"roles": list(ROLES)}).scalars())
-    yield judge(
+    yield expect(
         "roles",
         not missing,
         f"missing: {', '.join(sorted(missing))}" if missing else "all exist",
@@ -196,7 +196,7 @@ def _rights(connection: sa.Connection, server: Any) -> Finding:
     held, needed = _held_rights(connection), _needed_rights()
     if missing := needed - held:
         return Finding("rights", "fail", f"{server.role} may not {_listed(missing)}", advice)
-    return judge(
+    return expect(
         "rights",
         held == needed,
         f"{server.role} may do what a worker does, and no more"
@@ -265,13 +265,13 @@ def _schema(connection: sa.Connection) -> Iterator[Finding]:
         return
     if is_known_revision(found):
         advice = "run `kino-refunds migrate` as kino_owner; until then workers keep what needs the new schema"
-        yield judge("migrations", found == head, f"the schema is at {found}, this build is at {head}", advice)
+        yield expect("migrations", found == head, f"the schema is at {found}, this build is at {head}", advice)
     else:
         # Migrations add and do not take away: two builds side by side are an upgrade under way.
         advice = "fine while an upgrade is under way; then replace this build, which is older than the schema"
         yield Finding("migrations", "warn", f"the schema is at {found}, of which this build does not know", advice)
     open_to_change = APPEND_ONLY - set(connection.execute(_TRIGGERS).scalars())
-    yield judge(
+    yield expect(
         "append-only",
         not open_to_change,
         f"the trigger is off or gone: {', '.join(sorted(open_to_change))}" if open_to_change else "triggers are on",
@@ -279,7 +279,7 @@ def _schema(connection: sa.Connection) -> Iterator[Finding]:
     )
     if found == head:
         are_ours = digest_of_functions(connection) == functions_of_head()
-        yield judge(
+        yield expect(
             "ledger functions",
             are_ours,
             "as this build installs them"
@@ -295,7 +295,7 @@ def _open_to_older_builds(connection: sa.Connection) -> Finding:
     if not is_open_to_older_builds(connection):
         # What the connected role may is said under `rights`.
         writers -= {connection.exec_driver_sql("SELECT current_user").scalar_one()}
-    return judge(
+    return expect(
         "ledger closed",
         not writers,
         f"{', '.join(sorted(writers))} may write the ledger's tables without its functions"

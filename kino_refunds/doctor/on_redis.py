@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import redis
 
-from kino_refunds.doctor.findings import Finding, judge
+from kino_refunds.doctor.findings import Finding, expect
 from kino_refunds.errors import MalformedMessage
 from kino_refunds.events.connection import redis_client
 from kino_refunds.events.envelope import contents, parse
@@ -59,7 +59,7 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
         primary = info is None or info["role"] == "master"
         if primary:
             refused = refused_commands(client, settings.relay_queue)
-            yield judge(
+            yield expect(
                 "redis rights",
                 not refused,
                 f"refused: {_listed(refused)}" if refused else "this user may do what a worker does",
@@ -71,7 +71,7 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
         seconds, micros = client.time()
         now = datetime.fromtimestamp(seconds + micros / 1e6, UTC)
         skew = abs(now - datetime.now(UTC))
-        yield judge(
+        yield expect(
             "redis clock",
             skew < SKEW_MAX,
             f"{skew.total_seconds():,.3f} s from this host's",
@@ -146,7 +146,7 @@ def _server(info: dict[str, Any], url: str) -> Iterator[Finding]:
     known_as = str(info["redis_version"])
     version = tuple(int(part) for part in known_as.split(".")[:2])
     name = f"Valkey {info['valkey_version']}, as Redis {known_as}," if "valkey_version" in info else known_as
-    yield judge(
+    yield expect(
         "redis version",
         version >= ACL_SELECTORS_SINCE,
         f"{name} at {redacted(url)}",
@@ -155,13 +155,13 @@ def _server(info: dict[str, Any], url: str) -> Iterator[Finding]:
         else "deploy/users.acl needs 7.0 (selectors), and nothing is tried with less than 7.2: upgrade",
         level="fail" if version < REDIS_MIN else "warn",
     )
-    yield judge(
+    yield expect(
         "redis role",
         info["role"] == "master",
         "primary" if info["role"] == "master" else "replica; rights and queues were not looked at",
         "a replica takes no writes: give KINO_REDIS_URL an address that follows the primary",
     )
-    yield judge(
+    yield expect(
         "redis cluster",
         not info.get("cluster_enabled"),
         "on" if info.get("cluster_enabled") else "off",
@@ -171,14 +171,14 @@ def _server(info: dict[str, Any], url: str) -> Iterator[Finding]:
 
 def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
     policy = info.get("maxmemory_policy", "unknown")
-    yield judge(
+    yield expect(
         "redis eviction",
         policy == "noeviction",
         str(policy),
         "set maxmemory-policy noeviction: any other throws events away without a word",
     )
     on, written = bool(info.get("aof_enabled")), info.get("aof_last_write_status", "ok") == "ok"
-    yield judge(
+    yield expect(
         "redis persistence",
         on and written,
         ("append-only file on" if written else "the append-only file cannot be written")
@@ -192,7 +192,7 @@ def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
     # As the server counts: buffers of replicas and of the append-only file are beside the limit.
     used = int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
     full = bool(limit) and used >= limit
-    yield judge(
+    yield expect(
         "redis memory",
         not limit or used / limit < MEMORY_SHARE_MAX,
         f"{'full: ' if full else ''}{used / 2**20:,.1f} MiB of {f'{limit / 2**20:,.1f} MiB' if limit else 'no limit'}",
@@ -231,7 +231,7 @@ def _misspelt(client: redis.Redis, relay_queue: str | None) -> Finding:
             f"another library wrote {_listed([ascii(key) for key in others])} in a form of its own: publish by {ways},"
             " and publish those events again"
         )
-    return judge(
+    return expect(
         name,
         not lists and not others,
         f"no worker reads {_listed([ascii(key) for key in (*lists, *others)])}"
@@ -298,7 +298,7 @@ def _plain(name: str) -> str:
 def _queues(client: redis.Redis, now: datetime) -> Iterator[Finding]:
     found = read_queued(client)
     foreign = [*found.unreadable, *_foreign_bindings(client)]
-    yield judge(
+    yield expect(
         "queue keys",
         not foreign,
         f"they hold something foreign: {', '.join(map(ascii, foreign))}" if foreign else "all are what they must be",
@@ -310,7 +310,7 @@ def _queues(client: redis.Redis, now: datetime) -> Iterator[Finding]:
         return
     age = _oldest_age([message.raw for message in found.messages], now)
     oldest = "no age can be read" if age is None else f"the oldest event is {age.total_seconds():,.0f} s old"
-    yield judge(
+    yield expect(
         "queues",
         age is None or age < OLDEST_MAX,
         f"{sum(waits.values()):,} wait ({', '.join(f'{name} {count:,}' for name, count in waits.items())}); {oldest}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from kino_refunds.desk.status import Standing, counted, read_standing
-from kino_refunds.doctor.findings import Finding, judge
+from kino_refunds.doctor.findings import Finding, expect
 from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verification, horizon_holders
 from kino_refunds.settings import Settings
 
@@ -19,7 +19,7 @@ def check_work(connection: sa.Connection, settings: Settings) -> Iterator[Findin
     yield _letters(standing)
     found = f"{counted(standing.breaks_open, 'break')} open" if standing.breaks_open else "none is open"
     advice = "a job's ending disagrees with the ledger: `kino-refunds breaks list`"
-    yield judge("breaks", not standing.breaks_open, found, advice)
+    yield expect("breaks", not standing.breaks_open, found, advice)
     yield _verified(standing.verified)
     yield _horizon(connection, standing.verified)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from kino_refunds.doctor.findings import Finding, Level, judge
+from kino_refunds.doctor.findings import Finding, Level, expect
 from kino_refunds.doctor.on_settings import JOB_SOURCE
 from kino_refunds.intake.gate import Gate, read_gate
 from kino_refunds.intake.workforce import Workforce, read_workforce
@@ -24,7 +24,7 @@ def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Fin
         yield _beat(run)
     if settings.job_source is not None:
         yield from _source(connection.execute(_SWEPT).scalar_one_or_none() or {})
-    yield _stuck(connection.execute(_STUCK).all())
+    yield _stuck([_StuckMessage(*row) for row in connection.execute(_STUCK)])
 
 
 def _gate(gate: Gate) -> Finding:
@@ -40,7 +40,7 @@ def _gate(gate: Gate) -> Finding:
 
 def _alive(workers: Workforce) -> Finding:
     last = f"the last was seen {_shown(workers.seen_at)}" if workers.seen_at else "none was ever seen"
-    return judge(
+    return expect(
         "workers",
         workers.alive > 0,
         f"{workers.alive} alive, build {workers.builds}" if workers.alive else f"0 alive; {last}",
@@ -97,12 +97,17 @@ _STUCK = sa.text("""
 _JOBS_SHOWN = 5
 
 
-def _stuck(messages: Sequence[Any]) -> Finding:
-    """Name what has waited in Redis for more than a day: it no longer holds back verdicts but its own jobs'."""
+class _StuckMessage(NamedTuple):
+    first_seen_at: datetime
+    job_ids: Sequence[str]
+
+
+def _stuck(messages: Sequence[_StuckMessage]) -> Finding:
+    """Name what is queued for more than a day: it withholds the timeouts of its own jobs only."""
     jobs = list(dict.fromkeys(job_id for message in messages for job_id in message.job_ids))
     more = f" and {len(jobs) - _JOBS_SHOWN:,} more" if len(jobs) > _JOBS_SHOWN else ""
     named = f"about {', '.join(map(ascii, jobs[:_JOBS_SHOWN]))}{more}" if jobs else "naming no job"
-    return judge(
+    return expect(
         "waiting messages",
         not messages,
         f"{len(messages):,} wait in Redis for more than a day, the first since {_shown(messages[0].first_seen_at)},"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import sqlalchemy as sa
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from kino_refunds.errors import KinoError
 
+Row: TypeAlias = "sa.Row[*tuple[Any, ...]]"
+"""One row of a function: as many values as the function's statement selects."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NO_TRANSACTION = "25P01"
 UNTRANSLATABLE = "22P05"
@@ -69,12 +71,12 @@ def instant_or_none(since_epoch_us: int | None) -> datetime | None:
     return None if since_epoch_us is None else instant(since_epoch_us)
 
 
-def call(connection: sa.Connection, statement: sa.TextClause, items: Sequence[Mapping[str, Any]]) -> list[Any]:
+def call(connection: sa.Connection, statement: sa.TextClause, items: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Run `statement`, which calls one of the functions on `:items`; return one row for each item, in their order.
 
     More than ITEMS_MAX items go in several calls. Raises the errors of `RAISED`.
     """
-    rows: list[Any] = []
+    rows: list[Row] = []
     # All calls run in the caller's one transaction, so a refused call leaves no part of the others committed. Each call
     # locks in order by itself: two callers with several calls each can meet in a deadlock, which moves no credits.
     with ledger_errors():

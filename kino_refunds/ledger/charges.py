@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -68,20 +68,18 @@ def open_charges(
     # A savepoint, so that a refusal leaves the caller's own rows intact: the product can still store and commit that
     # the job was not charged. The ledger's rows are all undone, so no credits stay held for a job that was refused.
     with savepoint(connection):
-        return [_charge(row) for row in call(connection, _OPEN_CHARGES, items)]
-
-
-def _charge(row: Any) -> Charge:
-    charge_id, job_id, account_id, credits, deadline_us, opened_us, lot_ids, lot_credits = row
-    # For the caller to read only. A refund goes by the stored lines (`charge_line`), never by what a caller passes
-    # (P4).
-    lines = list(zip(lot_ids, lot_credits, strict=True))
-    return Charge(
-        charge_id=charge_id,
-        job_id=job_id,
-        account_id=account_id,
-        credits=credits,
-        deadline_at=instant(deadline_us),
-        opened_at=instant(opened_us),
-        lines=lines,
-    )
+        rows = call(connection, _OPEN_CHARGES, items)
+    # The lines are for the caller to read only. A refund goes by the stored lines (`charge_line`), never by what a
+    # caller passes (P4).
+    return [
+        Charge(
+            charge_id=charge_id,
+            job_id=job_id,
+            account_id=account_id,
+            credits=credits,
+            deadline_at=instant(deadline_us),
+            opened_at=instant(opened_us),
+            lines=list(zip(lot_ids, lot_credits, strict=True)),
+        )
+        for charge_id, job_id, account_id, credits, deadline_us, opened_us, lot_ids, lot_credits in rows
+    ]

@@ -41,7 +41,22 @@ def grant_lots(connection: sa.Connection, grants: Iterable[Grant], *, actor: str
     # A savepoint, so that after a conflict the caller can still record it. None of the call's lots is kept: a purchase
     # of several lots is given whole or not at all.
     with savepoint(connection):
-        return [_lot(row) for row in call(connection, _GRANT_LOTS, items)]
+        rows = call(connection, _GRANT_LOTS, items)
+    # `remaining` and `state` are those of now: on a repeated grant the customer may have spent the credits already.
+    return [
+        Lot(
+            lot_id=lot_id,
+            reference=reference,
+            account_id=account_id,
+            lot_class=LotClass(lot_class),
+            granted=granted,
+            remaining=remaining,
+            priority=priority,
+            expires_at=instant_or_none(expires_us),
+            state=LotState(state),
+        )
+        for lot_id, reference, account_id, lot_class, granted, remaining, priority, expires_us, state in rows
+    ]
 
 
 def _item(grant: Grant, actor: str) -> dict[str, Any]:
@@ -55,22 +70,6 @@ def _item(grant: Grant, actor: str) -> dict[str, Any]:
         "purchase_id": grant.purchase_id,
         "actor": actor,
     }
-
-
-def _lot(row: Any) -> Lot:
-    # `remaining` and `state` are those of now: on a repeated grant the customer may have spent the credits already.
-    lot_id, reference, account_id, lot_class, granted, remaining, priority, expires_us, state = row
-    return Lot(
-        lot_id=lot_id,
-        reference=reference,
-        account_id=account_id,
-        lot_class=LotClass(lot_class),
-        granted=granted,
-        remaining=remaining,
-        priority=priority,
-        expires_at=instant_or_none(expires_us),
-        state=LotState(state),
-    )
 
 
 def expire_lots(connection: sa.Connection, *, limit: int = 1000) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -61,11 +61,13 @@ def relay_refunds(engine: sa.Engine, client: redis.Redis, queue: str, *, limit: 
         cursor = connection.execute(_LOCK).one_or_none()
         if cursor is None:
             return 0
-        rows = connection.execute(_NEXT, {"xid": cursor[0], "charge_id": cursor[1], "limit": limit}).all()
+        rows = connection.execute(_NEXT, {"xid": cursor[0], "charge_id": cursor[1], "limit": limit}).mappings().all()
         if not rows:
             return 0
-        client.lpush(queue, *(json.dumps(refund_event(row)) for row in rows))
-        connection.execute(_ADVANCE, {"xid": rows[-1].xid, "charge_id": rows[-1].charge_id})
+        client.lpush(
+            queue, *(json.dumps(refund_event(Refund(**{name: row[name] for name in Refund._fields}))) for row in rows)
+        )
+        connection.execute(_ADVANCE, {"xid": rows[-1]["xid"], "charge_id": rows[-1]["charge_id"]})
         return len(rows)
 
 
@@ -138,21 +140,34 @@ _BETWEEN = sa.text("""
 """)
 
 
-def refund_event(row: Any) -> dict[str, Any]:
+class Refund(NamedTuple):
+    """A refund or a correction that the product is told of; `credits` are whole."""
+
+    charge_id: int
+    job_id: str
+    account_id: str
+    credits: int
+    reason: str
+    clause: str
+    policy_version: str
+    at: datetime
+
+
+def refund_event(refund: Refund) -> dict[str, Any]:
     """Return the CloudEvent of one refund; credits are whole."""
     return {
         "specversion": "1.0",
-        "id": f"refund:{row.charge_id}",
+        "id": f"refund:{refund.charge_id}",
         "source": EVENT_SOURCE,
         "type": EVENT_TYPE,
-        "time": row.at.isoformat(),
-        "subject": row.job_id,
+        "time": refund.at.isoformat(),
+        "subject": refund.job_id,
         "data": {
-            "job_id": row.job_id,
-            "account_id": row.account_id,
-            "credits": row.credits,
-            "reason": row.reason,
-            "clause": row.clause,
-            "policy_version": row.policy_version,
+            "job_id": refund.job_id,
+            "account_id": refund.account_id,
+            "credits": refund.credits,
+            "reason": refund.reason,
+            "clause": refund.clause,
+            "policy_version": refund.policy_version,
         },
     }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
 
 import pytest
 
-from kino_refunds.schedule import LATE_MIN, LATE_SLOTS, LOOK_BACK, Entry, Run, _run, entries
+from kino_refunds.schedule import LATE_MIN, LATE_SLOTS, LOOK_BACK, Entry, Run, Slots, _run, entries
 from kino_refunds.settings import Settings, load_settings
 from tests.clock import HOUR, MINUTE, SECOND, TICK
 from workers.schedule import beat_schedule
@@ -66,27 +65,12 @@ def test_a_slot_has_its_first_instant_and_not_its_last(now: datetime, slot: date
     assert ENTRY.slot(now) == slot
 
 
-class Row(NamedTuple):
-    """What the database says of an entry's runs."""
-
-    last: datetime | None = None
-    """The newest slot in which a run started."""
-    finished: datetime | None = None
-    result: object = None
-    first: datetime | None = None
-    """The first slot that is looked at."""
-    slots: int = 0
-    """Slots before the current one in which a run started."""
-    ended: datetime | None = None
-    """The newest slot whose run came to its end."""
-
-
 SINCE = SLOT - LOOK_BACK
-REGULAR = Row(last=SLOT, finished=SLOT, first=SINCE, slots=60, ended=SLOT)
+REGULAR = Slots(last=SLOT, finished=SLOT, first=SINCE, slots=60, ended=SLOT)
 LATE_AFTER = LATE_SLOTS * MINUTE
 
 
-def said(row: Row, *, workers_since: datetime | None = SINCE, now: datetime = SLOT, entry: Entry = ENTRY) -> Run:
+def said(row: Slots, *, workers_since: datetime | None = SINCE, now: datetime = SLOT, entry: Entry = ENTRY) -> Run:
     return _run(entry, row, workers_since, now)
 
 
@@ -97,11 +81,11 @@ def said(row: Row, *, workers_since: datetime | None = SINCE, now: datetime = SL
         (REGULAR, SLOT + MINUTE - TICK, 0),
         (REGULAR._replace(slots=59), SLOT, 1),
         (REGULAR._replace(slots=0), SLOT, 60),
-        (Row(last=SLOT - MINUTE, first=SLOT - 10 * MINUTE, slots=10), SLOT, 0),
-        (Row(last=SLOT - 10 * MINUTE, first=SLOT - 10 * MINUTE, slots=1), SLOT, 9),
-        (Row(), SLOT, 0),
-        (Row(last=SLOT, first=SLOT, slots=0), SLOT, 0),
-        (Row(first=SINCE, slots=61), SLOT, 0),
+        (Slots(last=SLOT - MINUTE, first=SLOT - 10 * MINUTE, slots=10), SLOT, 0),
+        (Slots(last=SLOT - 10 * MINUTE, first=SLOT - 10 * MINUTE, slots=1), SLOT, 9),
+        (Slots(), SLOT, 0),
+        (Slots(last=SLOT, first=SLOT, slots=0), SLOT, 0),
+        (Slots(first=SINCE, slots=61), SLOT, 0),
     ],
     ids=[
         "each minute of the hour",
@@ -115,7 +99,7 @@ def said(row: Row, *, workers_since: datetime | None = SINCE, now: datetime = SL
         "once more than there are slots",
     ],
 )
-def test_slots_of_the_last_hour_without_a_run_are_missed(row: Row, now: datetime, missed: int) -> None:
+def test_slots_of_the_last_hour_without_a_run_are_missed(row: Slots, now: datetime, missed: int) -> None:
     """Only slots that are over count, from the first run or for an hour; nothing is missed of what never began."""
     assert said(row, now=now).missed == missed
 
@@ -125,15 +109,15 @@ def test_slots_of_the_last_hour_without_a_run_are_missed(row: Row, now: datetime
     [
         (REGULAR, SINCE, SLOT + LATE_AFTER, False),
         (REGULAR, SINCE, SLOT + LATE_AFTER + TICK, True),
-        (Row(), None, SLOT, False),
-        (Row(), SLOT - LATE_AFTER, SLOT, False),
-        (Row(), SLOT - LATE_AFTER - TICK, SLOT, True),
-        (Row(last=SLOT, first=SINCE), SLOT - HOUR, SLOT + SECOND, False),
+        (Slots(), None, SLOT, False),
+        (Slots(), SLOT - LATE_AFTER, SLOT, False),
+        (Slots(), SLOT - LATE_AFTER - TICK, SLOT, True),
+        (Slots(last=SLOT, first=SINCE), SLOT - HOUR, SLOT + SECOND, False),
     ],
     ids=["three slots ago", "before that", "no worker ever", "a young worker", "an old worker", "late, and runs again"],
 )
 def test_what_should_have_run_by_now_is_late(
-    row: Row, workers_since: datetime | None, now: datetime, *, late: bool
+    row: Slots, workers_since: datetime | None, now: datetime, *, late: bool
 ) -> None:
     """Three slots without a run are late; what never ran is late only where a worker was there to run it."""
     assert said(row, workers_since=workers_since, now=now).late is late
@@ -156,7 +140,7 @@ def test_a_quick_sweep_is_not_late_within_a_restart(since_last: timedelta, *, la
         (REGULAR._replace(ended=None), SLOT - LATE_AFTER, False),
         (REGULAR._replace(ended=None), SLOT - LATE_AFTER - TICK, True),
         (REGULAR._replace(ended=None), None, False),
-        (Row(), SINCE, False),
+        (Slots(), SINCE, False),
     ],
     ids=[
         "each run ends",
@@ -168,7 +152,7 @@ def test_a_quick_sweep_is_not_late_within_a_restart(since_last: timedelta, *, la
         "never ran",
     ],
 )
-def test_runs_that_start_and_do_not_end_are_stuck(row: Row, workers_since: datetime | None, *, stuck: bool) -> None:
+def test_runs_that_start_and_do_not_end_are_stuck(row: Slots, workers_since: datetime | None, *, stuck: bool) -> None:
     """A sweep that dies each time is no sweep, although its slots are claimed."""
     assert said(row, workers_since=workers_since).stuck is stuck
 

@@ -279,7 +279,7 @@ def test_check_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
         yield first
         released.wait(60)
 
-    found = list(findings.guarded("postgres", look))
+    found = list(findings.bounded("postgres", look))
     released.set()
 
     advice = "check that it runs, and that this machine reaches it by the address in its URL"
@@ -295,9 +295,9 @@ def test_error_in_a_check_is_not_swallowed() -> None:
     def fall() -> list[findings.Finding]:
         raise ZeroDivisionError
 
-    assert list(findings.guarded("x", refuse)) == [findings.Finding("x", "fail", "two marks")]
+    assert list(findings.bounded("x", refuse)) == [findings.Finding("x", "fail", "two marks")]
     with pytest.raises(ZeroDivisionError):
-        list(findings.guarded("x", fall))
+        list(findings.bounded("x", fall))
 
 
 # --- queues
