@@ -31,14 +31,15 @@ from tests.scenario import NOW, Scene
 PRODUCT_DEFAULTS = [
     default
     for default in DEFAULTS
-    # What the product may not be served by: a session that writes nothing or gives bytes for text, and functions that
-    # it put before Postgres' own.
+    # What the product may not be served by: a session that writes nothing, gives bytes for text, or ends while the
+    # product does something else, and functions that it put before Postgres' own.
     if default
     not in {
         ("default_transaction_read_only", "on"),
         ("client_encoding", "SQL_ASCII"),
         ("search_path", "shadow, pg_catalog"),
         ("array_nulls", "off"),
+        ("idle_session_timeout", "50ms"),
     }
 ]
 
