@@ -32,19 +32,19 @@ def grant(
     *,
     reference: Annotated[
         str,
-        typer.Option(help="What this grant is for, such as an order; the same one again changes nothing."),
+        typer.Option(help="What this grant is for, such as an order; the same reference again changes nothing."),
     ],
     by: By,
     lot_class: Annotated[
         Literal["promotional", "courtesy", "subscription", "purchased", "lifetime"],
         typer.Option("--class", help="Where the credits come from."),
     ] = "purchased",
-    expires_at: Annotated[str | None, typer.Option(help="When they expire (RFC 3339); without it: never.")] = None,
+    expires_at: Annotated[str | None, typer.Option(help="When the credits expire (RFC 3339). Default: never.")] = None,
     although_past: AlthoughPast = False,
     priority: Annotated[
         int, typer.Option(min=-(2**31), max=2**31 - 1, help="Lots with a lower number burn first.")
     ] = 100,
-    purchase: Annotated[str | None, typer.Option(help="The purchase that paid for them.")] = None,
+    purchase: Annotated[str | None, typer.Option(help="The purchase that paid for the credits.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Give an account credits, once for each reference.
@@ -71,7 +71,7 @@ def grant(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with product_connection() as connection:
-        # The same grant again is fine for ever, and so also after it has expired.
+        # The same grant may be repeated at any time, so also after it has expired.
         if expiry is not None and not was_granted(connection, reference):
             require_future("--expires-at", expiry, now=read_clock(connection), although_past=although_past)
         lot = grant_lots(connection, [wanted], actor=by)[0]
@@ -110,14 +110,14 @@ def show(
 
 def statement(
     account: Account,
-    after: Annotated[int | None, typer.Option(help="Go on behind this transfer id.")] = None,
+    after: Annotated[int | None, typer.Option(help="Start after this transfer id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Lines at most.")] = 100,
     as_json: AsJson = False,
 ) -> int:
     """List an account's transfers, oldest first.
 
-    Credits are signed by their effect on the wallet. What a transaction that is still open may precede is
-    not listed yet, and said on standard error.
+    Credits are signed by their effect on the wallet. Lines behind a transaction that is still open are not listed
+    yet; a line on standard error says so.
 
     Example: kino-refunds accounts statement acme --limit 20
     """
@@ -137,7 +137,7 @@ def statement(
     if not as_json and lines:
         say(f"sum of these lines: {sum(line.credits for line in lines):,}", style="dim")
     if more_later:
-        # On standard error, so that the JSON keeps its shape and its reader is told as well.
+        # On standard error: the JSON keeps its shape, and the person who runs the command sees it in both forms.
         tell("later lines exist: a transaction before them is still open; ask again soon")
     return 0
 

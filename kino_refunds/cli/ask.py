@@ -1,4 +1,4 @@
-"""`charges ask`: ask about jobs whose event never came."""
+"""`charges ask`: ask the job source about jobs whose event did not arrive."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def ask(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and decide, but write nothing.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Ask about overdue jobs once, and settle what is known.
+    """Ask the job source about overdue jobs once, and settle the answers.
 
-    Without an event and with a source that does not know the job, it timed out (clause 2.timeout), but never
-    while intake is paused or an older message still waits.
+    A job that the source does not know is presumed timed out (clause 2.timeout), but never while intake is paused or
+    an older message is queued.
 
-    Who ran it and what came of it is kept in kino.schedule_slot, under the name `by hand: overdue run`.
+    The person and the result are kept in kino.schedule_slot, under the name `by hand: overdue run`.
 
-    Exit code 1 means that the job source gave no answer for some jobs, or one that breaks its contract; `source
-    problem` says what. 3 means that Redis or the job source is away.
+    Exit code 1: the job source gave no answer for some jobs, or one that breaks its contract; `source problem` says
+    which. 3: Redis or the job source is away.
 
     Example: kino-refunds charges ask --dry-run --json
     """

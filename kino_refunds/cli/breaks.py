@@ -1,4 +1,4 @@
-"""`breaks`: where somebody disagrees with the ledger."""
+"""`breaks`: events that disagree with the ledger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def list_breaks(
     status: Annotated[
         Literal["open", "repaired", "accepted", "all"], typer.Option(help="Only breaks in this state.")
     ] = "open",
-    after: Annotated[int, typer.Option(help="Go on behind this number.")] = 0,
+    after: Annotated[int, typer.Option(help="Start after this number.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
     as_json: AsJson = False,
 ) -> int:
@@ -42,7 +42,7 @@ def list_breaks(
 
 
 def show(number: Number, as_json: AsJson = False) -> None:
-    """Show a break: who says what.
+    """Show a break: what the event says, and what the ledger says.
 
     Example: kino-refunds breaks show 3
     """
@@ -60,7 +60,7 @@ def show(number: Number, as_json: AsJson = False) -> None:
 def accept(
     number: Number,
     by: By,
-    note: Annotated[str, typer.Option(help="Why it is fine as it is.", callback=said)],
+    note: Annotated[str, typer.Option(help="Why the ledger is right as it is.", callback=said)],
     yes: Yes = False,
 ) -> None:
     """Close a break as it stands; the ledger is not changed.

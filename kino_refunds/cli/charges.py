@@ -24,7 +24,7 @@ DEADLINE_MIN = 15
 """Minutes: several times what a video takes, and short enough that a job tried here is found overdue the same hour."""
 DEADLINE_MIN_MAX = 365 * 24 * 60
 _LATER = datetime(9998, 1, 1, tzinfo=UTC)
-"""Stands where the deadline will, until the ledger has been asked what time it is."""
+"""Holds the place of the deadline until the ledger's clock has been read."""
 
 _ONLY_IN_JSON = frozenset({"opened_at"})
 
@@ -33,13 +33,13 @@ def list_charges(
     *,
     only_open: Annotated[bool, typer.Option("--open", help="Only charges that nothing has settled.")] = False,
     account: Annotated[str | None, typer.Option(help="Only this account's.")] = None,
-    after: Annotated[int, typer.Option(help="Go on behind this number.")] = 0,
+    after: Annotated[int, typer.Option(help="Start after this number.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
     """List charges, oldest first, with credits and age.
 
-    Overdue is an open charge whose deadline and grace (KINO_OVERDUE_GRACE_S) have passed: its event never came.
+    A charge is overdue if it is open and its deadline and grace (KINO_OVERDUE_GRACE_S) have passed.
 
     Example: kino-refunds charges list --open
     """
@@ -86,7 +86,7 @@ def open_charge(
     """Take credits for a job, as the product does.
 
     The same charge again changes nothing. Connects to KINO_PRODUCT_DATABASE_URL if that is set: a worker's login has
-    no right to open charges. The job settles as any other: by its event, or overdue after its deadline.
+    no right to open charges. The job settles as every job does: by its event, or as overdue after its deadline.
 
     Example: kino-refunds charges open job-42 acme 8 --deadline 15
     """
@@ -114,7 +114,7 @@ def open_charge(
 
 
 def _minutes(text: str) -> timedelta | None:
-    """Read a number of minutes; None for what is no number. Raises a usage error for one that cannot be meant."""
+    """Return a number of minutes, or None if the text is not a number. Raises a usage error for more than a year."""
     if not (text.isascii() and text.isdigit()):
         return None
     minutes = int(text[:20])

@@ -1,4 +1,4 @@
-"""`dead-letters`: messages that a person has to look at."""
+"""`dead-letters`: messages that no worker could settle."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def list_letters(
     ] = "open",
     reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
     job: Annotated[str | None, typer.Option(help="Only this job.")] = None,
-    group: Annotated[str | None, typer.Option(help="Only this group: the same reason from the same place.")] = None,
-    after: Annotated[int, typer.Option(help="Go on behind this number.")] = 0,
+    group: Annotated[str | None, typer.Option(help="Only letters of this group (same reason, same cause).")] = None,
+    after: Annotated[int, typer.Option(help="Start after this number.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
@@ -75,8 +75,8 @@ def show(
 ) -> None:
     """Show a dead letter whole: reason, history, notes and the message.
 
-    Bytes that would act on a terminal are shown escaped. The body of a message that kombu wrote is also shown
-    decoded; of a message that holds several events, the letter's own event is.
+    Bytes that would act on a terminal are shown escaped. `body` shows a message of kombu decoded, and of a message
+    with several events the one that this letter is about.
 
     Example: kino-refunds dead-letters show 7 --save message.bin
     """
@@ -86,7 +86,7 @@ def show(
         letter = asdict(read_letter(connection, number))
     raw = letter.pop("raw")
     if save is not None:
-        with save.open("xb") as file:  # what is there is somebody's
+        with save.open("xb") as file:  # never over a file that exists
             file.write(raw)
     if as_json:
         print_json(letter)
@@ -107,22 +107,22 @@ def show(
 def replay(
     numbers: Annotated[list[int], typer.Argument(help="The letters' numbers.", metavar="NUMBER")],
     by: By,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come of it; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the outcome; write nothing.")] = False,
     edited: Annotated[
-        Path | None, typer.Option(help="A corrected message for one letter; it settles as <id>+edit.N.")
+        Path | None, typer.Option(help="A file with the corrected message of one letter; it settles as <id>+edit.N.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Put dead letters back through settlement.
 
-    The event keeps its identity: if it was settled meanwhile it is a duplicate, and nothing moves twice. An event
-    that names another account than its charge is closed too once another event has settled the job. A letter of a
-    whole message with several events settles each of them.
+    The event keeps its identity: if it was settled before, it is a duplicate, and no credits move twice. A letter
+    whose event names another account than the charge is closed once another event has settled the job. A letter of
+    a whole message with several events settles each of them.
 
-    A correction must be of the letter's own event, and there is one: who comes second is told. A letter that names
-    further jobs with open charges stays open after it: publish what it says of these, then discard it.
+    A correction must be of the letter's own event. There can be one: a second is refused. A letter that names
+    further jobs with open charges stays open after it: publish what it says about these jobs, then discard it.
 
-    Exit code 1 means that a letter is still open.
+    Exit code 1: a letter is still open.
 
     Example: kino-refunds dead-letters replay 7 8 --dry-run
     """
@@ -147,12 +147,12 @@ def replay(
             for number in dict.fromkeys(numbers):
                 try:
                     replays += [replay_letter(engine, number, rules, actor=by, edited=corrected, dry_run=dry_run)]
-                except DeadLetterClosed as error:  # somebody's; the others are not
+                except DeadLetterClosed as error:  # another session has this letter; the others are replayed
                     print_error(str(error))
         except MalformedMessage as error:  # only a correction can be one here
             raise typer.BadParameter(f"{edited}: {error.code}: {error.text}; nothing was settled") from error
         finally:
-            # What was settled before an error is settled, and is told.
+            # Letters that were settled before an error stay settled, so they are shown.
             if replays:
                 _show_replays(replays, as_json=as_json)
     if dry_run and not as_json:
@@ -168,7 +168,7 @@ def _show_replays(replays: list[Replay], *, as_json: bool) -> None:
             "job_id": each.job_id,
             "outcome": each.outcome,
             "closed": each.closed,
-            # People read it in a line of its own.
+            # In the table it is a line of its own.
             **({"protects": list(each.protects)} if as_json else {}),
         }
         for each in replays
@@ -179,26 +179,27 @@ def _show_replays(replays: list[Replay], *, as_json: bool) -> None:
             jobs = ", ".join(each.protects)
             print_error(
                 f"dead letter {each.dead_letter_id} stays open: it also names {jobs}, whose charges are open. "
-                f"Publish what it says of them, then discard it"
+                f"Publish what it says about them, then discard it"
             )
 
 
 def discard(
     number: Number,
     by: By,
-    note: Annotated[str, typer.Option(help="Why it needs nobody.", callback=said)],
+    note: Annotated[str, typer.Option(help="Why the letter needs no replay.", callback=said)],
     although_open: Annotated[
         list[str] | None,
         typer.Option(
-            help="A job whose open charge the letter protects, once each; `all` where it names no job.", metavar="JOB"
+            help="A job whose open charge the letter protects; repeat it for each, or `all` if it names no job.",
+            metavar="JOB",
         ),
     ] = None,
     yes: Yes = False,
 ) -> None:
     """Close a dead letter without replaying it; it is kept.
 
-    A letter may be a job's completion, and while it is open its job is not presumed timed out and refunded. The open
-    charges that it protects are shown, and must be named: --yes is not enough.
+    A letter may be the completion of a job, so while it is open its jobs are not refunded as timed out. The command
+    shows the open charges that the letter protects. They must be named: --yes is not enough.
 
     Example: kino-refunds dead-letters discard 7 --note "a test message"
     """
@@ -235,7 +236,7 @@ def discard(
 
 
 def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> list[str]:
-    """Show the open charges that a letter protects and have each named; what is not typed ends the command."""
+    """Show the open charges that a letter protects and have each job typed; anything else ends the command."""
     from kino_refunds.desk.protection import ALL
 
     protects = "of its jobs" if found.names_its_jobs else "it may be the end of any of these"
@@ -249,7 +250,7 @@ def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> li
     asked = [name for name in found.names if name not in named]
     for name in asked:
         what = f"the word {ALL}" if name == ALL else "the job's id"
-        if typer.prompt(f"They may be refunded as timed out. To discard all the same, type {what}", err=True) != name:
+        if typer.prompt(f"They may be refunded as timed out. To discard the letter, type {what}", err=True) != name:
             tell("nothing was done")
             raise typer.Exit(FINDING)
     return asked
@@ -258,7 +259,7 @@ def _ask_for_names(number: int, found: Protection, named: Collection[str]) -> li
 def note(
     number: Number,
     by: By,
-    text: Annotated[str, typer.Argument(help="What the next one should know.", metavar="TEXT", callback=said)],
+    text: Annotated[str, typer.Argument(help="What the next person should know.", metavar="TEXT", callback=said)],
 ) -> None:
     """Write a note on a dead letter.
 

@@ -29,7 +29,7 @@ KEPT_IN = Path(".kino-demo")
 """Where --keep leaves the settings and two events to try, in the working folder."""
 LOOK_EVERY_S = 0.5
 LAST_LOOK_S = 2.0
-"""A server that was killed breaks its connections a little before its guard knows."""
+"""The connections of a killed server break a little before its supervisor reports it."""
 
 
 def demo(
@@ -40,8 +40,8 @@ def demo(
 ) -> int:
     """Run jobs, break things, check the promises.
 
-    Scratch servers, real workers (one is killed) and beat, whatever KINO_* URLs are set. Exit code 1
-    means that a promise was broken.
+    Uses scratch servers, real workers (one is killed) and beat; KINO_* URLs are not used. Exit code 1: a promise was
+    broken.
 
     Example: kino-refunds demo --keep
     """
@@ -62,7 +62,7 @@ def demo(
             told = Demo(stage, view, jobs=jobs, seed=seed, started=started).run()
         except Exception as error:
             if isinstance(error, DependencyAway) or explained_by_server(error) is not None:
-                stage.require_alive(for_s=LAST_LOOK_S)  # where a server of ours has ended, that is what happened
+                stage.require_alive(for_s=LAST_LOOK_S)  # if a server of the demo has ended, that is the error to name
             raise
         view.close()
         if as_json:
@@ -76,11 +76,11 @@ def demo(
 
 @contextmanager
 def _kept_folder() -> Iterator[None]:
-    """Make the folder before anything else, and take it away at the end; one that is there is somebody's."""
+    """Make the folder first and remove it at the end. Raises a usage error if it exists: another demo may use it."""
     try:
         KEPT_IN.mkdir()
     except FileExistsError as error:
-        text = f"{KEPT_IN} is there already: another demo runs in this folder, or one was killed; then remove it"
+        text = f"{KEPT_IN} exists: another demo runs in this folder, or one was killed; then remove it"
         raise typer.BadParameter(text) from error
     except OSError as error:
         raise typer.BadParameter(f"{KEPT_IN} cannot be made here: {error.strerror}") from error

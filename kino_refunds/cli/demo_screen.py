@@ -1,4 +1,4 @@
-"""How the demo is told: live on a terminal, in plain lines elsewhere, and its figures at the end."""
+"""What the demo shows: a live picture on a terminal or plain lines elsewhere, and its figures at the end."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class _Lines:
         """Show nothing: figures that change belong on a screen."""
 
     def close(self) -> None:
-        """Nothing to put away."""
+        """Do nothing: there is no picture."""
 
 
 class _Screen:
-    """A live picture at the bottom of the terminal; what happened scrolls by above it."""
+    """A live picture at the bottom of the terminal; events scroll by above it."""
 
     def __init__(self) -> None:
         self._live = Live(console=errors, transient=True, auto_refresh=False)
@@ -54,13 +54,13 @@ class _Screen:
         self._live.update(picture(now), refresh=True)
 
     def close(self) -> None:
-        """Take the picture away."""
+        """Remove the picture."""
         self._live.stop()
 
 
 @contextmanager
 def opened_view() -> Iterator[_Lines | _Screen]:
-    """Give what the demo tells its story to: a live picture on a terminal, plain lines elsewhere."""
+    """Give the view that the demo writes to: a live picture on a terminal, plain lines elsewhere."""
     view = _Screen() if errors.is_terminal else _Lines()
     try:
         yield view

@@ -20,10 +20,10 @@ LOOK_EVERY_S = 0.5
 
 
 def exports(settings: Mapping[str, str]) -> str:
-    """Write what a shell must read (`. FILE`) so that `kino-refunds` there is this one, with these settings."""
+    """Return the lines that make a shell (`. FILE`) use this `kino-refunds` and these settings."""
     from kino_refunds.settings import PREFIX, Settings
 
-    # What another ledger's file left in that shell (the demo's, then `dev`'s) must not be mixed with these.
+    # A shell may hold the settings of another ledger (the demo's, then `dev`'s); they must not mix with these.
     others = sorted({f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - settings.keys())
     lines = [f"unset {' '.join(others)}\n"]
     lines += [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
@@ -31,7 +31,7 @@ def exports(settings: Mapping[str, str]) -> str:
 
 
 def _folder(text: str) -> Path:
-    """Read a folder's name; an empty one (an unset variable) would be the working folder, and be filled with data."""
+    """Return a folder. Raises a usage error for an empty name (an unset variable): it would mean the working folder."""
     if not text:
         raise typer.BadParameter("it is empty; name a folder")
     return Path(text)
@@ -44,8 +44,8 @@ def dev(
 ) -> None:
     """Run servers, worker and beat here until Ctrl-C.
 
-    Postgres and Valkey are real, on free loopback ports; the data is kept for the next time. KINO_* settings of this
-    shell hold for worker and beat too, but for the servers' addresses. A worker or beat that ends is started again.
+    Postgres and Valkey are real servers on free loopback ports; the data is kept for the next run. Worker and beat
+    use the KINO_* settings of this shell, except the servers' addresses. A worker or beat that ends is restarted.
 
     Example: kino-refunds dev --data-dir /tmp/kino
     """
@@ -57,14 +57,14 @@ def dev(
 
     chosen = load_settings()
     if chosen.job_source is not None:
-        with source_of(chosen):  # a wrong one is told here, once, and not by every sweep
+        with source_of(chosen):  # a wrong source is an error here, once, instead of in every sweep
             pass
     others = passed_on()
     with stopping() as stop, servers(data_dir, log=say) as running:
         schema = migrate_schema(running.database_url(role="kino_owner"))
         if schema.newer:
             raise BadSettings(
-                f"{data_dir}: its schema is at {schema.after}, of a newer build; use that, or another folder"
+                f"{data_dir}: its schema is at {schema.after}, of a newer build; use that build, or another folder"
             )
         addresses = settings_for(running)
         settings = addresses | {"KINO_JOB_SOURCE": "none"} | others
@@ -89,13 +89,13 @@ def dev(
 
 
 def _introduce(addresses: Mapping[str, str], others: Mapping[str, str], environment_file: Path) -> None:
-    """Say where everything is and which settings hold; never what a setting of this shell is: it may be a secret."""
+    """Print the addresses and which settings of this shell are used; never their values: one may be a secret."""
     for name, value in addresses.items():
         say(f"{name}={value}", whole=True)
     if ignored := [name for name in addresses if os.environ.get(name) not in {None, "", addresses[name]}]:
-        say(f"not used, these servers are dev's own: {', '.join(ignored)} of this shell", whole=True)
+        say(f"not used: {', '.join(ignored)} of this shell; dev has servers of its own", whole=True)
     if others:
-        say(f"as in this shell: {', '.join(others)}", whole=True)
+        say(f"taken from this shell: {', '.join(others)}", whole=True)
     if "KINO_JOB_SOURCE" not in others:
         text = "job source: none, KINO_JOB_SOURCE is not set; a job without an event is refunded once it is overdue"
         say(text, whole=True)

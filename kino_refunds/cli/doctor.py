@@ -1,4 +1,4 @@
-"""`doctor`: is everything here as it must be, and what to do where it is not."""
+"""`doctor`: what is wrong here, and what to do about it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red", "away": "bold red
 def doctor(as_json: AsJson = False) -> int:
     """Check settings, Postgres, Redis, clocks, workers and beat.
 
-    Exit code 0: all is well, or only warnings. 1: something must be mended. 2: a setting is
-    missing or wrong. 3: a dependency is away.
+    Exit code 0: all is well, or only warnings. 1: something must be fixed. 2: a setting is missing or wrong.
+    3: a dependency is away.
 
     Example: kino-refunds doctor --json
     """
@@ -34,7 +34,7 @@ def doctor(as_json: AsJson = False) -> int:
 
 
 def _exit_code(findings: list[Finding]) -> int:
-    """Say the first thing to do: settings come before the servers they lead to, and those before what is in them."""
+    """Return the code of the first thing to fix: settings lead to the servers, and the servers to what is in them."""
     from kino_refunds.doctor.on_settings import SETTINGS
 
     if any(each.check == SETTINGS and each.level == "fail" for each in findings):

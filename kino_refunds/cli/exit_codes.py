@@ -21,11 +21,11 @@ _WRONGLY_NAMED = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
     errno.EROFS, errno.ENXIO,
 }  # fmt: skip
-"""What a person's file name can be wrong by; a full disk, for one, is no wrong usage."""
+"""Errors that a wrong file name causes; a full disk, for example, is not a usage error."""
 
 
 def explained(error: Exception) -> tuple[int, str] | None:
-    """Say in one line what went wrong and what to do next, with its exit code; None for a mistake of ours."""
+    """Return an error's exit code, and in one line what went wrong and what to do; None for a bug of ours."""
     match error:
         case KinoError():
             return _explained_ours(error)
@@ -36,7 +36,7 @@ def explained(error: Exception) -> tuple[int, str] | None:
 
 
 def explained_by_server(error: Exception) -> tuple[int, str] | None:
-    """Say the same of an error of Postgres or Redis alone; None for any other."""
+    """Return the same for an error of Postgres or Redis; None for any other."""
     import redis
 
     from kino_refunds.db.faults import REACH, Meaning, explain
@@ -70,7 +70,7 @@ def _explained_ours(error: KinoError) -> tuple[int, str]:
 
 
 def _explained_os(error: OSError) -> tuple[int, str]:
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # where we are is gone
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of the working folder itself
         return USAGE, "the working folder is gone; change to another"
     if error.filename is not None and error.errno in _WRONGLY_NAMED:
         return USAGE, f"{error.filename}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""`intake`: whether events are taken, by whom, and what waits."""
+"""`intake`: whether events are taken, the workers, and what is queued."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kino_refunds.cli.output import print_facts, print_json, print_table, say
 def status(as_json: AsJson = False) -> int:
     """Show the gate, the workers and the queues.
 
-    Exit code 1 means that nobody takes events: intake is paused, or no worker lives.
+    Exit code 1: no worker takes events, because intake is paused or no worker is alive.
 
     Example: kino-refunds intake status --json
     """
@@ -25,7 +25,8 @@ def status(as_json: AsJson = False) -> int:
     from kino_refunds.settings import load_settings
 
     settings = load_settings()
-    # Redis outside the transaction: one that hangs would have Postgres end the session, and be blamed for it.
+    # Redis is read outside the transaction: if it hung, Postgres would end the idle session, and the error would name
+    # Postgres.
     with ledger_connection() as connection:
         gate = read_gate(connection)
         workers = [asdict(worker) for worker in read_workers(connection)]
@@ -54,12 +55,12 @@ def status(as_json: AsJson = False) -> int:
 
 def pause(
     by: By,
-    reason: Annotated[str, typer.Option(help="Why; whoever looks next reads it.", callback=said)],
+    reason: Annotated[str, typer.Option(help="Why; the next person reads it.", callback=said)],
     yes: Yes = False,
 ) -> None:
-    """Stop taking events, in every worker, until somebody resumes.
+    """Stop taking events, in every worker, until `resume`.
 
-    Nothing is lost: events wait on their queues; retries and the overdue sweep wait too.
+    No event is lost: events stay queued, and retries and the overdue sweep stop too.
 
     Example: kino-refunds intake pause --reason "ledger maintenance until 14:00"
     """
@@ -68,7 +69,7 @@ def pause(
     confirm("Stop taking events in every worker?", yes=yes)
     with ledger_connection() as connection:
         paused = pause_intake(connection, reason=reason, actor=by)
-    say("intake is paused" if paused else "intake was paused already; see `kino-refunds intake status`")
+    say("intake is paused" if paused else "intake was already paused; see `kino-refunds intake status`")
 
 
 def resume(by: By, reason: Annotated[str, typer.Option(help="Why.", callback=said)] = "resumed by hand") -> None:
@@ -80,4 +81,4 @@ def resume(by: By, reason: Annotated[str, typer.Option(help="Why.", callback=sai
 
     with ledger_connection() as connection:
         resumed = resume_intake(connection, reason=reason, actor=by)
-    say("intake takes events" if resumed else "intake was open already")
+    say("intake takes events" if resumed else "intake was already open")

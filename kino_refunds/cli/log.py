@@ -33,7 +33,7 @@ def begin() -> None:
     from kino_refunds.settings import unknown_names
 
     if _noted:
-        # The lines that the rooms write meanwhile say who had it done as well.
+        # So the log lines of the rooms name the person too.
         import structlog
 
         structlog.contextvars.bind_contextvars(**_noted)

@@ -39,7 +39,7 @@ def kino_refunds() -> None:
 
 
 LAST_WORDS_MAX, LAST_WORD_LENGTH = 5, 160
-"""Of the log of a server or worker that has ended."""
+"""How much of the log of a server or worker that ended is shown: lines, and characters a line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,16 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _make_streams_usable() -> None:
-    """Stand in for streams that our parent closed (`>&-`): Python has None there, and libraries write to it.
+    """Replace streams that the parent process closed (`>&-`): Python has None there, and libraries write to it.
 
-    The others are made to take every character.
+    The others are made to accept every character.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for as long as we live
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Not every terminal has every character of an id: what it lacks is shown escaped, and nothing fails.
+            # A terminal may lack a character of an id: it is shown escaped, and the command goes on.
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -98,7 +98,7 @@ def _run(arguments: Sequence[str] | None, *, begin: Callable[[], None] | None = 
 
 
 def _show_usage_error(error: Any) -> None:
-    """Say what is wrong with the command line, in one line; a command that lacks everything shows its help."""
+    """Print one line that names the usage error; for a command without any argument, print its help."""
     message, context = error.format_message(), getattr(error, "ctx", None)
     if context is not None and message == context.get_help():
         tell(message)

@@ -17,7 +17,7 @@ def migrate(
         typer.Option(
             min=0,
             max=365,
-            help="How long credits that a refund returns can be spent for at least (a new ledger: 7 days).",
+            help="Returned credits can be spent for at least this many days (a new ledger: 7).",
             show_default="as it is",
         ),
     ] = None,
@@ -25,16 +25,16 @@ def migrate(
         bool,
         typer.Option(
             "--beside-older-builds",
-            help="Leave the ledger's tables open to builds of before 0006, for an upgrade or a rollback without"
-            " a pause; migrate again without this when they have gone.",
+            help="Let builds older than 0006 write the ledger's tables, for an upgrade or a rollback without a pause;"
+            " migrate again without this option when those builds have stopped.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring the database to the schema of this build.
 
-    Connects to KINO_MIGRATION_DATABASE_URL, as kino_owner. The roles must exist: a superuser
-    runs kino_refunds/db/roles.sql in that database first. A schema of a newer build is left as it is.
+    Connects to KINO_MIGRATION_DATABASE_URL, as kino_owner. The roles must exist: a superuser runs
+    kino_refunds/db/roles.sql in that database first. The schema of a newer build is not changed.
 
     Example: kino-refunds migrate --lot-grace-days 14
     """
@@ -51,7 +51,7 @@ def migrate(
         print_json(found)
     elif found.newer:
         say(
-            f"the schema is at {after}, of a newer build than this one: nothing was changed, its functions included",
+            f"the schema is at {after}, of a newer build than this one: nothing was changed, and no function either",
             whole=True,
         )
     elif found.before == after:
@@ -60,8 +60,8 @@ def migrate(
         say(f"the schema was at {found.before or 'nothing'} and is at {after} now")
     if not found.newer and not as_json:
         say(
-            "the ledger's tables stay open to older builds: migrate again without --beside-older-builds when they have"
-            " gone"
+            "the ledger's tables stay open to older builds: migrate again without --beside-older-builds when those"
+            " builds have stopped"
             if beside_older_builds
             else "the ledger's tables are written by its functions only",
             whole=True,

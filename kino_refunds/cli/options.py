@@ -38,17 +38,17 @@ def ledger_engine(settings: Settings | None = None) -> Iterator[Engine]:
 
 @contextmanager
 def ledger_connection(settings: Settings | None = None) -> Iterator[Connection]:
-    """Give a connection to KINO_DATABASE_URL; what is done in it is committed at the end."""
+    """Give a connection to KINO_DATABASE_URL in a transaction that is committed at the end."""
     with ledger_engine(settings) as engine, engine.begin() as connection:
         yield connection
 
 
 @contextmanager
 def product_connection() -> Iterator[Connection]:
-    """Give a connection for what the product does, to KINO_PRODUCT_DATABASE_URL or else to KINO_DATABASE_URL.
+    """Give a connection for the product's work, to KINO_PRODUCT_DATABASE_URL or else to KINO_DATABASE_URL.
 
-    What is done in it is committed at the end. Raises DependencyAway that names the setting where the server is away
-    or the login has no right: a worker's login opens no charges.
+    Its transaction is committed at the end. Raises DependencyAway that names the setting if the server is away or the
+    login has no right: a worker's login may not open charges.
     """
     from kino_refunds.db.faults import Meaning, explain
     from kino_refunds.settings import PRODUCT_DATABASE_URL, load_settings
@@ -81,14 +81,14 @@ def _engine(url: str, settings: Settings) -> Iterator[Engine]:
 
 
 def warn_if_paused(gate: Gate) -> None:
-    """Say on standard error that intake is paused, where a person is about to settle something all the same."""
+    """Print on standard error that intake is paused, for a command that settles in spite of it."""
     if gate.paused:
-        text = f"warning: intake is paused by {gate.actor} ({gate.reason}); what you run settles all the same"
+        text = f"warning: intake is paused by {gate.actor} ({gate.reason}); this command settles events in spite of it"
         tell(escaped(text))
 
 
 class Edge(Enum):
-    """Which end of a day a person means who types a day where an instant is needed."""
+    """Which end of a day is meant by a day that is typed in place of an instant."""
 
     START = "start"
     END = "end"
@@ -131,7 +131,7 @@ AlthoughPast = Annotated[bool, typer.Option("--although-past", help="Take an ins
 
 
 def require_future(name: str, instant: datetime, *, now: datetime, although_past: bool) -> None:
-    """Raise a usage error if an instant has passed by the ledger's clock, unless that was said to be meant."""
+    """Raise a usage error if an instant has passed by the ledger's clock, unless `although_past` is set."""
     if instant <= now and not although_past:
         raise typer.BadParameter(
             f"{name} {written(instant)} lies in the past (it is {written(now)}): add --although-past if you mean it"
@@ -158,16 +158,16 @@ def _login() -> str:
 
 
 def said(text: str) -> str:
-    """Refuse a text of blanks: whoever looks next must find a word there."""
+    """Return the text; raises a usage error if it is blank, because the next person has to find a reason there."""
     if not text.strip():
-        raise typer.BadParameter("it is empty; say it for whoever looks next")
+        raise typer.BadParameter("it is empty; the next person has to find a reason here")
     return text
 
 
 def _person(name: str) -> str:
     if name == TRIPWIRE:
-        raise typer.BadParameter(f"{TRIPWIRE} is not a person: what it closes opens by itself")
-    # The command's line in the logs says who, for every command that asks.
+        raise typer.BadParameter(f"{TRIPWIRE} is not a person: a pause by the tripwire ends automatically")
+    # For the command's line in the log.
     log.note(actor=name)
     return said(name)
 
@@ -179,17 +179,17 @@ def _by(kept: str) -> Any:
 
 By = Annotated[str, _by("kept with it")]
 ByInTheLog = Annotated[str, _by("in the log, where each command has a line")]
-"""For what leaves no row of its own that could say who did it."""
+"""For commands that write no row that could name the person."""
 
 
 def require_terminal() -> None:
-    """Raise a usage error where nobody can be asked."""
+    """Raise a usage error if there is no terminal to ask on."""
     if not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: add --yes if you mean it")
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something that others will feel; raises a usage error where nobody can answer."""
+    """Ask before an act that others notice; raises a usage error if there is no terminal to ask on."""
     if yes:
         return
     require_terminal()

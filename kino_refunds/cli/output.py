@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 ERROR_LENGTH_MAX = 2_000
-"""What is wrong and what to do about it stand at the ends; whatever was typed, both fit on a screen."""
+"""The error stands at the beginning and the advice at the end; cut to this length, both fit on a screen."""
 
 
 def reader_left() -> NoReturn:
-    """End without an error: the reader (`head`) has what it wanted."""
+    """Exit with 0: the reader of the pipe (`head`) has ended, and that is no error."""
     # Python would complain about the broken pipe once more at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
@@ -37,7 +37,7 @@ def print_json(value: Any) -> None:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return what JSON can say of a value of ours; instants become RFC 3339."""
+    """Return a value of ours as JSON types; instants become RFC 3339."""
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, (set, frozenset)):

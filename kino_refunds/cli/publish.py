@@ -25,10 +25,10 @@ def publish(
 ) -> int:
     """Publish events from a file of JSON lines.
 
-    All lines are checked first, and if one is wrong nothing is published. Publishing the same
-    events again is safe: each refunds once.
+    All lines are checked first; if one is wrong, nothing is published. Publishing the same events again is safe: each
+    refunds once.
 
-    Who did it, and how many, is in the log where KINO_LOG_FORMAT is json: no row could say so.
+    The person and the number of events are in the log if KINO_LOG_FORMAT is json; no table has a row for them.
 
     Example: kino-refunds publish events.jsonl
     """
@@ -57,7 +57,7 @@ def publish(
         with EventPublisher(load_settings().require_redis_url()) as publisher:
             count = publisher.publish_many(events)
     except DependencyAway as error:
-        advice = "see `kino-refunds doctor`; part of the events may be published: publish all of them again"
+        advice = "see `kino-refunds doctor`; some events may be published: publish all of them again"
         raise DependencyAway(f"{error}; {advice}") from error
     log.note(published=count)
     if as_json:
@@ -76,5 +76,5 @@ def _read(line: bytes) -> dict[str, Any]:
     event: dict[str, Any] = json.loads(line)
     if "specversion" not in event:
         raise MalformedMessage(MalformedReason.BAD_ENVELOPE, "a file holds bare CloudEvents, not envelopes")
-    to_wire(event)  # the envelope can make too large what is not, and NaN is no JSON
+    to_wire(event)  # the envelope can make an event too large, and NaN is not JSON
     return event

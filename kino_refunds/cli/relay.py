@@ -1,4 +1,4 @@
-"""`relay rewind`: tell the product of refunds again."""
+"""`relay rewind`: send refunds to the product again."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 def rewind(
-    to: Annotated[str, typer.Option(help="Tell again what was settled at or after this instant (RFC 3339).")],
+    to: Annotated[str, typer.Option(help="Send again what was settled at or after this instant (RFC 3339).")],
     by: ByInTheLog,  # noqa: ARG001 - reading it puts it into the command's line in the log
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many would be told again; write nothing.")
+        bool, typer.Option("--dry-run", help="Show how many would be sent again; write nothing.")
     ] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell refunds again, for a Redis that lost its news.
+    """Send refunds to the product again, after Redis lost data.
 
-    Every refund and correction settled at or after an instant comes again under its id: a consumer that deduplicates
-    takes each once. Who did it, and how many, is in the log where KINO_LOG_FORMAT is json: no row could say so.
+    Every refund and correction settled at or after an instant is sent again under its id: a consumer that deduplicates
+    takes each once. The person and the number are in the log if KINO_LOG_FORMAT is json; no table has a row for them.
 
     Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run
     """
@@ -65,7 +65,7 @@ def rewind(
 
 def _sentence(found: Rewind, *, dry_run: bool, to: str) -> str:
     if found.oldest_at is None:
-        return f"no refund since {to} has been told yet; nothing to tell again"
+        return f"no refund since {to} has been sent yet; nothing to send again"
     verb = "would be" if dry_run else "are"
     count = f"{found.told_again:,} refund{'' if found.told_again == 1 else 's'}"
-    return f"{count} since {to} {verb} told again, the oldest settled at {written(found.oldest_at)}"
+    return f"{count} since {to} {verb} sent again, the oldest settled at {written(found.oldest_at)}"

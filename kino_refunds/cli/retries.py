@@ -13,11 +13,13 @@ from kino_refunds.cli.output import print_error, print_facts, print_items, print
 
 
 def list_pending(
-    after: Annotated[str | None, typer.Option(help="Go on behind this event: the page's `next`, as it is.")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="Start after this event: the `next` of the page before, unchanged.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """List waiting events, by event id.
+    """List pending events, by event id.
 
     Example: kino-refunds retries list --json
     """
@@ -30,12 +32,12 @@ def list_pending(
         [asdict(each) for each in found],
         next_cursor=json.dumps([found[-1].event_id, found[-1].source]) if len(found) == limit else None,
         as_json=as_json,
-        empty="no event waits for another try",
+        empty="no event is pending",
     )
 
 
 def _read_cursor(text: str) -> tuple[str, str]:
-    """Read an event's id and source; both may hold any character that a separator could be."""
+    """Return the event's id and source of a cursor, which is JSON because both may hold any separator."""
     try:
         read = json.loads(text)
     except (ValueError, RecursionError):
@@ -44,13 +46,13 @@ def _read_cursor(text: str) -> tuple[str, str]:
         case [str(event_id), str(source)] if (event_id + source).isprintable():
             return event_id, source
         case _:
-            raise typer.BadParameter(f"{text!a} is no cursor; give the `next` of the page before, as it is")
+            raise typer.BadParameter(f"{text!a} is no cursor; give the `next` of the page before, unchanged")
 
 
 def show(
     event_id: Annotated[str, typer.Argument(help="The event's id.", metavar="EVENT")], as_json: AsJson = False
 ) -> int:
-    """Show a waiting event and what its attempts came to.
+    """Show a pending event and the outcomes of its attempts.
 
     Example: kino-refunds retries show job-42-end
     """
@@ -59,7 +61,7 @@ def show(
     with ledger_connection() as connection:
         rows = [asdict(each) for each in desk.read_pending_events(connection, event_id)]
     if not rows:
-        print_error(f"no event {event_id!r} waits; `kino-refunds why JOB` says what became of a job's events")
+        print_error(f"no event {event_id!r} is pending; see `kino-refunds why JOB` for the events of a job")
         return 1
     if as_json:
         print_json({"items": rows, "next": None})
@@ -79,9 +81,9 @@ def run_now(
     event_id: Annotated[str | None, typer.Argument(help="Only this event.", metavar="EVENT")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Try waiting events again now, all of them or one.
+    """Try pending events again now, all of them or one.
 
-    Who did it is kept in the history of each event for as long as it waits.
+    The person is kept in the history of each event for as long as it is pending.
 
     Example: kino-refunds retries run-now
     """
@@ -96,7 +98,9 @@ def run_now(
             warn_if_paused(read_gate(connection))
         found = try_now(engine, rules_of(settings), event_id=event_id, lease=settings.retry_lease, actor=by)
     if event_id is not None and not found.tried:
-        print_error(f"no event {event_id!r} waits, or a sweep has it in hand; see `kino-refunds retries list`")
+        print_error(
+            f"no event {event_id!r} is pending, or a sweep settles it at this moment; see `kino-refunds retries list`"
+        )
         return 1
     if as_json:
         print_json(found)

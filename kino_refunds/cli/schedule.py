@@ -1,4 +1,4 @@
-"""`schedule`: what runs by itself, and whether it does."""
+"""`schedule`: the sweeps that beat starts, and whether they run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kino_refunds.cli.output import print_items
 
 
 def schedule(as_json: AsJson = False) -> int:
-    """Show what runs by itself: last, next, missed.
+    """Show the scheduled sweeps: last run, next run, missed runs.
 
-    `missed` counts the runs of the last hour that did not happen. Exit code 1 means that something does not
-    run now; it is 0 again when everything does.
+    `missed` counts the runs of the last hour that did not happen. Exit code 1: a sweep does not run now; it is 0
+    again when all of them run.
 
     Example: kino-refunds schedule
     """
@@ -43,7 +43,7 @@ def schedule(as_json: AsJson = False) -> int:
 
 
 def _found(result: dict[str, Any]) -> str:
-    """Say what a run did, without what it did not: `overdue 2, outcomes (refunded 2)`."""
+    """Return what a run did, without the zeros: `overdue 2, outcomes (refunded 2)`."""
     return ", ".join(
         f"{name.replace('_', ' ')} {f'({_found(value)})' if isinstance(value, dict) else value}"
         for name, value in result.items()

@@ -1,4 +1,4 @@
-"""Signals while a command holds servers or processes: it puts them away before it ends."""
+"""Signals while a command runs servers or processes: it stops them before it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C, SIGTERM and a closed terminal set while the block runs, instead of ending us."""
+    """Give an event that Ctrl-C, SIGTERM and a closed terminal set while the block runs; the process goes on."""
     told = threading.Event()
 
     def tell(_signal: int, _frame: FrameType | None) -> None:
@@ -25,7 +25,7 @@ def stopping() -> Iterator[threading.Event]:
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """While the block runs SIGTERM and a closed terminal are as Ctrl-C: what was started is put away in order."""
+    """Treat SIGTERM and a closed terminal as Ctrl-C while the block runs, so that it stops what it started."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -38,7 +38,7 @@ def interrupted_by_signals() -> Iterator[None]:
 def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
     for number, old in before.items():
-        if old is not signal.SIG_IGN:  # under nohup a closed terminal is nobody's business
+        if old is not signal.SIG_IGN:  # under nohup a closed terminal is ignored, and stays so
             signal.signal(number, handler)
     try:
         yield

@@ -22,15 +22,15 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Show on one screen how things stand.
+    """Show on one screen what is open, queued and late.
 
-    The first line says whether that is fine. Exit code 1 means that it is not: each line that says so ends with the
-    one command to type.
+    The first line says fine or not fine. Exit code 1: not fine; each line that says why ends with the one command to
+    type.
 
     Example: kino-refunds status --watch
     """
     if watch and as_json:
-        raise typer.BadParameter("--watch is for a person's eyes; for a program, run --json again and again")
+        raise typer.BadParameter("--watch draws a screen; for a program, run --json repeatedly")
     from kino_refunds.events.connection import redis_client
     from kino_refunds.settings import load_settings
 

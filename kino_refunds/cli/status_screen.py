@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 WATCH_EVERY_S = 2.0
 HANGS_AFTER_S = 3.0
-"""Everything is read in milliseconds; what takes longer must not look as if it were now."""
+"""A look takes milliseconds; one that takes longer than this must not leave an old picture on the screen."""
 
 
 def show_screen(found: dict[str, Any]) -> None:
-    """Draw how things stand, once."""
+    """Draw the screen once."""
     print_whole(_screen(found))
 
 
 def watch_screen(read: Callable[[], dict[str, Any]]) -> NoReturn:
-    """Look again and again; a server that is away is what on-call wants to see coming back, so it ends nothing.
+    """Draw the screen again and again; a server that is away does not end this: on-call waits for it to come back.
 
-    Looked at in a thread of its own: a server that hangs must not leave the last picture standing as if it were
-    true, nor hold up Ctrl-C.
+    The servers are read in a thread of their own: if one hangs, the last picture must not stay as if it were true, and
+    Ctrl-C must work.
     """
     seen: SimpleQueue[Group | Text | Exception] = SimpleQueue()
 
     def look() -> None:
         try:
             seen.put(_screen(read(), lines_max=console.height - 1))
-        except Exception as error:  # noqa: BLE001 - a mistake of ours is raised again where somebody waits for it
+        except Exception as error:  # noqa: BLE001 - a bug is raised again in the main thread
             known = explained_by_server(error)
             seen.put(error if known is None else _bad(known[1]))
 
@@ -56,7 +56,7 @@ def watch_screen(read: Callable[[], dict[str, Any]]) -> NoReturn:
 
 
 def _patiently(seen: SimpleQueue[Any], tell: Callable[[str], None]) -> Any:
-    """Wait for what comes, and say now and then that nothing has."""
+    """Return the next look; while there is none, show after each HANGS_AFTER_S that a server hangs."""
     since = time.monotonic()
     while True:
         try:
@@ -84,7 +84,7 @@ _AT_THE_TOP = frozenset({"fine", "at", "troubles"})
 
 
 def _screen(found: dict[str, Any], *, lines_max: int | None = None) -> Group:
-    """Draw what is not fine first, each with its command, then one line a thing; cut to `lines_max` from below."""
+    """Draw the troubles first, each with its command, then one line a figure; cut to `lines_max` from below."""
     troubles = found["troubles"]
     count = f"not fine: {len(troubles)} thing{'' if len(troubles) == 1 else 's'}"
     verdict = ("fine", "bold green") if found["fine"] else (count, "bold red")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH_IN_A_PIPE = 100_000
 WIDTH_MIN = 40
-"""Narrower than this nobody reads a table; squeezed into one column it would show nothing at all."""
+"""A narrower terminal is treated as this wide: in one column a table would show nothing at all."""
 _GAP = Text("  ")
 NOTHING = "-"
 
@@ -31,11 +31,11 @@ class _Console(Console):
         super().print(*objects, **{"soft_wrap": not self.is_terminal, **options})
 
     def on_broken_pipe(self) -> None:
-        """Instead of rich's exit with 1, which here means a finding."""
+        """Exit with 0 instead of rich's 1, which here means a finding."""
         reader_left()
 
 
-# Nothing is markup: what is printed holds ids and texts of whoever publishes.
+# Nothing is markup: ids and texts come from publishers.
 console = _Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -43,8 +43,8 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
     """Print rows under the keys of the first; numbers to the right.
 
-    Where the terminal is too narrow the longest texts stand below their row, whole: ids are there to be
-    copied, and a column three characters wide is read by nobody.
+    If the terminal is too narrow, the longest texts stand below their row, whole: ids are copied, and nobody can read a
+    column three characters wide.
     """
     cells = [{name: _cell(name, value) for name, value in item.items()} for item in items]
     widths = {name: max(len(name), *(row[name].cell_len for row in cells)) for name in items[0]}
@@ -71,7 +71,7 @@ def print_table(items: Sequence[Mapping[str, Any]], *, title: str | None = None)
 
 
 def _too_wide(widths: Mapping[str, int], texts: set[str], room: int) -> set[str]:
-    """Choose the texts that must go for the others to fit: the widest first, and what names the row last."""
+    """Return the columns that must leave the table so that the others fit: the widest first, the row's name last."""
 
     def fits(without: set[str]) -> bool:
         kept = [width for name, width in widths.items() if name not in without]
@@ -89,7 +89,7 @@ def _too_wide(widths: Mapping[str, int], texts: set[str], room: int) -> set[str]
 
 
 def _packed(pieces: Iterable[Text]) -> Iterator[Padding]:
-    """As many to a line as there is room for; only what is longer than a line is folded."""
+    """Put as many pieces on a line as fit; only a piece that is longer than a line is folded."""
     room = _room() - 2 * len(_GAP)
     line = Text()
     for piece in pieces:
@@ -135,7 +135,7 @@ def _cell(name: str, value: Any) -> Text:
 
 
 def shown(value: Any) -> Text:
-    """Show a value to a person; never as markup, whatever is in it, and without control characters."""
+    """Return a value as text for a person: never as markup, and without control characters."""
     if value is None:
         return Text(NOTHING, style="dim")
     if isinstance(value, bool):

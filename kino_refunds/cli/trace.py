@@ -29,11 +29,11 @@ def run(
 ) -> int:
     """Run a trace through a real worker and compare.
 
-    Scratch servers, whatever KINO_* URLs are set; every job and every wallet is compared with the
-    trace. Exit code 1 means that the ledger disagrees with the trace.
+    Uses scratch servers; KINO_* URLs are not used. Every job and every wallet is compared with the trace. Exit code 1:
+    the ledger disagrees with the trace.
 
-    A row is a job: gmt_create (YYYY-MM-DD HH:MM:SS), predict_status (SUCCEED, FAILED, PENDING or PROCESSING;
-    the event of the last two never comes), exec_time_seconds, groupId (the account) and num_images_per_prompt
+    A row is a job: gmt_create (YYYY-MM-DD HH:MM:SS), predict_status (SUCCEED, FAILED, PENDING or PROCESSING; the last
+    two get no event), exec_time_seconds, groupId (the account) and num_images_per_prompt
     (the credits; empty: 1).
 
     Example: kino-refunds trace run gentd26-first60.csv --json
@@ -73,7 +73,7 @@ def _show(workload: Workload, replayed: TraceReport) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Report]:
-    """Show how far it is: a live bar on a terminal, otherwise one plain line for each stage."""
+    """Show the progress: a live bar on a terminal, otherwise one plain line for each stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from kino_refunds.cli.tables import errors

@@ -78,7 +78,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, str | Group]]] = {
         ),
         "publish": "publish:publish",
         "relay": Group(
-            "What the product is told of refunds.\n\n"
+            "News of refunds for the product.\n\n"
             "Example: kino-refunds relay rewind --to 2026-01-31T12:00:00Z --dry-run",
             {"rewind": "relay:rewind"},
         ),

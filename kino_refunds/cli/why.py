@@ -23,13 +23,13 @@ _ONLY_IN_JSON = {
     "dead_letters": frozenset({"first_seen_at", "last_seen_at"}),
     "breaks": frozenset({"first_seen_at", "last_seen_at"}),
 }
-"""What a person can do without in a table of 80 columns."""
+"""Columns that the table leaves out so that it fits 80 columns."""
 
 
 def why(job: Job, as_json: AsJson = False) -> int:
-    """Explain what became of a job's credits.
+    """Explain where a job's credits are, and why.
 
-    Charge, lots, event, clause, policy version and transfers, and what about the job is still open.
+    Shows charge, lots, event, clause, policy version and transfers, and what is still open about the job.
 
     Example: kino-refunds why job-42
     """
@@ -63,12 +63,12 @@ def why(job: Job, as_json: AsJson = False) -> int:
 def _sentence(job: str, found: Explanation) -> str:
     charge = found.charge
     if charge is None:
-        return f"Job {job} has no charge; events about it wait or are dead letters."
+        return f"Job {job} has no charge; its events are pending or dead letters."
     took = f"Job {job} took {charge.credits:,} credits of account {charge.account_id}"
     if not found.settlement:
         return f"{took}; it is open, with its deadline at {charge.deadline_at:%Y-%m-%d %H:%M:%S}Z."
     settled = found.settlement[0]
-    verb = "came back" if settled.kind == "refunded" else "were captured"
+    verb = "were returned" if settled.kind == "refunded" else "were captured"
     corrected = "; a correction returned them later" if found.correction else ""
     return (
         f"{took}; they {verb}: {settled.reason.replace('_', ' ')}, clause {settled.clause} of policy"

@@ -1,4 +1,4 @@
-"""Whether an account or a grant is there: what a person is told before the ledger is asked about it."""
+"""Whether an account or a grant exists, for a clear error before the ledger is asked about it."""
 
 from __future__ import annotations
 

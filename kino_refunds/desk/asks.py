@@ -1,4 +1,4 @@
-"""Asking the job source by hand about jobs that are past their deadline and that no event has settled."""
+"""The overdue sweep by hand: ask the job source about jobs that are past their deadline and not settled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kino_refunds.settlement.rules import Rules
 
 BY_HAND = Entry("by hand: overdue run", timedelta(0), "a person asked about jobs without an event")
-"""The row of `kino.schedule_slot` that keeps who asked. Its name is stored, so it outlives the command's old name."""
+"""The row of `kino.schedule_slot` that keeps the person. Rows with this name exist, so the name stays."""
 
 
 def ask_now(
@@ -33,9 +33,9 @@ def ask_now(
     dry_run: bool,
     progress: Callable[[OverdueReport], None],
 ) -> OverdueReport:
-    """Run the overdue sweep once and keep who ran it and what came of it; a dry run keeps nothing.
+    """Run the overdue sweep once and return its report; a row keeps the person and the report, except in a dry run.
 
-    Raises what the sweep raises; the row is there then, without a result.
+    Raises what the sweep raises; the row then stays without a result.
     """
     slot_at = None
     if not dry_run:

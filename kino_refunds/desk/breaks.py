@@ -32,7 +32,7 @@ class BreakLine:
 
 @dataclass(frozen=True, slots=True)
 class BreakRecord:
-    """One break whole: who says what, and what a person decided."""
+    """One break with all its columns: the disagreement, and how a person closed it."""
 
     break_id: int
     kind: str

@@ -42,7 +42,7 @@ class LetterLine:
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """One dead letter whole; `message` and `body` are its bytes made readable, `raw` the bytes themselves."""
+    """One dead letter with all its columns; `message` and `body` are the bytes `raw` made readable."""
 
     dead_letter_id: int
     message_key: str

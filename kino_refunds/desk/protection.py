@@ -1,7 +1,7 @@
-"""What an open dead letter protects: the charges that are not presumed timed out because of it (P9; section 7).
+"""The open charges that an open dead letter protects from a presumed timeout (P9; design, section 7).
 
-Its message may be the completion of one of these jobs. Once the letter is discarded, the next overdue sweep may say
-that the job timed out, and refund it.
+The letter's message may be the completion of one of these jobs. Once the letter is discarded, the next overdue sweep
+may presume that the job timed out, and refund it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 ALL = "all"
-"""Stands for every charge that a letter without a job protects: those cannot be named one by one."""
+"""Means every charge that a letter without a job protects: these cannot be named one by one."""
 SAMPLE_MAX = 10
 
 
@@ -45,7 +45,7 @@ class Protection:
     named: Sequence[ProtectedCharge]
     """Those whose jobs the letter names."""
     others: int
-    """How many more it protects because it may be the end of a job that it does not name."""
+    """How many more it protects, because it may be the end of a job that it does not name."""
     sample: Sequence[ProtectedCharge]
 
     @property
@@ -55,15 +55,16 @@ class Protection:
 
     @property
     def names(self) -> list[str]:
-        """What a person has to say who discards the letter although these charges are open."""
+        """The words that must be given to discard the letter although these charges are open."""
         return [*(charge.job_id for charge in self.named), *([ALL] if self.others else [])]
 
 
 def read_protection(connection: sa.Connection, dead_letter_id: int, *, source_configured: bool) -> Protection:
-    """Read which open charges a letter protects while it is open, as `guard.read_guard` withholds their verdicts.
+    """Return the open charges that a letter protects while it is open, by the rules of `guard.read_guard`.
 
-    It protects each job that it names. One that may hold the end of another job protects, for an hour and where no
-    job source is configured, every charge that was opened before it came as well. Raises DeadLetterNotFound.
+    A letter protects each job that it names. If it may hold the end of another job and no job source is configured, it
+    also protects, for an hour, every charge that was opened before the letter was last seen. Raises
+    DeadLetterNotFound.
     """
     require_letter(connection, dead_letter_id)
     wanted = {"dead_letter_id": dead_letter_id, "counts_for": NAMELESS_COUNTS_FOR, "sample_max": SAMPLE_MAX}
@@ -110,9 +111,10 @@ def discard_although_open(
 ) -> Protection:
     """Close an open letter whose protected charges are all named in `although_open`; return what it protected.
 
-    Raises LetterProtects that names the charges that were not, DeadLetterNotFound, and DeadLetterClosed if the letter
-    is not open; the caller must roll back then. The letter is closed first: that locks it, so what it protects is read
-    in the transaction that ends the protection, and nothing is closed in between that nobody was shown.
+    Raises LetterProtects that names the missing charges, DeadLetterNotFound, and DeadLetterClosed if the letter is not
+    open; the caller must roll back then. The letter is closed first, which locks it: the charges are read in the
+    transaction that ends their protection. Read before, a charge could be added in between, and would lose its
+    protection although no person was shown it.
     """
     discard_letter(connection, dead_letter_id, note=note, actor=actor)
     found = read_protection(connection, dead_letter_id, source_configured=source_configured)
@@ -122,7 +124,7 @@ def discard_although_open(
 
 
 def refusal(dead_letter_id: int, found: Protection) -> str:
-    """Say in one line what a letter protects and how it is discarded all the same."""
+    """Return one line that says what a letter protects and which options discard it."""
     options = " ".join(f"--although-open {shlex.quote(name)}" for name in found.names)
     reasons = []
     if found.named:
@@ -132,6 +134,8 @@ def refusal(dead_letter_id: int, found: Protection) -> str:
         credits = found.credits - sum(each.credits for each in found.named)
         charges = f"{found.others:,} open charge{'' if found.others == 1 else 's'} of {credits:,} credits"
         who = "may also be the end of a job that it does not name" if found.named else "names no job"
-        reasons.append(f"{who}, so for an hour it keeps {charges} from a presumed timeout: it may be the end of any")
+        reasons.append(
+            f"{who}, so for an hour it keeps {charges} from a presumed timeout: it may be the end of each of these jobs"
+        )
     why = ", and ".join(reasons)
     return f"dead letter {dead_letter_id} {why}; replay it, or add {options}"

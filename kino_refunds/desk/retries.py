@@ -1,4 +1,4 @@
-"""Events that wait for another try (pending), as on-call reads them and has them tried now."""
+"""Pending events, as on-call reads them and tries them again by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PendingLine:
 
 @dataclass(frozen=True, slots=True)
 class PendingEvent:
-    """One pending event whole; `history` says what each attempt came to, `event` is the event's JSON."""
+    """One pending event with all its columns; `history` has each attempt's outcome, `event` is the event's JSON."""
 
     event_id: str
     source: str
@@ -69,8 +69,8 @@ _SHOW = sa.text("""
 _COUNT = sa.text("""
     SELECT count(*) FROM kino.pending_event WHERE CAST(:event_id AS text) IS NULL OR event_id = :event_id
 """)
-# A locked row is being tried at this moment, so it is skipped. The entry names who had the event tried; a full history
-# loses its second entry, as in a sweep.
+# A locked row is being tried at this moment, so it is skipped. The entry names the person; a full history loses its
+# second entry, as in a sweep.
 _HASTEN = sa.text("""
     UPDATE kino.pending_event p SET
         next_attempt_at = least(p.next_attempt_at, kino.clock()),
@@ -96,15 +96,16 @@ def read_pending_events(connection: Connection, event_id: str) -> list[PendingEv
 
 
 def try_now(engine: Engine, rules: Rules, *, event_id: str | None, lease: timedelta, actor: str) -> RetryReport:
-    """Try all pending events now, or the one that is named, and return what came of it; histories keep who did it.
+    """Try all pending events now, or the one that is named, and return the report; each history keeps the person.
 
-    An event that a sweep has in hand is skipped.
+    An event that a sweep has locked or leased is skipped. Raises what Postgres raises.
     """
     with engine.begin() as connection:
         connection.execute(_HASTEN, {"event_id": event_id, "history_length_max": HISTORY_LENGTH_MAX, "actor": actor})
         pending = connection.execute(_COUNT, {"event_id": event_id}).scalar_one()
     tried, outcomes = 0, Counter[str]()
-    # As many rounds as they need and no more: an event that is put off again may be due within the same second.
+    # As many rounds as these events need. An event that is put off may be due again within a second: with more rounds
+    # the loop might never end.
     for _ in range(-(-pending // ROUND)):
         swept = sweep_retries(engine, rules, lease=lease, limit=ROUND, event_id=event_id)
         tried += swept.tried

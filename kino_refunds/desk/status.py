@@ -1,4 +1,4 @@
-"""How things stand: what is open, waits or disagrees, and whether that is fine; for `status` and the doctor."""
+"""What is open, pending or in disagreement, and whether that is fine; for `status` and the doctor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kino_refunds.settings import Settings
 
 OVERDUE_MAX = timedelta(minutes=5)
-"""P9: without an event a job is settled within 5 minutes of its deadline and grace; before that the sweep is asking."""
+"""P9: a job without an event is settled within 5 minutes of its deadline and grace; until then the sweep asks."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,7 +33,7 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Charges:
-    """Some open charges: how many, their whole credits, and the job among them that has waited longest."""
+    """Some open charges: how many, their whole credits, and the job among them that is due longest."""
 
     charges: int
     credits: int
@@ -65,7 +65,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Everything that on-call looks at first, read in one transaction; `at` is the ledger's clock."""
+    """The figures that on-call reads first, read in one transaction; `at` is the ledger's clock."""
 
     at: datetime
     gate: Gate
@@ -74,9 +74,9 @@ class Standing:
     waiting_since: datetime | None
     open: Charges
     overdue: Charges
-    """Past deadline and grace; up to 5 minutes of that is the time in which the sweep asks."""
+    """Past deadline and grace; in the first 5 minutes of that the sweep asks the job source."""
     overdue_late: Charges
-    """Those of them for which that time is over."""
+    """Those for which these 5 minutes are over."""
     letters: Letters
     breaks_open: int
     oldest_break: int | None
@@ -84,7 +84,7 @@ class Standing:
     verified: Verification
 
     def troubles(self) -> Iterator[Trouble]:
-        """Say what is not fine, the most urgent first."""
+        """Give each thing that is not fine, the most urgent first."""
         if self.gate.paused:
             yield Trouble(f"intake is paused by {self.gate.actor}: {self.gate.reason}", "kino-refunds intake status")
         if not self.workers_alive:
@@ -115,7 +115,7 @@ class Standing:
             yield Trouble(text, "kino-refunds doctor")
 
 
-# Everything here is counted over what is open, so that a large ledger answers as fast.
+# Everything is counted over open rows only, so that a large ledger answers as fast as a small one.
 _COUNTS = sa.text("""
     WITH overdue AS (
         SELECT o.charge_id, o.credits, o.deadline_at + make_interval(secs => :grace_s) AS due_at

@@ -1,4 +1,4 @@
-"""What a check found, and how a check is made so that it always ends."""
+"""What a check found, and how a check is run so that it always ends."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import sqlalchemy as sa
 from kino_refunds.errors import KinoError
 
 CHECK_WITHIN_S = 20.0
-"""Above the sum of a connection's own limits (5 s each): only what no time-out of a client sees comes to this, such
-as a name server that does not answer, or a pooler whose Postgres stands still."""
+"""Longer than the sum of a connection's own timeouts (5 s each). Only a wait that no timeout of a client ends lasts
+this long, such as a name server that does not answer, or a pooler whose Postgres hangs."""
 
 Level = Literal["ok", "warn", "fail", "away"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found; `advice` says what to do next where it is not `ok`."""
+    """What one check found; `advice` says what to do next if the level is not `ok`."""
 
     check: str
     level: Level
@@ -32,23 +32,23 @@ class Finding:
 
 
 def expect(check: str, good: bool, found: str, advice: str, *, level: Level = "fail") -> Finding:
-    """Say what was found, with the advice only where it is not good."""
+    """Return the finding: `ok` if it is good, else with its level and the advice."""
     return Finding(check, "ok", found) if good else Finding(check, level, found, advice)
 
 
 def bounded(check: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Give what `look` finds; that it cannot go on, or does not end in time, is a finding too."""
+    """Give what `look` finds; if it raises or does not end in time, that is a finding too."""
     found: SimpleQueue[Finding | Exception | None] = SimpleQueue()
 
     def run() -> None:
         try:
             for each in look():
                 found.put(each)
-        except Exception as error:  # noqa: BLE001 - raised again where somebody waits for it
+        except Exception as error:  # noqa: BLE001 - becomes a finding, or is raised again, in the main thread
             found.put(error)
         found.put(None)
 
-    # A daemon: what hangs must not keep the program either.
+    # A daemon thread: a check that hangs must not keep the program from ending.
     threading.Thread(target=run, name=f"doctor-{check}", daemon=True).start()
     deadline = time.monotonic() + CHECK_WITHIN_S
     while True:
@@ -69,7 +69,7 @@ def _explained(check: str, error: Exception) -> Finding:
         case sa.exc.OperationalError() | redis.ConnectionError() | redis.TimeoutError():
             return Finding(check, "away", text, "check that it runs, its URL, and the user and password in it")
         case sa.exc.SQLAlchemyError() | redis.RedisError():
-            return Finding(check, "fail", text, "what comes after this was not looked at: mend this first")
+            return Finding(check, "fail", text, "fix this first: the checks after it did not run")
         case KinoError():
             return Finding(check, "fail", text)
         case _:

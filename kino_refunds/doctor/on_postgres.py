@@ -1,4 +1,4 @@
-"""Postgres: could a worker settle here, durably, and only what a worker may."""
+"""Postgres: whether a worker can settle here, durably, and may do only what a worker may."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from kino_refunds.settings import LOT_GRACE_DAYS, Settings, redacted
 
 POSTGRES_MIN: Final = 15_00_00
 SKEW_MAX: Final = timedelta(seconds=5)
-"""NTP keeps hosts within milliseconds: what is further off is not kept. At 30 s presumed timeouts and expiry stop."""
+"""NTP keeps hosts within milliseconds, so this means no NTP. At 30 s presumed timeouts and expiry are withheld."""
 LIMITS: Final = SessionLimits(
     statement_timeout_ms=5_000, transaction_timeout_ms=15_000, tcp_user_timeout_ms=5_000, lock_timeout_ms=500
 )
-"""Nothing here takes more than milliseconds; who asks wants an answer, also that there is none."""
+"""Each check takes milliseconds; a server that does not answer must become a finding within seconds."""
 
 ROLES: Final = frozenset({"kino_owner", "kino_ledger", "kino_worker", "kino_product", "kino_oncall", "kino_read"})
 APPEND_ONLY: Final = frozenset(
@@ -63,14 +63,14 @@ WORKER_RIGHTS: Final = {
     "TRIGGER": frozenset[str](),
     "EXECUTE": frozenset(name for name, role in MAY_CALL.items() if role == "kino_worker"),
 }
-"""What the migrations grant to kino_worker, by right; what this build does not know of is not judged."""
+"""What the migrations grant to kino_worker, by right; tables that this build does not know are not checked."""
 
 
 def check_postgres(url: str, settings: Settings) -> Iterator[Finding]:
     """Connect as a worker does and look at the server, the role, the schema, and who works on it."""
     engine = create_engine(url, limits=LIMITS, application_name="kino-doctor", pooled=False)
     try:
-        # Each statement on its own: one that is refused must not take the others with it.
+        # Each statement is a transaction of its own: a refused one must not fail the others.
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             server = connection.execute(_SERVER).one()
             yield from _server(server, url)
@@ -80,14 +80,14 @@ def check_postgres(url: str, settings: Settings) -> Iterator[Finding]:
             lacks = _needed_rights() - _held_rights(connection) if server.has_ledger else set()
             yield from _schema(connection)
             found = current_revision(connection)
-            # On an older schema the questions below would be errors; a newer one has all that this build knows of.
+            # The queries below would fail on an older schema; a newer one has everything that this build reads.
             whole = found is not None and (found == head_revision() or not is_known_revision(found))
             if whole and not lacks:
                 yield expect(
                     "ledger clock",
                     is_real_clock(connection),
                     "kino.clock() is Postgres' own" if is_real_clock(connection) else "kino.clock() is a test's",
-                    "run `kino-refunds migrate` as kino_owner: it puts the real one back; then find out who changed it",
+                    "run `kino-refunds migrate` as kino_owner, which restores it; then find out who changed it",
                 )
                 yield from _lot_grace(connection)
                 yield from check_workers(connection, settings)
@@ -102,8 +102,8 @@ def _lot_grace(connection: sa.Connection) -> Iterator[Finding]:
     yield expect(
         "lot grace",
         said in {"", str(days)},
-        f"{days} days" + (f" in the ledger; {LOT_GRACE_DAYS}, which nobody reads, says {said}" if said else ""),
-        f"`kino-refunds migrate --lot-grace-days N` as kino_owner writes the one that is meant; unset {LOT_GRACE_DAYS}",
+        f"{days} days" + (f" in the ledger; {LOT_GRACE_DAYS}, which is not read, says {said}" if said else ""),
+        f"`kino-refunds migrate --lot-grace-days N` as kino_owner writes the right number; then unset {LOT_GRACE_DAYS}",
     )
 
 
@@ -143,7 +143,7 @@ def _server(server: Any, url: str) -> Iterator[Finding]:
         "postgres writable",
         not server.read_only,
         "a standby" if server.standby else "read-only" if server.read_only else "yes",
-        "workers keep their batches and wait; let the URL lead to the primary (target_session_attrs=read-write)",
+        "workers keep their batches until then; let the URL lead to the primary (target_session_attrs=read-write)",
     )
     yield expect(
         "durability",
@@ -180,7 +180,7 @@ def _roles(connection: sa.Connection, server: Any) -> Iterator[Finding]:
             "rights",
             "fail",
             f"connected as {server.role}, which {server.role_is_too_strong}",
-            "connect workers as kino_worker: what runs must not be able to change what is only added to",
+            "connect workers as kino_worker: a worker must not be able to change tables that are append-only",
         )
     elif server.has_ledger:
         yield _rights(connection, server)
@@ -202,7 +202,7 @@ def _rights(connection: sa.Connection, server: Any) -> Finding:
         f"{server.role} may do what a worker does, and no more"
         if held == needed
         else f"{server.role} may also {_listed(held - needed)}",
-        "revoke that, as kino_owner: what runs must not be able to change what is only added to",
+        "revoke that, as kino_owner: a worker must not be able to change tables that are append-only",
     )
 
 
@@ -225,7 +225,7 @@ _SHOWN = 3
 
 
 def _listed(rights: set[tuple[str, str]]) -> str:
-    # Every column is named only where some columns are fine.
+    # "every column" is named only if some columns are allowed.
     named = [
         f"{right} on {table}"
         for right, table in sorted(rights)
@@ -267,9 +267,9 @@ def _schema(connection: sa.Connection) -> Iterator[Finding]:
         advice = "run `kino-refunds migrate` as kino_owner; until then workers keep what needs the new schema"
         yield expect("migrations", found == head, f"the schema is at {found}, this build is at {head}", advice)
     else:
-        # Migrations add and do not take away: two builds side by side are an upgrade under way.
-        advice = "fine while an upgrade is under way; then replace this build, which is older than the schema"
-        yield Finding("migrations", "warn", f"the schema is at {found}, of which this build does not know", advice)
+        # Migrations only add: two builds beside each other are an upgrade that is not finished.
+        advice = "fine during an upgrade; then replace this build, which is older than the schema"
+        yield Finding("migrations", "warn", f"the schema is at {found}, which this build does not know", advice)
     open_to_change = APPEND_ONLY - set(connection.execute(_TRIGGERS).scalars())
     yield expect(
         "append-only",
@@ -285,7 +285,7 @@ def _schema(connection: sa.Connection) -> Iterator[Finding]:
             "as this build installs them"
             if are_ours
             else "not as this build installs them: text, owner or rights differ",
-            "run `kino-refunds migrate` as kino_owner: it puts them back; then find out who changed them",
+            "run `kino-refunds migrate` as kino_owner, which restores them; then find out who changed them",
         )
         yield _open_to_older_builds(connection)
 
@@ -293,7 +293,7 @@ def _schema(connection: sa.Connection) -> Iterator[Finding]:
 def _open_to_older_builds(connection: sa.Connection) -> Finding:
     writers = writers_beside_functions(connection)
     if not is_open_to_older_builds(connection):
-        # What the connected role may is said under `rights`.
+        # The rights of the connected role are checked under `rights`.
         writers -= {connection.exec_driver_sql("SELECT current_user").scalar_one()}
     return expect(
         "ledger closed",
@@ -301,8 +301,8 @@ def _open_to_older_builds(connection: sa.Connection) -> Finding:
         f"{', '.join(sorted(writers))} may write the ledger's tables without its functions"
         if writers
         else "its tables are written by its functions only",
-        "when the last build of before 0006 has gone, run `kino-refunds migrate` as kino_owner: it closes them to our"
-        " roles; take the right from any other",
+        "when the last build older than 0006 has stopped, run `kino-refunds migrate` as kino_owner, which closes them"
+        " to our roles; revoke the right of any other role",
     )
 
 

@@ -1,4 +1,4 @@
-"""Redis: would it keep every event, may a worker do its work there, and what waits."""
+"""Redis: whether it keeps every event, whether a worker may do its work there, and what is queued."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from kino_refunds.events.schema import Queue
 from kino_refunds.settings import Settings, redacted
 
 REDIS_MIN: Final = (6, 2)
-"""LMOVE, with which every event travels."""
+"""Has LMOVE, which moves every event."""
 ACL_SELECTORS_SINCE: Final = (7, 0)
-"""An older server runs everything but deploy/users.acl, so it is a warning: who may do what is then up to you."""
+"""An older server runs everything except deploy/users.acl, so this is a warning: you must write its rights yourself."""
 SKEW_MAX: Final = timedelta(seconds=5)
 MEMORY_SHARE_MAX: Final = 0.8
 OLDEST_MAX: Final = timedelta(minutes=1)
-"""Events are settled within seconds; one that waits for a minute means that nobody takes them."""
+"""Events are settled within seconds; one that is queued for a minute means that no worker takes events."""
 _SHOWN = 3
 _SCAN_STEP, _SCANS_MAX = 1_000, 1_000
-"""A million keys, in about a second beside the server; who keeps more there than events is told how far we looked."""
+"""A million keys, in about a second on the server's host; the finding says if there were more."""
 _ALMOST = 0.85
-"""A letter or two: `generation.jobs` is a name of its own."""
+"""A letter or two differ; `generation.jobs` is another name."""
 _WORTH_A_LOOK: Final = re.compile("gen|era|tion|job|time|safe|rej", re.IGNORECASE)
-"""What is almost a queue's name has at least one of these; the others of a million keys cost nothing."""
+"""A key that is almost a queue's name has at least one of these; the others of a million keys are skipped fast."""
 _PRIORITY: Final = re.compile(r"\x06\x16\d+$")
 _BETWEEN_WORDS: Final = re.compile(r"[^a-z0-9]+")
 _LIBRARIES: Final = frozenset(
     {"arq", "bq", "bull", "bullmq", "celery", "dramatiq", "huey", "kue", "laravel", "q", "queue", "queues"}
     | {"resque", "rq", "sidekiq", "taskiq"}
 )
-"""What other queue libraries begin their keys with, before a colon and the queue's name."""
+"""The prefixes of other queue libraries, before a colon and the queue's name."""
 _KEEP_MESSAGES: Final = (b"stream", b"zset", b"hash")
-"""What a queue can be, beside a list."""
+"""The types of key, beside a list, that a queue can be."""
 _PLAIN_NAMES: Final = {queue.replace(".", "-"): queue for queue in SERVED}
 _OURS: Final = ("kino:", "kino.", "_kombu.")
-"""What keys begin with that we write, some of which end with a queue's name."""
+"""The prefixes of our own keys, some of which end with a queue's name."""
 
 
 def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
@@ -55,7 +55,7 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
         try:
             info: dict[str, Any] | None = client.info()
         except redis.exceptions.NoPermissionError:
-            info = None  # one of the rights that are asked for next
+            info = None  # INFO is one of the rights that are checked next
         primary = info is None or info["role"] == "master"
         if primary:
             refused = refused_commands(client, settings.relay_queue)
@@ -77,19 +77,19 @@ def check_redis(url: str, settings: Settings) -> Iterator[Finding]:
             f"{skew.total_seconds():,.3f} s from this host's",
             "set both by NTP: 30 s apart presumed timeouts and expiry are withheld",
         )
-        if primary:  # a replica may be behind, and would refuse what asks for rights
+        if primary:  # a replica may be behind, and would refuse the check of the rights
             yield _misspelt(client, settings.relay_queue)
             yield from _queues(client, now)
 
 
 def _needed_commands(relay_queue: str | None) -> Iterator[tuple[str, ...]]:
-    """What workers and beat do, by hand or inside a script, as commands that would be harmless if they ran."""
+    """Give the commands that workers and beat need, alone or inside a script; each would be harmless if it ran."""
     me = "doctor"
     yield from (("INFO",), ("TIME",), ("SCRIPT LOAD", "return 0"), ("EVALSHA", "0" * 40, "0"))
     for key in QUEUE_KEYS:
         inflight = f"kino:inflight:{me}:{key}"
         yield from (("TYPE", key), ("LLEN", key), ("LINDEX", key, "-1"), ("LRANGE", key, "0", "0"))
-        # Both ways: what was claimed may have to go back.
+        # Both ways: a claimed batch may be released.
         yield from (("LMOVE", key, inflight, "RIGHT", "LEFT"), ("LMOVE", inflight, key, "LEFT", "RIGHT"))
     for queue in SERVED:
         yield ("LMOVE", f"kino:recovered:{queue}", f"kino:inflight:{me}:{queue}", "RIGHT", "LEFT")
@@ -99,7 +99,7 @@ def _needed_commands(relay_queue: str | None) -> Iterator[tuple[str, ...]]:
     for key in (f"kino:alive:{me}", f"kino:token:{me}", f"kino:crashes:{me}"):
         yield from (("SET", key, "1"), ("GET", key), ("EXISTS", key), ("DEL", key))
     yield from (("SADD", "kino:workers", me), ("SREM", "kino:workers", me), ("SMEMBERS", "kino:workers"))
-    # Celery's sweeps, and what it keeps about those that were fetched and not acknowledged.
+    # Celery's queue of sweeps, and its keys for sweeps that were fetched and not acknowledged.
     yield from (("LPUSH", "kino:celery:sweeps", me), ("BRPOP", "kino:celery:sweeps", "1"))
     yield from (("HSET", "kino:celery:unacked", me, me), ("HDEL", "kino:celery:unacked", me))
     yield from (("ZADD", "kino:celery:unacked_index", "1", me), ("ZREM", "kino:celery:unacked_index", me))
@@ -109,10 +109,10 @@ def _needed_commands(relay_queue: str | None) -> Iterator[tuple[str, ...]]:
 
 
 def refused_commands(client: redis.Redis, relay_queue: str | None) -> list[str]:
-    """Name the commands that this user may not use, as the server sees it; none of them runs.
+    """Return the commands that this user may not use; none of them runs.
 
-    The server judges a command when it is put into a transaction, and ours is discarded. ACL DRYRUN would say
-    the same, and is nothing that a worker may use.
+    The server checks the right to a command when it is queued in a transaction, and this transaction is discarded. ACL
+    DRYRUN would answer the same, but a worker has no right to it.
     """
     refused = []
     connection: Any = client.connection_pool.get_connection()
@@ -124,9 +124,9 @@ def refused_commands(client: redis.Redis, relay_queue: str | None) -> list[str]:
             except redis.exceptions.NoPermissionError:
                 refused.append(" ".join((name, *arguments[:1])))
             except redis.ResponseError:
-                continue  # a full server, for one, would refuse it now; that is no question of rights
+                continue  # a full server, for example, refuses it now; that is not about rights
     finally:
-        # Without an EXEC nothing has happened, whatever ends this.
+        # Without an EXEC no command has run, however this ends.
         connection.disconnect()
         client.connection_pool.release(connection)
     return refused
@@ -158,7 +158,7 @@ def _server(info: dict[str, Any], url: str) -> Iterator[Finding]:
     yield expect(
         "redis role",
         info["role"] == "master",
-        "primary" if info["role"] == "master" else "replica; rights and queues were not looked at",
+        "primary" if info["role"] == "master" else "replica; rights and queues were not checked",
         "a replica takes no writes: give KINO_REDIS_URL an address that follows the primary",
     )
     yield expect(
@@ -175,7 +175,7 @@ def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
         "redis eviction",
         policy == "noeviction",
         str(policy),
-        "set maxmemory-policy noeviction: any other throws events away without a word",
+        "set maxmemory-policy noeviction: every other policy deletes events silently",
     )
     on, written = bool(info.get("aof_enabled")), info.get("aof_last_write_status", "ok") == "ok"
     yield expect(
@@ -184,36 +184,36 @@ def _keeping(info: dict[str, Any]) -> Iterator[Finding]:
         ("append-only file on" if written else "the append-only file cannot be written")
         if on
         else "append-only file off",
-        "see Redis' log and its disk: until it can write it refuses publishers"
+        "see Redis' log and its disk: it refuses publishers until it can write"
         if on
-        else "set appendonly yes: what a restart forgets is found only after its job's deadline",
+        else "set appendonly yes: an event that a restart loses is found only after its job's deadline",
     )
     limit = int(info.get("maxmemory", 0))
-    # As the server counts: buffers of replicas and of the append-only file are beside the limit.
+    # As the server counts: the buffers of replicas and of the append-only file do not count against the limit.
     used = int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
     full = bool(limit) and used >= limit
     yield expect(
         "redis memory",
         not limit or used / limit < MEMORY_SHARE_MAX,
         f"{'full: ' if full else ''}{used / 2**20:,.1f} MiB of {f'{limit / 2**20:,.1f} MiB' if limit else 'no limit'}",
-        "a full Redis refuses publishers, and beat cannot hand out sweeps, while workers still drain it:"
-        " see what waits with `kino-refunds intake status`",
+        "a full Redis refuses publishers and beat's sweeps, while workers still drain it: see what is queued with"
+        " `kino-refunds intake status`",
         level="fail" if full else "warn",
     )
 
 
 def _misspelt(client: redis.Redis, relay_queue: str | None) -> Finding:
-    """Look for keys whose names mean one of our queues: no worker reads what a publisher writes there."""
+    """Look for keys whose names are almost our queues': no worker reads what a publisher writes there."""
     name = "queue names"
     if client.get_connection_kwargs().get("username") not in {None, "default"}:
         # By deploy/users.acl no publisher may write there, and `worker` may not list keys: a refusal would be logged.
-        return Finding(name, "ok", "not looked at: the ACL says where a publisher may write")
+        return Finding(name, "ok", "not checked: the ACL says where a publisher may write")
     meant, cursor = dict[bytes | str, Queue](), 0
     for _ in range(_SCANS_MAX):
         try:
             cursor, keys = client.scan(cursor, count=_SCAN_STEP)
         except redis.exceptions.NoPermissionError:
-            return Finding(name, "ok", "not looked at: this user may not list keys")
+            return Finding(name, "ok", "not checked: this user may not list keys")
         for raw in keys:
             key = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
             if key not in {*QUEUE_KEYS, relay_queue} and (queue := meant_by(key)) is not None:
@@ -224,7 +224,7 @@ def _misspelt(client: redis.Redis, relay_queue: str | None) -> Finding:
     advice = []
     if lists:
         moves = _listed([f"LMOVE {key!a} {queue} RIGHT LEFT" for key, queue in lists.items()])
-        advice.append(f"if those are events: mend their publisher, then move each, as admin: {moves}")
+        advice.append(f"if those are events: fix their publisher, then move each, as admin: {moves}")
     if others:
         ways = "EventPublisher, kombu without a key prefix, or a bare LPUSH"
         advice.append(
@@ -236,7 +236,7 @@ def _misspelt(client: redis.Redis, relay_queue: str | None) -> Finding:
         not lists and not others,
         f"no worker reads {_listed([ascii(key) for key in (*lists, *others)])}"
         if lists or others
-        else "no key has a name like theirs" + ("" if not cursor else ", of the keys that were looked at"),
+        else "no key has a name like theirs" + ("" if not cursor else ", among the keys that were checked"),
         "; ".join(advice),
         level="warn",
     )
@@ -301,19 +301,19 @@ def _queues(client: redis.Redis, now: datetime) -> Iterator[Finding]:
     yield expect(
         "queue keys",
         not foreign,
-        f"they hold something foreign: {', '.join(map(ascii, foreign))}" if foreign else "all are what they must be",
-        "somebody else writes under our names: RENAME that key away, as admin, and look at what it is",
+        f"of the wrong type: {', '.join(map(ascii, foreign))}" if foreign else "all have the right type",
+        "another program writes under our names: RENAME that key, as admin, and find out what it is",
     )
     waits = {name: count for name, count in depths(client).items() if count}
     if not waits:
-        yield Finding("queues", "ok", "nothing waits")
+        yield Finding("queues", "ok", "nothing is queued")
         return
     age = _oldest_age([message.raw for message in found.messages], now)
     oldest = "no age can be read" if age is None else f"the oldest event is {age.total_seconds():,.0f} s old"
     yield expect(
         "queues",
         age is None or age < OLDEST_MAX,
-        f"{sum(waits.values()):,} wait ({', '.join(f'{name} {count:,}' for name, count in waits.items())}); {oldest}"
+        f"{sum(waits.values()):,} queued ({', '.join(f'{name} {count:,}' for name, count in waits.items())}); {oldest}"
         + ("" if found.complete else ", of those that were read"),
         "see `kino-refunds intake status`: is intake open, are workers alive? Then start more of them",
         level="warn",
@@ -326,7 +326,7 @@ def _foreign_bindings(client: redis.Redis) -> Iterator[str]:
         try:
             client.smembers(f"_kombu.binding.{queue}")
         except redis.exceptions.NoPermissionError:
-            continue  # said as `redis rights`
+            continue  # reported under `redis rights`
         except redis.ResponseError:
             yield f"_kombu.binding.{queue}"
 

@@ -1,4 +1,4 @@
-"""Settings: every name is known, every value can be read, and the job source could be asked."""
+"""Settings: whether every name is known and every value can be read, and whether there is a job source."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ JOB_SOURCE = "job source"
 
 
 def check_settings(settings: Settings) -> Iterator[Finding]:
-    """Look at what the environment says, without connecting to anything."""
+    """Check the environment, without connecting to anything."""
     yield from list(_unknown()) or [Finding(SETTINGS, "ok", "every KINO_* variable is known and can be read")]
     yield from _job_source(settings)
 
 
 def unreadable(error: BadSettings) -> Finding:
-    """Say which settings cannot be what they are, and how they look when they can."""
+    """Return a finding that names the wrong settings, with an example of a right one."""
     found, _, example = str(error).partition("; for example ")
     return Finding(
         SETTINGS,
@@ -39,7 +39,7 @@ def _unknown() -> Iterator[Finding]:
 
 def _job_source(settings: Settings) -> Iterator[Finding]:
     if settings.job_source is None:
-        # Under `settings`: a choice that nobody made is a missing setting, exit code 2.
+        # Reported under `settings`: a job source that was not chosen is a missing setting, exit code 2.
         yield Finding(SETTINGS, "fail", NOT_CHOSEN, HOW_TO_CHOOSE)
         return
     try:
@@ -49,7 +49,7 @@ def _job_source(settings: Settings) -> Iterator[Finding]:
         yield unreadable(error)
         return
     if source is None:
-        # For as long as it is set: in the incident it gave away 583 credits, and every line of the doctor was `ok`.
+        # A warning while it is set: in the incident it gave away 583 credits, and every line of the doctor was `ok`.
         yield Finding(JOB_SOURCE, "warn", NONE_CHOSEN, HOW_TO_CHOOSE)
     else:
         yield Finding(JOB_SOURCE, "ok", f"{settings.job_source}: is asked about overdue jobs")

@@ -1,4 +1,4 @@
-"""What waits for somebody: overdue charges, dead letters, breaks, and how far the ledger is verified."""
+"""What needs a person: overdue charges, dead letters, breaks, and how far the ledger is verified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kino_refunds.settings import Settings
 
 
 def check_work(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    """Look at what is open, and say what must be done about it."""
+    """Check what is open, and say what to do about it."""
     standing = read_standing(connection, settings)
     yield _overdue(standing)
     yield _letters(standing)
@@ -28,14 +28,16 @@ def _overdue(standing: Standing) -> Finding:
     late, overdue = standing.overdue_late, standing.overdue
     if late.charges:
         found = (
-            f"{counted(late.charges, 'charge')} with {counted(late.credits, 'credit')} stood open more than 5 min past"
+            f"{counted(late.charges, 'charge')} with {counted(late.credits, 'credit')} open more than 5 min past"
             " deadline and grace"
         )
-        advice = "`kino-refunds charges ask --dry-run` says what is known of them, and what withholds them"
+        advice = "`kino-refunds charges ask --dry-run` shows what the job source knows, and why refunds are withheld"
         return Finding("overdue charges", "fail", found, advice)
     if overdue.charges:
         found = f"{counted(overdue.charges, 'charge')} past deadline and grace"
-        return Finding("overdue charges", "warn", found, "the sweep asks about them; look again in 5 minutes")
+        return Finding(
+            "overdue charges", "warn", found, "the sweep asks the job source about them; look again in 5 minutes"
+        )
     return Finding("overdue charges", "ok", f"none, of {counted(standing.open.charges, 'open charge')}")
 
 
@@ -66,12 +68,12 @@ def _horizon(connection: sa.Connection, verified: Verification) -> Finding:
         for holder in horizon_holders(connection)
     )
     found = (
-        f"stands still since {age.total_seconds() / 60:,.0f} min, held by {holders}"
+        f"held for {age.total_seconds() / 60:,.0f} min by {holders}"
         if holders
-        else f"the newest sample below it is {age.total_seconds() / 60:,.0f} min old, and nobody holds it now"
+        else f"the newest sample below it is {age.total_seconds() / 60:,.0f} min old, and no transaction holds it now"
     )
     advice = (
-        "statements, relay and proofs wait for that transaction: have it end, or end it with pg_terminate_backend"
+        "statements, relay and proofs wait for that transaction: end it, if need be with pg_terminate_backend"
         if holders
         else "see that beat and a worker run: they take a sample every minute"
     )

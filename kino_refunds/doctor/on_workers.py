@@ -1,4 +1,4 @@
-"""Who works on the ledger: the gate, intake's heartbeats, and whether what runs by itself does."""
+"""The workers on the ledger: the gate, their heartbeats, and whether the scheduled sweeps run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kino_refunds.settings import Settings
 
 
 def check_workers(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    """Look at what workers and beat have written about themselves."""
+    """Check what workers and beat have written about themselves."""
     yield _gate(read_gate(connection))
     yield _alive(read_workforce(connection))
     for run in read_schedule(connection, entries(settings)):
@@ -31,7 +31,7 @@ def _gate(gate: Gate) -> Finding:
     if not gate.paused:
         return Finding("intake", "ok", "open")
     advice = (
-        "our own code fails, see `kino-refunds dead-letters list --reason apply_error`; a build that works reopens it"
+        "our own code fails: see `kino-refunds dead-letters list --reason apply_error`; a fixed build reopens it"
         if gate.probed
         else "when the reason is gone: `kino-refunds intake resume`"
     )
@@ -44,23 +44,23 @@ def _alive(workers: Workforce) -> Finding:
         "workers",
         workers.alive > 0,
         f"{workers.alive} alive, build {workers.builds}" if workers.alive else f"0 alive; {last}",
-        "start `celery -A workers.app worker`; one that runs and is not seen says why in its log",
+        "start `celery -A workers.app worker`; if one runs and is not seen, its log says why",
     )
 
 
 def _beat(run: Run) -> Finding:
     found = f"{run.what}: last {_shown(run.last) if run.last else 'never'}"
     if run.late:
-        advice = "see that `celery -A workers.app beat` and a worker run, and that Redis is not full"
+        advice = "check that `celery -A workers.app beat` and a worker run, and that Redis is not full"
         return Finding("beat", "fail", found, advice)
     if run.last is None:
-        return Finding("beat", "warn", found, "wait a minute; then see that `celery -A workers.app beat` runs")
+        return Finding("beat", "warn", found, "wait a minute; then check that `celery -A workers.app beat` runs")
     if run.stuck:
         return Finding(
             "beat",
             "warn",
-            f"{found}, to its end {_shown(run.ended) if run.ended else 'never'}",
-            "a worker's log says what stops it",
+            f"{found}, ended last {_shown(run.ended) if run.ended else 'never'}",
+            "a worker's log says why it does not end",
         )
     return Finding("beat", "ok", found)
 
@@ -72,7 +72,7 @@ _SWEPT = sa.text("""
 
 
 def _source(swept: dict[str, Any]) -> Iterator[Finding]:
-    """Say what the last sweep found wrong with the job source: it is the worker's that counts, not this shell's."""
+    """Give what the last sweep found wrong with the job source: the worker's source counts, not this shell's."""
     problem = swept.get("source_problem")
     if problem is None:
         return
@@ -82,10 +82,10 @@ def _source(swept: dict[str, Any]) -> Iterator[Finding]:
         found = f"the last sweep could not ask: {problem}"
     if errors and not broken:
         level: Level = "warn" if swept.get("answers") else "away"
-        advice = "those jobs are asked about again; if it stays, check that the source runs, its URL and its password"
+        advice = "the sweep asks again; if this stays, check that the source runs, its URL and its password"
         yield Finding(JOB_SOURCE, level, found, advice)
     else:
-        advice = "none of them is settled until the source is fixed; then `kino-refunds charges ask --dry-run`"
+        advice = "none of these jobs is settled until the source is fixed; then `kino-refunds charges ask --dry-run`"
         yield Finding(JOB_SOURCE, "fail", found, advice)
 
 
@@ -103,18 +103,17 @@ class _StuckMessage(NamedTuple):
 
 
 def _stuck(messages: Sequence[_StuckMessage]) -> Finding:
-    """Name what is queued for more than a day: it withholds the timeouts of its own jobs only."""
+    """Report messages queued for more than a day: each withholds a presumed timeout only of the jobs that it names."""
     jobs = list(dict.fromkeys(job_id for message in messages for job_id in message.job_ids))
     more = f" and {len(jobs) - _JOBS_SHOWN:,} more" if len(jobs) > _JOBS_SHOWN else ""
     named = f"about {', '.join(map(ascii, jobs[:_JOBS_SHOWN]))}{more}" if jobs else "naming no job"
     return expect(
         "waiting messages",
         not messages,
-        f"{len(messages):,} wait in Redis for more than a day, the first since {_shown(messages[0].first_seen_at)},"
-        f" {named}"
+        f"{len(messages):,} queued for more than a day, the first since {_shown(messages[0].first_seen_at)}, {named}"
         if messages
-        else "none waits for more than a day",
-        "their jobs are not refunded as timed out meanwhile: see `kino-refunds intake status`, and in the workers' logs"
+        else "none is queued for more than a day",
+        "their jobs are not refunded as timed out until then: see `kino-refunds intake status`; the workers' logs say"
         " why a batch is kept",
         level="warn",
     )

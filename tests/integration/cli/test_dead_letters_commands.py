@@ -165,7 +165,7 @@ def test_settling_by_hand_during_a_pause_says_so(cli: Run, scene: Scene) -> None
     replayed = cli("dead-letters", "replay", "1", "--json")
     tried = cli("retries", "run-now", "--json")
 
-    warning = f"warning: intake is paused by bob ({MARKUP}); what you run settles all the same\n"
+    warning = f"warning: intake is paused by bob ({MARKUP}); this command settles events in spite of it\n"
     assert (replayed.code, replayed.err, tried.code, tried.err) == (0, warning, 0, warning)
 
 

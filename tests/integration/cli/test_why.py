@@ -57,18 +57,18 @@ def test_why_explains_every_state_of_a_job(run: Run, scene: Scene, redis: Redis)
         "lost": {"dead_letters"},
     }
     sentences = {job_id: " ".join(text.out.partition("\n\n")[0].split()) for job_id, (text, _) in found.items()}
-    nothing = "has no charge; events about it wait or are dead letters."
+    nothing = "has no charge; its events are pending or dead letters."
     deadline = f"{charges['open'].deadline_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
     assert sentences == {
         "open": f"Job open took 5 credits of account acct of open; it is open, with its deadline at {deadline}.",
         "captured": "Job captured took 5 credits of account acct of captured; they were captured: completed, clause 1"
         " of policy 2025-12-14, by event captured completed.",
-        "refunded": "Job refunded took 5 credits of account acct of refunded; they came back: content policy rejection,"
-        " clause 2.safety of policy 2025-12-14, by event refunded safety before.",
+        "refunded": "Job refunded took 5 credits of account acct of refunded; they were returned: content policy"
+        " rejection, clause 2.safety of policy 2025-12-14, by event refunded safety before.",
         "corrected": "Job corrected took 5 credits of account acct of corrected; they were captured: not covered,"
         " clause 2.failure of policy 2025-12-14, by event corrected failed user; a correction returned them later.",
-        "broken": "Job broken took 5 credits of account acct of broken; they came back: timeout, clause 2.timeout of"
-        " policy 2025-12-14, by event broken timeout.",
+        "broken": "Job broken took 5 credits of account acct of broken; they were returned: timeout, clause 2.timeout"
+        " of policy 2025-12-14, by event broken timeout.",
         "asked": f"Job asked took 5 credits of account acct of asked; it is open, with its deadline at {deadline}.",
         "early": f"Job early {nothing}",
         "lost": f"Job lost {nothing}",

@@ -331,7 +331,7 @@ def test_kept_demo_refuses_a_folder_that_is_somebody_s(tmp_path: Path) -> None:
     code, said = ended(tmp_path, "--keep")
 
     assert (code, said.count("\n")) == (2, 1)
-    assert "is there already" in said
+    assert "exists: another demo runs" in said
     assert (tmp_path / ".kino-demo" / "env").read_text() == "mine"
 
 

@@ -186,7 +186,7 @@ def test_watching_is_for_people(bare: Run) -> None:
     result = bare("status", "--watch", "--json")
 
     assert result.code == 2
-    assert result.err.startswith("error: Invalid value: --watch is for a person's eyes; ")
+    assert result.err.startswith("error: Invalid value: --watch draws a screen; ")
 
 
 def watched(run: Run, monkeypatch: pytest.MonkeyPatch, *between: Callable[[], object]) -> Result:

@@ -241,9 +241,9 @@ def test_settings_of_the_shell_hold_in_dev_except_the_servers(data_dir: Path) ->
     assert sourced == running.settings | chosen
     assert environments == [sourced, sourced]
     assert mode & 0o077 == 0
-    assert "not used, these servers are dev's own: KINO_DATABASE_URL of this shell" in running.introduction
-    (passed_on,) = (line for line in running.introduction if line.startswith("as in this shell: "))
-    assert set(passed_on.removeprefix("as in this shell: ").split(", ")) == set(chosen)
+    assert "not used: KINO_DATABASE_URL of this shell; dev has servers of its own" in running.introduction
+    (passed_on,) = (line for line in running.introduction if line.startswith("taken from this shell: "))
+    assert set(passed_on.removeprefix("taken from this shell: ").split(", ")) == set(chosen)
     assert secret not in "\n".join(running.introduction)
 
 

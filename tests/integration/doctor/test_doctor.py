@@ -158,22 +158,22 @@ def test_no_job_source_is_a_warning_for_as_long_as_it_is_chosen(doctor: Doctor) 
         (
             {"source_broken": 1_200, "source_errors": 34, "source_problem": "answered for 'a '", "answers": {}},
             *("fail", 1, "the last sweep got no answer for 1,234 jobs: answered for 'a '"),
-            "none of them is settled until the source is fixed; then `kino-refunds charges ask --dry-run`",
+            "none of these jobs is settled until the source is fixed; then `kino-refunds charges ask --dry-run`",
         ),
         (
             {"source_broken": 0, "source_errors": 2, "source_problem": "status 500", "answers": {}},
             *("away", 3, "the last sweep got no answer for 2 jobs: status 500"),
-            "those jobs are asked about again; if it stays, check that the source runs, its URL and its password",
+            "the sweep asks again; if this stays, check that the source runs, its URL and its password",
         ),
         (
             {"source_broken": 0, "source_errors": 2, "source_problem": "status 500", "answers": {"running": 1}},
             *("warn", 0, "the last sweep got no answer for 2 jobs: status 500"),
-            "those jobs are asked about again; if it stays, check that the source runs, its URL and its password",
+            "the sweep asks again; if this stays, check that the source runs, its URL and its password",
         ),
         (
             {"source_problem": "KINO_JOB_SOURCE_QUERY cannot run: \x1b[2J"},
             *("fail", 1, "the last sweep could not ask: KINO_JOB_SOURCE_QUERY cannot run: \x1b[2J"),
-            "none of them is settled until the source is fixed; then `kino-refunds charges ask --dry-run`",
+            "none of these jobs is settled until the source is fixed; then `kino-refunds charges ask --dry-run`",
         ),
     ],
     ids=["broken", "away", "one job", "setting"],

@@ -126,7 +126,7 @@ def test_missing_roles_and_ledger_are_found(doctor: Doctor, own_postgres: OwnPos
     ]
     assert [each.advice for each in found.bad] == [
         "a superuser runs kino_refunds/db/roles.sql in this database",
-        "connect workers as kino_worker: what runs must not be able to change what is only added to",
+        "connect workers as kino_worker: a worker must not be able to change tables that are append-only",
         "run `kino-refunds migrate` as kino_owner",
     ]
 
@@ -158,7 +158,7 @@ def test_role_that_could_change_history_is_found(
         if attribute is not None:
             well.as_superuser(f"DROP ROLE {role}")
 
-    advice = "connect workers as kino_worker: what runs must not be able to change what is only added to"
+    advice = "connect workers as kino_worker: a worker must not be able to change tables that are append-only"
     assert found == Diagnosis(1, [Found("rights", "fail", f"connected as {role}, which {says}", advice)])
 
 
@@ -173,7 +173,7 @@ def test_role_that_stands_for_the_worker_is_fine(doctor: Doctor, well: Scene, da
     assert found == Diagnosis(0, [])
 
 
-REVOKE = "revoke that, as kino_owner: what runs must not be able to change what is only added to"
+REVOKE = "revoke that, as kino_owner: a worker must not be able to change tables that are append-only"
 GRANT = "connect as kino_worker (KINO_DATABASE_URL); its rights are granted by `kino-refunds migrate`"
 
 
@@ -276,8 +276,8 @@ def test_schema_that_is_ahead_is_a_warning(doctor: Doctor, well: Scene) -> None:
 
     found = doctor()
 
-    advice = "fine while an upgrade is under way; then replace this build, which is older than the schema"
-    says = "the schema is at 9999, of which this build does not know"
+    advice = "fine during an upgrade; then replace this build, which is older than the schema"
+    says = "the schema is at 9999, which this build does not know"
     assert found == Diagnosis(0, [Found("migrations", "warn", says, advice)])
 
 

@@ -20,7 +20,7 @@ from tests.integration.doctor.diagnosis import Diagnosis, Doctor, Found
 from tests.pipeline import several
 from tests.scenario import EVENT_AT, Scene, make_event
 
-FOREIGN = "somebody else writes under our names: RENAME that key away, as admin, and look at what it is"
+FOREIGN = "another program writes under our names: RENAME that key, as admin, and find out what it is"
 
 
 @pytest.mark.usefixtures("well")
@@ -30,7 +30,7 @@ def test_key_that_is_not_a_queue_is_found(doctor: Doctor, redis: Redis) -> None:
 
     found = doctor()
 
-    says = r"they hold something foreign: 'generation.job-failed\x06\x163'"
+    says = r"of the wrong type: 'generation.job-failed\x06\x163'"
     assert found == Diagnosis(1, [Found("queue keys", "fail", says, FOREIGN)])
 
 
@@ -48,7 +48,7 @@ def test_key_of_ours_that_holds_something_else_is_found(doctor: Doctor, redis: R
     registry = doctor()
 
     says = (
-        "they hold something foreign: 'kino:inflight:w:generation.timeout', 'kino:recovered:generation.job-failed', "
+        "of the wrong type: 'kino:inflight:w:generation.timeout', 'kino:recovered:generation.job-failed', "
         + ", ".join(f"'_kombu.binding.{queue}'" for queue in SERVED)
     )
     assert found == Diagnosis(1, [Found("queue keys", "fail", says, FOREIGN)])
@@ -66,7 +66,7 @@ def test_queue_whose_name_is_misspelt_is_found(doctor: Doctor, redis: Redis) -> 
     found = doctor(KINO_RELAY_QUEUE="generation.timeouts")
 
     advice = (
-        "if those are events: mend their publisher, then move each, as admin: LMOVE 'generation.job-complete'"
+        "if those are events: fix their publisher, then move each, as admin: LMOVE 'generation.job-complete'"
         " generation.job-completed RIGHT LEFT, LMOVE 'generation.time-out' generation.timeout RIGHT LEFT"
     )
     says = "no worker reads 'generation.job-complete', 'generation.time-out'"
@@ -95,7 +95,7 @@ def test_each_form_of_a_misspelt_name_is_found(redis: Redis, name: str) -> None:
     found = on_redis._misspelt(redis, None)
 
     move = f"LMOVE {name!a} {MISSPELT[name]} RIGHT LEFT"
-    advice = f"if those are events: mend their publisher, then move each, as admin: {move}"
+    advice = f"if those are events: fix their publisher, then move each, as admin: {move}"
     assert found == findings.Finding("queue names", "warn", f"no worker reads {name!a}", advice)
 
 
@@ -178,7 +178,7 @@ def test_queue_names_are_looked_at_where_the_user_may(
 
     ((found, told),) = [(each["level"], each["found"]) for each in items if each["check"] == "queue names"]
     assert found == level
-    assert ("not looked at" in told) == (level == "ok")
+    assert ("not checked" in told) == (level == "ok")
     assert [each["level"] for each in items if each["check"] == "queue keys"] == ["ok"]
 
 
@@ -194,7 +194,7 @@ def test_old_event_that_waits_is_a_warning(doctor: Doctor, redis: Redis) -> None
     assert (found.code, check, level) == (0, "queues", "warn")
     assert advice == "see `kino-refunds intake status`: is intake open, are workers alive? Then start more of them"
     counts, age_s = text.split("; the oldest event is ")
-    assert counts == "3 wait (generation.job-failed 2, generation.timeout 1)"
+    assert counts == "3 queued (generation.job-failed 2, generation.timeout 1)"
     assert int(age_s.removesuffix(" s old")) >= 660
 
 
@@ -222,9 +222,7 @@ def test_message_that_waits_for_more_than_a_day_is_named(doctor: Doctor, well: S
 
     ((check, level, text, advice),) = found.bad
     assert (found.code, check, level) == (0, "waiting messages", "warn")
-    assert re.fullmatch(
-        r"2 wait in Redis for more than a day, the first since [\d :-]+Z, about 'job-1', 'job\\x1b2'", text
-    )
+    assert re.fullmatch(r"2 queued for more than a day, the first since [\d :-]+Z, about 'job-1', 'job\\x1b2'", text)
     assert advice is not None
     assert "kino-refunds intake status" in advice
 
@@ -240,7 +238,7 @@ def test_young_events_that_wait_are_fine(doctor: Doctor, run: Run, redis: Redis)
     said = json.loads(run("doctor", "--json").out)["items"][-1]["found"]
 
     assert found == Diagnosis(0, [])
-    assert re.fullmatch(r"2 wait \(generation\.job-failed 1, in-flight 1\); the oldest event is \d s old", said)
+    assert re.fullmatch(r"2 queued \(generation\.job-failed 1, in-flight 1\); the oldest event is \d s old", said)
 
 
 @pytest.mark.usefixtures("well")
@@ -252,5 +250,5 @@ def test_backlog_that_is_not_read_to_its_end_says_so(doctor: Doctor, redis: Redi
     found = doctor()
 
     assert [each[:2] for each in found.bad] == [("queues", "warn")]
-    assert found.bad[0].found.startswith("10,001 wait (generation.job-failed 10,001); the oldest event is ")
+    assert found.bad[0].found.startswith("10,001 queued (generation.job-failed 10,001); the oldest event is ")
     assert found.bad[0].found.endswith(" s old, of those that were read")

@@ -25,13 +25,13 @@ from tests.scenario import make_event
             {"maxmemory_policy": "allkeys-lru"},
             "redis eviction",
             "allkeys-lru",
-            "set maxmemory-policy noeviction: any other throws events away without a word",
+            "set maxmemory-policy noeviction: every other policy deletes events silently",
         ),
         (
             {"appendonly": "no"},
             "redis persistence",
             "append-only file off",
-            "set appendonly yes: what a restart forgets is found only after its job's deadline",
+            "set appendonly yes: an event that a restart loses is found only after its job's deadline",
         ),
     ],
 )
@@ -47,8 +47,8 @@ def test_redis_that_would_lose_events_is_found(
 
 
 FULL = (
-    "a full Redis refuses publishers, and beat cannot hand out sweeps, while workers still drain it:"
-    " see what waits with `kino-refunds intake status`"
+    "a full Redis refuses publishers and beat's sweeps, while workers still drain it: see what is queued with"
+    " `kino-refunds intake status`"
 )
 
 
@@ -87,7 +87,7 @@ def test_replica_is_found(doctor: Doctor, own_valkey: EmbeddedValkey) -> None:
             client.replicaof("NO", "ONE")
 
     advice = "a replica takes no writes: give KINO_REDIS_URL an address that follows the primary"
-    assert found == Diagnosis(1, [Found("redis role", "fail", "replica; rights and queues were not looked at", advice)])
+    assert found == Diagnosis(1, [Found("redis role", "fail", "replica; rights and queues were not checked", advice)])
 
 
 @pytest.mark.parametrize(

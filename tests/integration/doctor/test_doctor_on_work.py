@@ -16,7 +16,7 @@ from tests.scenario import NOW, Scene, make_event
 
 
 FAILING_BUILD = (
-    "our own code fails, see `kino-refunds dead-letters list --reason apply_error`; a build that works reopens it"
+    "our own code fails: see `kino-refunds dead-letters list --reason apply_error`; a fixed build reopens it"
 )
 
 
@@ -39,7 +39,7 @@ def test_paused_intake_is_found_and_who_can_open_it(doctor: Doctor, well: Scene,
     assert found == Diagnosis(1, [Found("intake", "fail", says, advice)])
 
 
-START = "start `celery -A workers.app worker`; one that runs and is not seen says why in its log"
+START = "start `celery -A workers.app worker`; if one runs and is not seen, its log says why"
 
 
 @pytest.mark.parametrize("ago", ["31 seconds", "3 days"])
@@ -66,7 +66,7 @@ def test_worker_that_ended_or_never_was_is_found(doctor: Doctor, well: Scene) ->
     assert never.bad == [Found("workers", "fail", "0 alive; none was ever seen", START)]
 
 
-LATE = "see that `celery -A workers.app beat` and a worker run, and that Redis is not full"
+LATE = "check that `celery -A workers.app beat` and a worker run, and that Redis is not full"
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_sweep_that_begins_and_never_ends_is_a_warning(doctor: Doctor, well: Sce
     found = doctor()
 
     ((check, level, text, advice),) = found.bad
-    assert (found.code, check, level, advice) == (0, "beat", "warn", "a worker's log says what stops it")
-    assert re.fullmatch(r"expire lots: last \S+ \S+Z, to its end \S+ \S+Z", text)
+    assert (found.code, check, level, advice) == (0, "beat", "warn", "a worker's log says why it does not end")
+    assert re.fullmatch(r"expire lots: last \S+ \S+Z, ended last \S+ \S+Z", text)
 
 
 # --- work
@@ -138,8 +138,8 @@ def test_work_that_waits_for_a_person_is_found(doctor: Doctor, well: Scene) -> N
         Found(
             "overdue charges",
             "fail",
-            "1 charge with 5 credits stood open more than 5 min past deadline and grace",
-            "`kino-refunds charges ask --dry-run` says what is known of them, and what withholds them",
+            "1 charge with 5 credits open more than 5 min past deadline and grace",
+            "`kino-refunds charges ask --dry-run` shows what the job source knows, and why refunds are withheld",
         ),
         Found(
             "dead letters",
@@ -181,4 +181,4 @@ def test_who_holds_the_horizon_is_named(
         forgotten.rollback()
     assert (found.code, [each[:2] for each in found.bad]) == (code, [("horizon", level)] if level else [])
     for each in found.bad:
-        assert each.found == f"stands still since {minutes} min, held by pid {pid} (kino_product, kino-refunds)"
+        assert each.found == f"held for {minutes} min by pid {pid} (kino_product, kino-refunds)"

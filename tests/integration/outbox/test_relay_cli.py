@@ -62,7 +62,7 @@ def test_what_redis_lost_is_told_again_under_the_same_ids(run: Run, scene: Scene
         "oldest_at": since.isoformat(),
     }
     assert first == lost + later
-    assert everything.out.startswith(f"4 refunds since {LONG_AGO} are told again, the oldest settled at ")
+    assert everything.out.startswith(f"4 refunds since {LONG_AGO} are sent again, the oldest settled at ")
     assert read_news(redis) == before + lost + later
 
 
@@ -117,7 +117,7 @@ def test_a_rewind_never_goes_forward(run: Run, scene: Scene, redis: Redis) -> No
 
 
 def test_a_dry_run_counts_and_writes_nothing(run: Run, scene: Scene, redis: Redis) -> None:
-    """How many would be told again is known before anybody does it, also while a round holds the cursor."""
+    """How many would be sent again is known before anybody does it, also while a round holds the cursor."""
     relay_refunds(scene.worker, redis, QUEUE)
     refund(scene, "job-1", "job-2")
     relay_refunds(scene.worker, redis, QUEUE)
@@ -128,7 +128,7 @@ def test_a_dry_run_counts_and_writes_nothing(run: Run, scene: Scene, redis: Redi
         said = run("relay", "rewind", "--to", LONG_AGO, "--dry-run")
 
     assert (said.code, said.err) == (0, "")
-    assert said.out.startswith(f"2 refunds since {LONG_AGO} would be told again, the oldest settled at ")
+    assert said.out.startswith(f"2 refunds since {LONG_AGO} would be sent again, the oldest settled at ")
     assert scene.everything() == before
 
 
@@ -228,6 +228,6 @@ def test_a_person_is_asked_with_the_count(
     os.close(ours)
     asked = (out + err).decode()
     assert program.returncode == code
-    assert f"1 refund since {LONG_AGO} would be told again" in asked
+    assert f"1 refund since {LONG_AGO} would be sent again" in asked
     relay_refunds(scene.worker, redis, QUEUE)
     assert read_news(redis) == (news if again else [])
