@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Does intake's heart beat on this host? Exit code 0, or 1 with one line that says what is wrong.
 
-For a container that holds one worker. It says no only to what a restart can mend: an intake thread that is
+For a container that holds one worker. It fails only where a restart helps: an intake thread that is
 gone or stuck although a heartbeat could be written. A Postgres that is away, read-only, full or locked is not
-mended by restarting every worker, and a paused intake beats on.
+fixed by restarting every worker, and a paused intake still writes heartbeats.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def _screen(found: dict[str, Any], *, lines_max: int | None = None) -> Group:
     """Draw the troubles first, each with its command, then one line a figure; cut to `lines_max` from below."""
     troubles = found["troubles"]
     count = f"not fine: {len(troubles)} thing{'' if len(troubles) == 1 else 's'}"
-    verdict = ("fine", "bold green") if found["fine"] else (count, "bold red")
-    head = [Text.assemble(verdict, "  ", (shown(found["at"]).plain, "dim"))]
+    first = ("fine", "bold green") if found["fine"] else (count, "bold red")
+    head = [Text.assemble(first, "  ", (shown(found["at"]).plain, "dim"))]
     head += [
         Text.assemble((f"  {shown(trouble['what'])}: ", "bold red"), (trouble["command"], "bold"))
         for trouble in troubles
