@@ -291,9 +291,10 @@ class Intake:
 
     def _trip(self) -> None:
         """Close the gate, then release the batch: in the other order another worker would claim it first."""
-        reason = f"{self._tripwire.trip()} in build {self._rules.build}"
+        reason = f"{self._tripwire.reason} in build {self._rules.build}"
         with self._engine.begin() as connection:
             paused = pause_intake(connection, reason=f"{reason} (worker {self._name})", actor=TRIPWIRE)
+        self._tripwire.trip()
         self._poll.forget_gate()
         released = self._release()
         log.error("tripwire: intake is paused", reason=reason, first=paused, released=released)

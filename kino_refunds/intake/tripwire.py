@@ -50,12 +50,18 @@ class Tripwire:
         self._failures.extend([False] * settled + [True] * failed)
         return bool(failed) and sum(self._failures) > ERRORS_MAX
 
-    def trip(self) -> str:
-        """Start a new count; return the reason why the gate closes."""
-        reason = f"{sum(self._failures)} of the last {len(self._failures)} events failed"
+    @property
+    def reason(self) -> str:
+        """The reason why the gate closes, from the present count."""
+        return f"{sum(self._failures)} of the last {len(self._failures)} events failed"
+
+    def trip(self) -> None:
+        """Start a new count, once the gate is closed; the first probe is due after the pause.
+
+        Not before: if the gate could not be closed, a new count would make 50 more events dead letters.
+        """
         self._failures.clear()
         self._next_probe = time.monotonic() + self._probe_every_s
-        return reason
 
     def forget_probes(self) -> None:
         """Forget which events of messages were probed, because the gate is open."""

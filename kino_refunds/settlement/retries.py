@@ -48,7 +48,7 @@ def sweep_retries(
     with engine.begin() as connection:
         due = lease_due(connection, lease=lease, build=rules.build, limit=limit, event_id=event_id)
     rulings = settle_batch(engine, due, rules) if due else []
-    return RetryReport(len(due), Counter(ruling.outcome.value for ruling in rulings))
+    return RetryReport(len(due), dict(Counter(ruling.outcome.value for ruling in rulings)))
 
 
 # A job's pending events are taken together. Otherwise the later one would be decided without the earlier, and a

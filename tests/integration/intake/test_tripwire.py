@@ -51,6 +51,25 @@ def test_a_bad_build_pauses_intake_and_keeps_the_rest_on_the_queue(
     assert refunded(scene) == []
 
 
+def test_a_gate_that_cannot_be_closed_is_closed_at_the_next_failure(
+    scene: Scene, redis: Redis, bad_build: BadBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If Postgres goes away as the tripwire trips, the count stands: one more failure closes the gate, not fifty."""
+    charge_and_fail(scene, redis, 60)
+    bad_build.fails_for(".")
+    intake = bad_intake(scene, redis)
+    fail_first(monkeypatch, intake_module, "pause_intake", AWAY)
+
+    with pytest.raises(sa.exc.OperationalError):
+        intake.run_once()
+    before = state(scene)
+    intake.run_once()
+
+    assert (before.paused, state(scene).paused) == (False, True)
+    assert letters_by_reason(scene) == {"apply_error": (51, 52)}
+    assert depths(redis) == {**EMPTY, FAILED: 60}
+
+
 @pytest.mark.parametrize(("errors", "tripped"), [(50, False), (51, True)])
 def test_more_than_fifty_errors_trip(
     scene: Scene, redis: Redis, bad_build: BadBuild, errors: int, *, tripped: bool
