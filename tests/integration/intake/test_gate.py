@@ -9,14 +9,15 @@ import sqlalchemy as sa
 from redis import Redis
 
 from kino_refunds.events.queues import depths
-from kino_refunds.intake.gate import TRIPWIRE
+from kino_refunds.intake.gate import TRIPWIRE, Gate, read_gate
 from kino_refunds.settlement import batch
 from kino_refunds.settlement.decide import Ruling
 from kino_refunds.settlement.settle import settle
 from tests.failing import BadBuild, fail_first
+from tests.integration.intake.batches import running
 from tests.integration.intake.gates import ANNA, AT_ONCE, AWAY, State, bad_intake, charge_and_fail, pause, resume, state
 from tests.pipeline import EMPTY, FAILED, drain, refunded
-from tests.scenario import Scene
+from tests.scenario import Scene, until
 from workers import intake as intake_module
 
 # --- closed by a person
@@ -36,6 +37,35 @@ def test_a_person_s_pause_leaves_every_message_where_it_is(scene: Scene, redis: 
     assert list(redis.scan_iter("kino:*")) == []
     assert state(scene) == ANNA
     assert refunded(scene) == []
+
+
+def test_a_worker_that_runs_sees_a_pause_and_its_end(
+    scene: Scene, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop goes by what it read of the gate for a moment only: a pause stops it, and its end lets it go on."""
+    read: list[bool] = []
+
+    def counted(connection: sa.Connection) -> Gate:
+        gate = read_gate(connection)
+        read.append(gate.paused)
+        return gate
+
+    monkeypatch.setattr(intake_module, "read_gate", counted)
+    first = charge_and_fail(scene, redis, 1, "first")
+
+    with running(bad_intake(scene, redis)):
+        until(lambda: refunded(scene) == first)
+        pause(scene)
+        until(lambda: True in read)
+        second = charge_and_fail(scene, redis, 1, "second")
+        looks = len(read)
+        until(lambda: len(read) >= looks + 2)
+        paused = depths(redis)
+        resume(scene, "anna")
+        until(lambda: depths(redis) == EMPTY)
+
+    assert paused == {**EMPTY, FAILED: 1}
+    assert refunded(scene) == sorted(first + second)
 
 
 def test_a_batch_in_flight_is_given_back_when_a_person_pauses(
