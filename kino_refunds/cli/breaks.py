@@ -15,30 +15,31 @@ Number = Annotated[int, typer.Argument(help="The break's number.", metavar="NUMB
 
 def list_breaks(
     status: Annotated[
-        Literal["open", "repaired", "accepted", "all"], typer.Option(help="Only breaks in this state.")
-    ] = "open",
+        Literal["live", "open", "investigating", "repaired", "closed", "accepted", "false_alarm", "all"],
+        typer.Option(help="Only breaks in this state; `live` is open, investigating or repaired."),
+    ] = "live",
+    kind: Annotated[str | None, typer.Option(help="Only breaks of this kind.")] = None,
     after: Annotated[int, typer.Option(help="Start after this number.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows at most.")] = 100,
     as_json: AsJson = False,
 ) -> int:
-    """List breaks, oldest first; exit code 1 if any is open.
+    """List breaks, oldest first; exit code 1 if any is live.
 
     Example: kino-refunds breaks list
     """
     from kino_refunds.desk import breaks as desk
-    from kino_refunds.settlement.breaks import BreakStatus
+    from kino_refunds.settlement.breaks import LIVE, BreakStatus
 
+    statuses = None if status == "all" else LIVE if status == "live" else (BreakStatus(status),)
     with ledger_connection() as connection:
-        found = desk.list_breaks(
-            connection, status=None if status == "all" else BreakStatus(status), after=after, limit=limit
-        )
+        found = desk.list_breaks(connection, statuses=statuses, kind=kind, after=after, limit=limit)
     print_items(
         [asdict(each) for each in found],
         next_cursor=found[-1].number if len(found) == limit else None,
         as_json=as_json,
         empty="no breaks" if status == "all" else f"no {status} breaks",
     )
-    return 1 if any(each.status == BreakStatus.OPEN for each in found) else 0
+    return 1 if any(each.status in LIVE for each in found) else 0
 
 
 def show(number: Number, as_json: AsJson = False) -> None:
@@ -54,7 +55,8 @@ def show(number: Number, as_json: AsJson = False) -> None:
         print_json(found)
     else:
         print_facts((name.replace("_", " "), value) for name, value in asdict(found).items())
-        say(f"next: kino-refunds why {escaped(found.job_id)}", style="dim")
+        if found.job_id is not None:
+            say(f"next: kino-refunds why {escaped(found.job_id)}", style="dim")
 
 
 def accept(
@@ -67,7 +69,7 @@ def accept(
 
     Example: kino-refunds breaks accept 3 --note "agreed with support"
     """
-    from kino_refunds.settlement.breaks import accept_break
+    from kino_refunds.desk.breaks import accept_break
 
     confirm(f"Accept break {number} as it stands?", yes=yes)
     with ledger_connection() as connection:

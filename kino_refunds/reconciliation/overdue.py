@@ -342,6 +342,8 @@ def _raise_running(
             charge_id=charge.charge_id,
             credits=charge.credits,
             detail=f"the job source still says running, {now - charge.due_at} after the deadline and its grace",
+            sides="open / running",
+            happened_at=charge.due_at + running_max,
         )
         for charge in page
         if charge.job_id in answers

@@ -28,14 +28,16 @@ BOOKS = f"account credit_lot charge charge_line open_charge settlement correctio
 LEDGER = f"{BOOKS} ledger_setting"
 WORK = "inbox_event pending_event dead_letter break"
 RUNNING = "overdue_ask schedule_slot intake_worker intake_state relay_cursor waiting_message xid_clock"
+PROOF = "check_run seal"
 OLD = "verified_through alembic_version"
 VIEWS = "charge_status account_balance"
 
 OBJECTS: Final[Mapping[str, str]] = {
-    "table": f"{LEDGER} {WORK} {RUNNING} {OLD}",
+    "table": f"{LEDGER} {WORK} {RUNNING} {PROOF} {OLD}",
     "view": VIEWS,
     "sequence": """
-        account_status_change_change_id_seq break_break_id_seq charge_charge_id_seq credit_lot_lot_id_seq
+        account_status_change_change_id_seq break_break_id_seq charge_charge_id_seq check_run_run_id_seq
+        credit_lot_lot_id_seq
         dead_letter_dead_letter_id_seq lot_change_change_id_seq transfer_transfer_id_seq
     """,
     "function for a login": """
@@ -66,14 +68,14 @@ OBJECTS: Final[Mapping[str, str]] = {
 MAY: Final[Mapping[str, Mapping[str, str]]] = {
     "kino_worker": {
         "USAGE": "kino",
-        "SELECT": f"{LEDGER} {WORK} {RUNNING} {OLD} {VIEWS}",
+        "SELECT": f"{LEDGER} {WORK} {RUNNING} {PROOF} {OLD} {VIEWS}",
         "INSERT": """
             inbox_event pending_event dead_letter break overdue_ask schedule_slot intake_worker relay_cursor
-            waiting_message xid_clock
+            waiting_message xid_clock check_run seal
         """,
         "UPDATE": """
             pending_event dead_letter break overdue_ask schedule_slot intake_worker intake_state relay_cursor
-            verified_through
+            verified_through check_run
         """,
         "DELETE": "pending_event overdue_ask schedule_slot intake_worker waiting_message",
         "EXECUTE": "settle_charges(jsonb) held_lots(jsonb) expire_lots(integer)",
@@ -88,12 +90,14 @@ MAY: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "kino_oncall": {
         "USAGE": "kino",
-        "SELECT": f"{LEDGER} inbox_event break xid_clock {VIEWS}",
+        "SELECT": f"""
+            {LEDGER} {WORK} overdue_ask schedule_slot intake_worker intake_state relay_cursor xid_clock {PROOF} {VIEWS}
+        """,
         "EXECUTE": "reverse_charges(jsonb) set_account_status(jsonb)",
     },
     "kino_read": {
         "USAGE": "kino",
-        "SELECT": f"{LEDGER} inbox_event break xid_clock verified_through {VIEWS}",
+        "SELECT": f"{LEDGER} inbox_event break relay_cursor xid_clock verified_through {PROOF} {VIEWS}",
     },
     "kino_ledger": {
         "USAGE": "kino",

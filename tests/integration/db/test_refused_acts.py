@@ -106,9 +106,9 @@ def writes(table: str, columns: Sequence[str]) -> Statements:
         f"TRUNCATE kino.{table} CASCADE",
         f"MERGE INTO kino.{table} USING (SELECT 1) AS s ON true WHEN MATCHED THEN DELETE",
         f"MERGE INTO kino.{table} USING (SELECT 1) AS s ON false WHEN NOT MATCHED THEN INSERT DEFAULT VALUES",
-        *(f"INSERT INTO kino.{table} ({c}) OVERRIDING SYSTEM VALUE VALUES (DEFAULT)" for c in columns),
-        *(f"UPDATE kino.{table} SET {c} = DEFAULT" for c in columns),
-        *(f"COPY kino.{table} ({c}) FROM STDIN" for c in columns),
+        *(f'INSERT INTO kino.{table} ("{c}") OVERRIDING SYSTEM VALUE VALUES (DEFAULT)' for c in columns),
+        *(f'UPDATE kino.{table} SET "{c}" = DEFAULT' for c in columns),
+        *(f'COPY kino.{table} ("{c}") FROM STDIN' for c in columns),
     ]
 
 

@@ -37,7 +37,7 @@ ROWS = """
     INSERT INTO kino.settlement (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)
         VALUES (1, 'captured', 'completed', '1', 'v', 's', 'e', now());
     INSERT INTO kino.correction (charge_id, reason, clause, policy_version, actor, reference)
-        VALUES (1, 'r', '2.failure', 'v', 'x', 't');
+        VALUES (1, 'generation_failure', '2.failure', 'v', 'x', 't');
     INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, actor)
         VALUES ('grant', 'issued', 'wallet', 'a', 1, 9, 'x');
     INSERT INTO kino.inbox_event (source, event_id, job_id, fingerprint, outcome, event_at)
@@ -105,7 +105,7 @@ INSERTS = {
     " (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time)"
     " VALUES (2, 'captured', 'completed', '1', 'v', 's', 'f', now())",
     "correction": "INSERT INTO kino.correction (charge_id, reason, clause, policy_version, actor, reference)"
-    " VALUES (2, 'r', '2.failure', 'v', 'x', 't')",
+    " VALUES (2, 'generation_failure', '2.failure', 'v', 'x', 't')",
     "inbox_event": "INSERT INTO kino.inbox_event (source, event_id, job_id, fingerprint, outcome, event_at)"
     " VALUES ('s', 'f', 'j', 'f', 'captured', now())",
     "pending_event": "INSERT INTO kino.pending_event"

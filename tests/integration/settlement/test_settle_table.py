@@ -408,17 +408,19 @@ def test_a_copy_of_a_contradiction_is_not_another(scene: Scene) -> None:
     assert scene.breaks() == [Broken("completed_after_refund", "job-1", 10, 1, "open")]
 
 
-def test_a_contradiction_after_a_person_decided_opens_a_new_break(scene: Scene) -> None:
-    """A break that was accepted stays as it was judged; new evidence is a new row."""
+def test_a_difference_that_a_person_accepted_opens_again_only_when_a_side_changes(scene: Scene) -> None:
+    """The same ending said once more is what was accepted; another ending is another difference, and a new row."""
     scene.charged()
-    scene.settle(make_event("failed platform", event_id=BEFORE), make_event("completed", event_id="one"))
+    scene.settle(make_event("completed", event_id=BEFORE), make_event("failed platform", event_id="one"))
     scene.as_superuser("UPDATE kino.break SET status = 'accepted'")
 
-    scene.settle(make_event("completed", event_id="two"))
+    scene.settle(make_event("failed platform", event_id="two"))
+    assert scene.breaks() == [Broken("failed_after_capture", "job-1", 10, 1, "accepted")]
 
+    scene.settle(make_event("failed provider", event_id="three"))
     assert scene.breaks() == [
-        Broken("completed_after_refund", "job-1", 10, 1, "accepted"),
-        Broken("completed_after_refund", "job-1", 10, 1, "open"),
+        Broken("failed_after_capture", "job-1", 10, 1, "accepted"),
+        Broken("failed_after_capture", "job-1", 10, 1, "open"),
     ]
 
 

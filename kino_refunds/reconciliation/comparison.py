@@ -1,0 +1,82 @@
+"""What a check is given and what it gives: a scope to compare, and pages of what it found (design, part B)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from kino_refunds.policy.document import Policy
+    from kino_refunds.reconciliation.sources import JobSource
+    from kino_refunds.settlement.breaks import Break
+
+PAGE = 1_000
+"""Things that a page compares: a kill costs one page, and memory stays flat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a run compares.
+
+    `from_xid` to before `to_xid` are numbers of transactions, all of which have ended: they decide for every check that
+    reads only the ledger. `since` to before `until` are the same for people, and decide for what has times only, such
+    as the job source. `since` None is the beginning.
+    """
+
+    since: datetime | None
+    until: datetime
+    from_xid: int
+    to_xid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a check may use: sessions that may run for long, the window, and what the settings say."""
+
+    engine: sa.Engine
+    window: Window
+    full: bool
+    """Whether everything is compared, from the beginning, and not only what is new."""
+    now: datetime
+    """`kino.clock()` when the run, or its present part, began."""
+    policy: Policy
+    overdue_grace: timedelta
+    source: JobSource | None = None
+    """None: no job source is configured."""
+    relay_queue: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a run, which is stored with the breaks that it found, in one transaction.
+
+    `compared` counts what had two sides; `broken` of them have a break or more in `breaks`; the others matched.
+    `not_comparable` counts what had one side only, by the reason, in words. `cursor` is where the next page begins: a
+    run that was killed gets it back as it was, as JSON. `detail` replaces what the run stores of itself, such as how
+    far a source says that it is complete.
+    """
+
+    cursor: Mapping[str, Any]
+    compared: int = 0
+    broken: int = 0
+    breaks: Sequence[Break] = ()
+    not_comparable: Mapping[str, int] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    is_comparable: bool = True
+    """False ends the run as `not_comparable`: nothing is verified by it, and the next run compares the same window."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveBreak:
+    """A break that is open, investigated or repaired, as a check looks at it again, by its key."""
+
+    break_id: int
+    kind: str
+    subject: str
+    """`job:JOB`, or `lot:7` and the like."""
+    job_id: str | None
+    charge_id: int | None
