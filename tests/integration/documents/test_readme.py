@@ -41,7 +41,9 @@ def endings_table() -> str:
         for text, kinds in ENDINGS.items()
         for kind in kinds
     ]
-    rows = [f"| {text} | {'refunded' if each.refund else 'kept'} | `{each.clause.value}` |" for text, each in verdicts]
+    rows = [
+        f"| {text} | {'refunded' if each.refund else 'captured'} | `{each.clause.value}` |" for text, each in verdicts
+    ]
     return "\n".join(dict.fromkeys(rows))
 
 
