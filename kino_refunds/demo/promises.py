@@ -63,10 +63,10 @@ PROMISES = {
     "P3": "Different events about one job refund once.",
     "P4": "A refund goes back to the lots it came from, or their successors.",
     "P5": "Transfers are append-only, and the books sum to zero.",
-    "P6": "An event is queued, pending or decided, never lost.",
+    "P6": "While Redis keeps its data, an event is queued, pending or decided.",
     "P7": "What cannot be understood or applied is kept whole.",
     "P8": "One bad event never blocks or fails its neighbours.",
-    "P9": "Every job that the policy refunds is refunded, and no other; in time.",
+    "P9": "Every job that the policy refunds is refunded in time, and no other job is.",
     "P10": "Every settlement can be explained.",
 }
 
@@ -371,7 +371,7 @@ class Referee:
         for job_id in self._jobs:
             standing, allowed = self._standing(job_id), self._readings(job_id)
             due = {reading.kind for reading in allowed}
-            p9.looked_at["refunds that are due"] += due == {"refunded"}
+            p9.looked_at["refunds due"] += due == {"refunded"}
             text = " or ".join("/".join(reading) for reading in allowed) or "open"
             p9.require(standing in allowed, f"{job_id} is {'/'.join(standing)}, must be {text}")
             p9.require(not self._settled_too_early(job_id), f"{job_id} was settled before it was overdue")
@@ -410,11 +410,11 @@ class Referee:
                 held = row["event_id"] in in_hand and row["committed_at"] > killed_at
                 (killed if held else live).append(late)
         slow = P99_MAX_S + self._record["alive_ttl_s"]
-        found = [("settled by their event", live, P99_MAX_S), ("settled without one", overdue, OVERDUE_MAX_S)]
+        found = [("settled by their event", live, P99_MAX_S), ("settled without an event", overdue, OVERDUE_MAX_S)]
         # The killed worker's batch may settle nothing, for example if it is one event for a wrong account: then no
         # settlement can be late.
         settles = any(row["event_id"] in in_hand for rows in self._books.settlements.values() for row in rows)
-        return [*found, ("of the killed worker", killed, slow)] if settles else found
+        return [*found, ("settled after their worker was killed", killed, slow)] if settles else found
 
     def _explained(self) -> None:
         p10 = self._judgements["P10"]
