@@ -93,6 +93,18 @@ class BreakNotFound(KinoError):
     """No open break has this number."""
 
 
+class BadWindow(KinoError):
+    """This window cannot be compared; the text says which one can."""
+
+
+class CheckBusy(KinoError):
+    """Another process runs this check at this moment."""
+
+
+class CannotRepair(KinoError):
+    """A break of this kind, or in this state, has no repair; the text says what there is instead."""
+
+
 class SourceUnavailable(KinoError):
     """The job source did not answer; an error is not an answer."""
 

@@ -21,6 +21,7 @@ from kino_refunds.events.redis_url import EXAMPLE, read_url
 
 PREFIX = "KINO_"
 DATABASE_URL, PRODUCT_DATABASE_URL = f"{PREFIX}DATABASE_URL", f"{PREFIX}PRODUCT_DATABASE_URL"
+ONCALL_DATABASE_URL = f"{PREFIX}ONCALL_DATABASE_URL"
 NOT_OURS = frozenset({"KINO_TRACE"})
 """Names that the tests and the Makefile use."""
 
@@ -42,6 +43,11 @@ class Settings(BaseSettings):
     )
 
     database_url: SecretStr | None = Field(None, description="Postgres, as `kino_worker`.")
+    oncall_database_url: SecretStr | None = Field(
+        None,
+        description="Postgres, as a login of `kino_oncall`; for `breaks repair` by a reversal. Unset:"
+        " `KINO_DATABASE_URL`.",
+    )
     product_database_url: SecretStr | None = Field(
         None,
         description="Postgres, as `kino_product`; for `charges open` and `accounts grant`. Unset: `KINO_DATABASE_URL`.",
@@ -74,6 +80,17 @@ class Settings(BaseSettings):
         None,
         description="What knows how a job ended whose event never came: `sql`, `http`, or `none` (then it counts as"
         " timed out). No default: unset, such a job is never found.",
+    )
+    job_source_name: Annotated[str, Field(min_length=1, max_length=60)] = Field(
+        "pipeline", description="What proofs and reports call the job source."
+    )
+    check_grace_s: Annotated[float, Field(ge=0, le=DAY_S)] = Field(
+        300.0,
+        description="What ended this long ago must be settled, and the product told of it, or a check says so: P9's 5"
+        " min.",
+    )
+    check_every_s: Annotated[float, Field(ge=10, le=DAY_S)] = Field(
+        300.0, description="Pause between runs of each check; a run compares what is new since the last one."
     )
     job_source_url: SecretStr | None = Field(
         None, description="The source's database (`sql`) or endpoint (`http`; https, except on loopback)."
@@ -178,6 +195,16 @@ class Settings(BaseSettings):
             return self.require_database_url(), DATABASE_URL
         example = "postgresql://kino_product@HOST/DATABASE"
         return _require_postgres(self.product_database_url, PRODUCT_DATABASE_URL, example), PRODUCT_DATABASE_URL
+
+    def require_oncall_database_url(self) -> tuple[str, str]:
+        """Return the database URL for what only on-call may do, and the name of the setting that it comes from.
+
+        Raises BadSettings, which says how to set it.
+        """
+        if self.oncall_database_url is None:
+            return self.require_database_url(), DATABASE_URL
+        example = "postgresql://kino_oncall@HOST/DATABASE"
+        return _require_postgres(self.oncall_database_url, ONCALL_DATABASE_URL, example), ONCALL_DATABASE_URL
 
     def require_migration_database_url(self) -> str:
         """Return the owner's database URL; raises BadSettings, which says how to set it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ from celery import shared_task
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.db.faults import Fault, classify
-from kino_refunds.errors import BadSettings, KinoError
+from kino_refunds.errors import BadSettings, CheckBusy, KinoError
 from kino_refunds.events.connection import redis_client
 from kino_refunds.intake.gate import read_gate
 from kino_refunds.ledger import expire_lots as expire
 from kino_refunds.outbox.relay import relay_refunds as relay
 from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.reconciliation.clocks import read_clocks
 from kino_refunds.reconciliation.overdue import overdue_rules_of
 from kino_refunds.reconciliation.overdue import sweep_overdue as sweep_jobs
+from kino_refunds.reconciliation.runs import BY_SCHEDULE, bench_for, run_check
 from kino_refunds.reconciliation.verified import sample_clock as sample
 from kino_refunds.schedule import claim_slot, entries, finish_slot
 from kino_refunds.settings import load_settings
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import sqlalchemy as sa
+    from celery import Task
+
+    from kino_refunds.reconciliation.checks import Check
 
 log = get_logger(__name__)
 
@@ -144,6 +150,42 @@ def sweep_overdue() -> None:
         return {name: value for name, value in report.as_dict().items() if name != "verified_through"}
 
     _in_slot("kino.sweep_overdue", run, settles=True)
+
+
+CHECK_BUDGET_S = 20.0
+"""What a scheduled run of a check may take before it leaves the rest to the next one: two threads run all sweeps, and
+retries must not wait for a check that reads a large ledger for the first time."""
+_one_check = threading.Lock()
+
+
+def _run_check(check: Check) -> None:
+    """Run a check, or go on with it, unless another one is running in this process."""
+    settings = load_settings()
+
+    def run() -> dict[str, Any]:
+        if not _one_check.acquire(blocking=False):
+            return {"waits": "another check is running"}
+        try:
+            with bench_for(check, settings, actor=BY_SCHEDULE) as bench:
+                ended = run_check(check, bench, budget_s=CHECK_BUDGET_S)
+        except CheckBusy as error:
+            return {"waits": str(error)}
+        finally:
+            _one_check.release()
+        return {"state": ended.state, "broken": ended.broken} if ended.broken or not ended.is_complete else {}
+
+    _in_slot(check.task, run, settles=False)
+
+
+def _task_of(check: Check) -> Task:
+    @shared_task(name=check.task)
+    def run() -> None:
+        _run_check(check)
+
+    return run
+
+
+CHECK_TASKS = [_task_of(check) for check in CHECKS]
 
 
 @shared_task(name="kino.relay_refunds")

@@ -21,6 +21,7 @@ from kino_refunds.errors import DependencyAway
 if TYPE_CHECKING:
     from kino_refunds.db.engine import Connection, Engine
     from kino_refunds.intake.gate import Gate
+    from kino_refunds.reconciliation.repairs import Workshop
     from kino_refunds.settings import Settings
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -64,6 +65,39 @@ def product_connection() -> Iterator[Connection]:
                 raise DependencyAway(text) from error
             case Meaning.NO_RIGHT, text:
                 need = f"the product's work needs {PRODUCT_DATABASE_URL}, a login of kino_product"
+                raise DependencyAway(f"{text}; {need}") from error
+            case _:
+                raise
+
+
+@contextmanager
+def repair_shop() -> Iterator[Workshop]:
+    """Give what a repair works with; reversals go to KINO_ONCALL_DATABASE_URL or else to KINO_DATABASE_URL.
+
+    Raises DependencyAway that names the setting if a server is away or the login has no right: a worker's login may not
+    reverse charges.
+    """
+    from contextlib import nullcontext
+
+    from kino_refunds.db.faults import Meaning, explain
+    from kino_refunds.reconciliation.adapters import source_of
+    from kino_refunds.reconciliation.repairs import Workshop
+    from kino_refunds.settings import DATABASE_URL, ONCALL_DATABASE_URL, load_settings
+    from kino_refunds.settlement.rules import rules_of
+
+    settings = load_settings()
+    url, _ = settings.require_oncall_database_url()
+    try:
+        with (
+            _engine(settings.require_database_url(), settings) as worker,
+            _engine(url, settings) as oncall,
+            nullcontext() if settings.job_source is None else source_of(settings) as source,
+        ):
+            yield Workshop(worker=worker, oncall=oncall, rules=rules_of(settings), settings=settings, source=source)
+    except Exception as error:
+        match explain(error, setting=DATABASE_URL):
+            case Meaning.NO_RIGHT, text:
+                need = f"a reversal needs {ONCALL_DATABASE_URL}, a login of kino_oncall; all else a worker's login"
                 raise DependencyAway(f"{text}; {need}") from error
             case _:
                 raise

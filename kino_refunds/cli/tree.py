@@ -48,14 +48,34 @@ BLOCKS: Final[Mapping[str, Mapping[str, str | Group]]] = {
             {"list": "retries:list_pending", "show": "retries:show", "run-now": "retries:run_now"},
         ),
         "breaks": Group(
-            "Events that disagree with the ledger.\n\nExample: kino-refunds breaks list",
-            {"list": "breaks:list_breaks", "show": "breaks:show", "accept": "breaks:accept"},
+            "What disagrees with the ledger.\n\nExample: kino-refunds breaks list",
+            {
+                "list": "breaks:list_breaks",
+                "show": "breaks:show",
+                "repair": "breaks:repair",
+                "accept": "breaks:accept",
+                "false-alarm": "breaks:false_alarm",
+                "note": "breaks:note",
+                "assign": "breaks:assign",
+            },
         ),
     },
     "INTAKE": {
         "intake": Group(
             "Whether workers take events from the queues.\n\nExample: kino-refunds intake status",
             {"status": "intake:status", "pause": "intake:pause", "resume": "intake:resume"},
+        ),
+    },
+    "PROVE": {
+        "reconcile": Group(
+            "Whether ledger, pipeline and policy agree.\n\nExample: kino-refunds reconcile list",
+            {
+                "list": "reconcile:list_checks",
+                "run": "reconcile:run",
+                "show": "reconcile:show",
+                "prove": "reconcile:prove",
+                "checks": "reconcile:checks",
+            },
         ),
     },
     "LEDGER": {

@@ -7,6 +7,7 @@ them, and cannot log in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -25,16 +26,20 @@ FILES: Final = (
     "purchase_lots",
 )
 
-MAY_CALL: Final = {
-    "grant_lots": "kino_product",
-    "open_charges": "kino_product",
-    "settle_charges": "kino_worker",
-    "held_lots": "kino_worker",
-    "expire_lots": "kino_worker",
-    "reverse_charges": "kino_oncall",
-    "set_account_status": "kino_oncall",
+MAY_CALL: Final[Mapping[str, tuple[str, ...]]] = {
+    "grant_lots": ("kino_product",),
+    "open_charges": ("kino_product",),
+    "settle_charges": ("kino_worker",),
+    "held_lots": ("kino_worker",),
+    "expire_lots": ("kino_worker",),
+    "reverse_charges": ("kino_oncall",),
+    "set_account_status": ("kino_oncall",),
+    "refund_lines": ("kino_worker", "kino_oncall"),
+    "lot_grace": ("kino_worker", "kino_oncall"),
 }
-"""The functions that a login role may EXECUTE, each with its role. All others are called by functions only."""
+"""The functions that a login role may EXECUTE, each with its roles. All others are called by functions only.
+
+The last two change nothing: they say what a refund or a reversal would do (`refund_lines` asks the other)."""
 
 WRITTEN_BY_FUNCTIONS: Final = (
     "account",
@@ -171,7 +176,7 @@ def _install(connection: sa.Connection) -> None:
         connection.exec_driver_sql(f"ALTER FUNCTION {function} OWNER TO kino_ledger")
         connection.exec_driver_sql(f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC, {', '.join(LOGINS)}")
         if name in MAY_CALL:
-            connection.exec_driver_sql(f"GRANT EXECUTE ON FUNCTION {function} TO {MAY_CALL[name]}")
+            connection.exec_driver_sql(f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(MAY_CALL[name])}")
     connection.exec_driver_sql("REVOKE CREATE ON SCHEMA kino FROM kino_ledger")
 
 

@@ -43,6 +43,8 @@ class BreakRecord:
     charge_id: int | None
     credits: int
     detail: str
+    ending: str | None
+    """How the job ended by the other side, if the break is about an ending."""
     seen: int
     happened_at: datetime | None
     first_seen_at: datetime
@@ -69,9 +71,9 @@ _LIST = sa.text("""
     ORDER BY break_id LIMIT :limit
 """)
 _SHOW = sa.text("""
-    SELECT break_id, kind, job_id, subject, charge_id, credits, detail, seen, happened_at, first_seen_at, last_seen_at,
-           first_seen_at - happened_at AS time_to_detect, status, assignee, status_actor, status_note, status_at,
-           closed_at, notes, canary, run_id
+    SELECT break_id, kind, job_id, subject, charge_id, credits, detail, ending, seen, happened_at, first_seen_at,
+           last_seen_at, first_seen_at - happened_at AS time_to_detect, status, assignee, status_actor, status_note,
+           status_at, closed_at, notes, canary, run_id
     FROM kino.break WHERE break_id = :number
 """)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from kino_refunds.events.queues import depths
 from kino_refunds.intake.gate import Gate, read_gate
 from kino_refunds.intake.workforce import read_workforce
+from kino_refunds.reconciliation.settled import OVERDUE_MAX
 from kino_refunds.reconciliation.verified import HORIZON_AGE_WARN, Verification, read_verified
 from kino_refunds.schedule import Run, entries, read_schedule
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
     from kino_refunds.db.engine import Connection, Engine
     from kino_refunds.settings import Settings
-
-OVERDUE_MAX = timedelta(minutes=5)
-"""P9: a job without an event is settled within 5 minutes of its deadline and grace; until then the sweep asks."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -125,8 +123,10 @@ _COUNTS = sa.text("""
     SELECT kino.clock() AS at,
         (SELECT count(*) FROM kino.pending_event) AS waiting_for_retry,
         (SELECT min(first_seen_at) FROM kino.pending_event) AS waiting_since,
-        (SELECT count(*) FROM kino.break WHERE status = 'open') AS breaks_open,
-        (SELECT min(break_id) FROM kino.break WHERE status = 'open') AS oldest_break,
+        (SELECT count(*) FROM kino.break WHERE status IN ('open', 'investigating', 'repaired') AND NOT canary)
+            AS breaks_open,
+        (SELECT min(break_id) FROM kino.break
+            WHERE status IN ('open', 'investigating', 'repaired') AND NOT canary) AS oldest_break,
         (SELECT c.job_id FROM overdue JOIN kino.charge c USING (charge_id) ORDER BY due_at, charge_id LIMIT 1)
             AS oldest_job,
         o.charges, o.credits, d.overdue, d.overdue_credits, d.late, d.late_credits

@@ -47,8 +47,8 @@ APPEND_ONLY: Final = frozenset(
     }
 )
 _KEPT = frozenset({"pending_event", "overdue_ask", "intake_worker", "schedule_slot"})
-_ADDED = frozenset({"xid_clock"})
-_UPSERTED = frozenset({"dead_letter", "break", "relay_cursor"})
+_ADDED = frozenset({"xid_clock", "seal"})
+_UPSERTED = frozenset({"dead_letter", "break", "relay_cursor", "check_run"})
 _NOTED = frozenset({"waiting_message"})
 _ONE_ROW = frozenset({"intake_state", "verified_through"})
 _ONLY_READ = frozenset(WRITTEN_BY_FUNCTIONS) | {"charge_status", "account_balance", "alembic_version"}
@@ -61,7 +61,7 @@ WORKER_RIGHTS: Final = {
     "DELETE": _KEPT | _NOTED,
     "TRUNCATE": frozenset[str](),
     "TRIGGER": frozenset[str](),
-    "EXECUTE": frozenset(name for name, role in MAY_CALL.items() if role == "kino_worker"),
+    "EXECUTE": frozenset(name for name, roles in MAY_CALL.items() if "kino_worker" in roles),
 }
 """What the migrations grant to kino_worker, by right; tables that this build does not know are not checked."""
 

@@ -33,15 +33,17 @@ _LOCK = sa.text("SELECT CAST(xid AS text), charge_id FROM kino.relay_cursor FOR 
 # be sent.
 _NEXT = sa.text("""
     WITH refund AS (
-        SELECT s.xid, s.charge_id, s.reason, s.clause, s.policy_version, s.settled_at AS at FROM kino.settlement s
+        SELECT 'refund' AS what, s.xid, s.charge_id, s.reason, s.clause, s.policy_version, s.settled_at AS at
+        FROM kino.settlement s
         WHERE s.kind = 'refunded' AND (s.xid, s.charge_id) > (CAST(:xid AS xid8), :charge_id)
           AND s.xid < kino.horizon()
         UNION ALL
-        SELECT k.xid, k.charge_id, k.reason, k.clause, k.policy_version, k.corrected_at FROM kino.correction k
+        SELECT 'correction', k.xid, k.charge_id, k.reason, k.clause, k.policy_version, k.corrected_at
+        FROM kino.correction k
         WHERE (k.xid, k.charge_id) > (CAST(:xid AS xid8), :charge_id)
           AND k.xid < kino.horizon()
     )
-    SELECT CAST(r.xid AS text) AS xid, r.charge_id, r.reason, r.clause, r.policy_version, r.at,
+    SELECT CAST(r.xid AS text) AS xid, r.what, r.charge_id, r.reason, r.clause, r.policy_version, r.at,
            c.job_id, c.account_id, c.credits
     FROM refund r JOIN kino.charge c USING (charge_id)
     ORDER BY r.xid, r.charge_id LIMIT :limit
@@ -53,8 +55,8 @@ def relay_refunds(engine: sa.Engine, client: redis.Redis, queue: str, *, limit: 
     """Push up to `limit` refunds to the Redis list `queue` as bare CloudEvents; return how many.
 
     The cursor moves after Redis has them. If anything fails in between, they are pushed again, so consumers deduplicate
-    by id (`refund:<charge_id>`; a charge is refunded once). If two run at once, the second does nothing. Raises what
-    Redis and Postgres raise.
+    by id: `refund:<charge_id>`, or `correction:<charge_id>` for a capture that was refunded later; a charge has one of
+    them, once. If two run at once, the second does nothing. Raises what Redis and Postgres raise.
     """
     with engine.begin() as connection:
         connection.execute(_START)
@@ -141,8 +143,9 @@ _BETWEEN = sa.text("""
 
 
 class Refund(NamedTuple):
-    """A refund or a correction that the product is told of; `credits` are whole."""
+    """A refund or a correction (`what`) that the product is told of; `credits` are whole."""
 
+    what: str
     charge_id: int
     job_id: str
     account_id: str
@@ -157,7 +160,7 @@ def refund_event(refund: Refund) -> dict[str, Any]:
     """Return the CloudEvent of one refund; credits are whole."""
     return {
         "specversion": "1.0",
-        "id": f"refund:{refund.charge_id}",
+        "id": f"{refund.what}:{refund.charge_id}",
         "source": EVENT_SOURCE,
         "type": EVENT_TYPE,
         "time": refund.at.isoformat(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ class Scope:
     """`kino.clock()` when the run, or its present part, began."""
     policy: Policy
     overdue_grace: timedelta
+    grace: timedelta
+    """What the pipeline and the relay have this long for before a difference counts."""
     source: JobSource | None = None
     """None: no job source is configured."""
     relay_queue: str | None = None
@@ -80,3 +82,16 @@ class LiveBreak:
     """`job:JOB`, or `lot:7` and the like."""
     job_id: str | None
     charge_id: int | None
+
+
+def rows_in_pages(
+    engine: sa.Engine, statement: sa.TextClause, wanted: Mapping[str, Any]
+) -> Iterator[Sequence[sa.Row[Any]]]:
+    """Give the rows of a query, PAGE at a time, by a cursor of the server: memory is the same for any number of rows.
+
+    The transaction reads only: it has no number, so it holds back no horizon while the pages are worked on.
+    """
+    with engine.connect() as connection:
+        streaming = connection.execution_options(stream_results=True, max_row_buffer=PAGE)
+        with streaming.execute(statement, wanted) as result:
+            yield from result.partitions(PAGE)

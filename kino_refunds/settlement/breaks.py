@@ -78,6 +78,8 @@ class Break:
     detail: str
     sides: str
     happened_at: datetime | None = None
+    ending: str | None = None
+    """How the job ended by the side that is not the ledger, in the word that a settlement stores: a repair needs it."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -105,6 +107,7 @@ def break_of(ruling: Ruling) -> Break:
         detail=detail,
         sides=f"{stands} / {event.ending}",
         happened_at=event.time,
+        ending=event.ending,
     )
 
 
@@ -121,19 +124,21 @@ _ACCEPTED = sa.text("""
 # A break that a person repaired and that is still there some minutes later was not repaired. Not at once: the event
 # that repairs may still be on its way.
 _RAISE = sa.text("""
-    INSERT INTO kino.break AS b (kind, subject, job_id, charge_id, credits, detail, sides, seen, happened_at, run_id)
-    SELECT kind, subject, job_id, charge_id, credits, detail, sides, seen, happened_at, :run_id
+    INSERT INTO kino.break AS b (kind, subject, job_id, charge_id, credits, detail, sides, seen, happened_at,
+                                 ending, run_id)
+    SELECT kind, subject, job_id, charge_id, credits, detail, sides, seen, happened_at, ending, :run_id
     FROM unnest(CAST(:kinds AS text[]), CAST(:own_subjects AS text[]), CAST(:job_ids AS text[]),
                 CAST(:charge_ids AS bigint[]), CAST(:credits AS bigint[]), CAST(:details AS text[]),
-                CAST(:digests AS text[]), CAST(:seen AS bigint[]), CAST(:happened AS timestamptz[]))
-         AS n (kind, subject, job_id, charge_id, credits, detail, sides, seen, happened_at)
+                CAST(:digests AS text[]), CAST(:seen AS bigint[]), CAST(:happened AS timestamptz[]),
+                CAST(:endings AS text[]))
+         AS n (kind, subject, job_id, charge_id, credits, detail, sides, seen, happened_at, ending)
     ON CONFLICT (kind, coalesce(subject, 'job:' || job_id)) WHERE status IN ('open', 'investigating', 'repaired')
     DO UPDATE SET
         seen = b.seen + excluded.seen, last_seen_at = excluded.last_seen_at,
         run_id = coalesce(excluded.run_id, b.run_id),
         detail = CASE WHEN b.sides IN ('', excluded.sides) THEN b.detail ELSE excluded.detail END,
         credits = CASE WHEN b.sides IN ('', excluded.sides) THEN b.credits ELSE excluded.credits END,
-        sides = excluded.sides,
+        sides = excluded.sides, ending = coalesce(excluded.ending, b.ending),
         status = CASE WHEN b.status = 'repaired' AND b.status_at < kino.clock() - interval '5 minutes'
                       THEN 'open' ELSE b.status END
 """)
@@ -182,6 +187,7 @@ def raise_breaks(connection: sa.Connection, found: Iterable[Break], *, run_id: i
                 "digests": [each.digest for each in rows],
                 "seen": [seen[key] for key in keys],
                 "happened": [each.happened_at for each in rows],
+                "endings": [each.ending for each in rows],
                 "run_id": run_id,
             },
         )

@@ -340,8 +340,8 @@ PLANTED = [
         "a product may settle",
         Edit(
             "kino_refunds/db/functions.py",
-            '"settle_charges": "kino_worker",',
-            '"settle_charges": "kino_worker, kino_product",',
+            '"settle_charges": ("kino_worker",),',
+            '"settle_charges": ("kino_worker", "kino_product"),',
         ),
         tests=("tests/integration/db/test_ledger_rights.py",),
     ),

@@ -17,7 +17,7 @@ from kino_refunds.settlement.dead_letters import LetterStatus
     ("command", "parameter", "words"),
     [
         (accounts.grant, "lot_class", [*LotClass]),
-        (breaks.list_breaks, "status", [*BreakStatus, "all"]),
+        (breaks.list_breaks, "status", ["live", *BreakStatus, "all"]),
         (dead_letters.list_letters, "status", [*LetterStatus, "all"]),
     ],
     ids=["lot class", "break", "letter"],

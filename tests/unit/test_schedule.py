@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.schedule import LATE_MIN, LATE_SLOTS, LOOK_BACK, Entry, Run, Slots, _run, entries
 from kino_refunds.settings import Settings, load_settings
 from tests.clock import HOUR, MINUTE, SECOND, TICK
@@ -29,13 +30,15 @@ def test_a_slot_begins_at_the_same_instant_everywhere(every: float) -> None:
 
 def test_what_is_off_is_not_scheduled() -> None:
     """Without a job source nobody is asked, and without a queue nobody is told; both are off by default."""
-    always = ["kino.sweep_retries", "kino.expire_lots", "kino.sample_clock"]
+    sweeps = ["kino.sweep_retries", "kino.expire_lots", "kino.sample_clock"]
+    checks = [check.task for check in CHECKS]
+    always = [*sweeps, *checks]
 
     default = entries(Settings.model_construct())
     everything = entries(Settings.model_construct(job_source="none", relay_queue="product.refunds"))
 
     assert [entry.name for entry in default] == always
-    assert [entry.name for entry in everything] == [*always, "kino.sweep_overdue", "kino.relay_refunds"]
+    assert [entry.name for entry in everything] == [*sweeps, "kino.sweep_overdue", *checks, "kino.relay_refunds"]
     assert sorted(beat_schedule(Settings.model_construct())) == sorted(always)
 
 

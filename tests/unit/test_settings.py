@@ -32,6 +32,7 @@ def test_defaults_are_those_of_the_design() -> None:
 
     assert settings == {
         "database_url": None,
+        "oncall_database_url": None,
         "product_database_url": None,
         "migration_database_url": None,
         "redis_url": None,
@@ -45,6 +46,9 @@ def test_defaults_are_those_of_the_design() -> None:
         "job_source_query": None,
         "job_source_token": None,
         "job_source_timeout_s": 10.0,
+        "job_source_name": "pipeline",
+        "check_grace_s": 300.0,
+        "check_every_s": 300.0,
         "overdue_every_s": 60.0,
         "relay_queue": None,
         "relay_every_s": 5.0,

@@ -66,7 +66,7 @@ def test_the_news_is_a_cloud_event_that_says_what_and_why(scene: Scene, redis: R
 
 
 def test_a_correction_is_told_like_a_refund(scene: Scene, redis: Redis) -> None:
-    """A captured charge that was refunded later is news under the same id form, in its place in the order."""
+    """A captured charge that was refunded later is news under an id of its own, in its place in the order."""
     start_relay(scene, redis)
     charge = scene.charged("corrected")
     scene.settle(make_event("completed", "corrected"))
@@ -77,7 +77,7 @@ def test_a_correction_is_told_like_a_refund(scene: Scene, redis: Redis) -> None:
     count = relay_refunds(scene.worker, redis, QUEUE)
 
     assert count == 3
-    assert ids(redis) == [first, f"refund:{charge.charge_id}", last]
+    assert ids(redis) == [first, f"correction:{charge.charge_id}", last]
 
 
 def test_one_transaction_s_refunds_are_told_across_rounds(scene: Scene, redis: Redis) -> None:

@@ -81,7 +81,7 @@ def test_a_correction_is_told_again_too(scene: Scene, redis: Redis) -> None:
     relay_refunds(scene.worker, redis, QUEUE)
 
     assert found == Rewind(1, settled_at(scene, "corrected").astimezone(UTC))
-    assert read_news(redis) == [f"refund:{charge.charge_id}"]
+    assert read_news(redis) == [f"correction:{charge.charge_id}"]
 
 
 def test_transactions_whose_times_do_not_follow_their_order_are_all_told(scene: Scene, redis: Redis) -> None:

@@ -14,7 +14,7 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
-LEDGER_FUNCTIONS = "b40064c106c04a17d72bc9b98f73477ebb78622d35ae6af2fab286e48626ae5a"
+LEDGER_FUNCTIONS = "32bfbc4f76ffa77c11166085813b43a592fd1aa5472b990e40e4ec1fc28d78bd"
 """The digest of the functions that belong to this revision."""
 
 # In the order of 0003: who charges must not wait for us while we wait for it.
@@ -64,6 +64,7 @@ ALTER TABLE kino.break
     ADD COLUMN subject text,
     ADD COLUMN sides text NOT NULL DEFAULT '',
     ADD COLUMN happened_at timestamptz,
+    ADD COLUMN ending text,
     ADD COLUMN assignee text,
     ADD COLUMN notes jsonb NOT NULL DEFAULT '[]',
     ADD COLUMN canary boolean NOT NULL DEFAULT false,
@@ -74,6 +75,8 @@ COMMENT ON COLUMN kino.break.sides IS
     'a digest of the two sides: a difference that a person accepted opens again only when this changes';
 COMMENT ON COLUMN kino.break.happened_at IS
     'when the two sides came apart; first_seen_at less this is the time to detect';
+COMMENT ON COLUMN kino.break.ending IS
+    'how the job ended by the side that is not the ledger, as in settlement.ending; null: not about an ending';
 COMMENT ON COLUMN kino.break.run_id IS 'the run that found it, or that saw it last; null: an event did';
 -- squawk-ignore ban-drop-constraint
 ALTER TABLE kino.break DROP CONSTRAINT break_status_check;
