@@ -100,6 +100,19 @@ class Settings(BaseSettings):
         description="`sql`: a query with `:job_ids`, giving `job_id`, `state` and, if known, `origin`, `stage`,"
         " `result_produced`, `finished_at`.",
     )
+    job_source_finished_query: str | None = Field(
+        None,
+        description="`sql`: a query with `:since` and `:until` that lists the jobs that finished between them, with the"
+        " same columns and, if known, `account_id`, `credits`. Unset: `matching` has nothing to compare with.",
+    )
+    job_source_complete_query: str | None = Field(
+        None,
+        description="`sql`: a query that gives the instant through which that list is complete. Unset: `matching`"
+        " reads a day again each time, and says what it assumes.",
+    )
+    job_source_finished_url: SecretStr | None = Field(
+        None, description="`http`: the endpoint that lists finished jobs in pages; as the query above."
+    )
     job_source_token: SecretStr | None = Field(None, description="`http`: sent as a bearer token.")
     job_source_timeout_s: Annotated[float, Field(gt=0, le=60)] = Field(
         10.0, description="A source that does not answer within this has not answered; the sweep asks again."
@@ -126,6 +139,11 @@ class Settings(BaseSettings):
     )
     overdue_running_max_h: Annotated[float, Field(gt=0, le=365 * 24)] = Field(
         24.0, description="A job that is still running this long after its deadline is a break."
+    )
+    matching_delay_min: Annotated[float, Field(ge=0, le=24 * 60)] = Field(
+        15.0,
+        description="`matching` leaves out this much of the present where the source does not say how far its list is"
+        " complete: longer than a pipeline takes to write that a job ended.",
     )
     lock_timeout_ms: Annotated[int, Field(gt=0, le=DAY_S * 1000)] = Field(
         500,
@@ -181,6 +199,11 @@ class Settings(BaseSettings):
     def overdue_grace(self) -> timedelta:
         """`overdue_grace_s` as a timedelta."""
         return timedelta(seconds=self.overdue_grace_s)
+
+    @property
+    def matching_delay(self) -> timedelta:
+        """`matching_delay_min` as a timedelta."""
+        return timedelta(minutes=self.matching_delay_min)
 
     def require_database_url(self) -> str:
         """Return the worker's database URL; raises BadSettings, which says how to set it."""

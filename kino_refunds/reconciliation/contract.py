@@ -8,15 +8,35 @@ class TestOurSource(JobSourceContract):
 
 Let `known` have a job of every state and detail that your source can answer, ids of every length and spelling that your
 pipeline uses, and at least two jobs: each answer is compared as a whole.
+
+A source that also lists finished jobs has a second contract:
+
+class TestOurList(FinishedJobsContract):
+    @pytest.fixture
+    def source(self): return OurSource(...)
+    @pytest.fixture
+    def window(self): return since, until
+    @pytest.fixture
+    def listed(self): return [FinishedJob("job-1", Answer(JobState.COMPLETED, finished_at=...), "account-1", 8), ...]
+
+Let `listed` be every job that finished in `window`, in order: at least three, of which two finished at one instant, and
+let your source also know a job that finished just before the window, one that finished exactly at its end, and one that
+still runs.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from kino_refunds.reconciliation.clocks import SKEW_MAX
+from kino_refunds.reconciliation.finished import checked
 from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource
     from kino_refunds.reconciliation.sources import JobSource
 
 NOBODY = "no-such-job-a41f0c"
@@ -92,3 +112,73 @@ class JobSourceContract:
         """Quotes, percent signs and statements in an id are looked up, not executed."""
         ids = ["' OR 1=1 --", "%s", "%", "_", "*", ":job_ids", '"; DROP TABLE job', "ünïcode 漢字"]
         assert dict(source.ask(ids)) == dict.fromkeys(ids, Answer(JobState.UNKNOWN))
+
+
+TICK = timedelta(microseconds=1)
+Interval = tuple[datetime, datetime]
+
+
+class FinishedJobsContract:
+    """What matching relies on; `listed` is every job that finished from `window[0]` to before `window[1]`, in order."""
+
+    def test_every_job_is_listed_as_it_ended(
+        self, source: FinishedSource, window: Interval, listed: Sequence[FinishedJob]
+    ) -> None:
+        """The list has each finished job with its ending, time, account and credits, and no other job."""
+        assert {job.job_id: job for job in source.finished(*window)} == {job.job_id: job for job in listed}
+
+    def test_the_list_is_in_order(
+        self, source: FinishedSource, window: Interval, listed: Sequence[FinishedJob]
+    ) -> None:
+        """Jobs come by finished_at, and those of one instant by the characters of their ids: a reader goes on there."""
+        places = [job.place for job in source.finished(*window)]
+
+        assert places == sorted(places)
+        assert len({place[0] for place in places}) < len(listed), "let two jobs finish at one instant"
+
+    def test_no_job_is_listed_twice(self, source: FinishedSource, window: Interval) -> None:
+        """A join that doubles rows would be counted twice."""
+        places = [job.place for job in source.finished(*window)]
+
+        assert len(set(places)) == len(places)
+
+    def test_a_window_begins_at_since_and_ends_before_until(
+        self, source: FinishedSource, listed: Sequence[FinishedJob]
+    ) -> None:
+        """A job that finished exactly at `since` is listed, one that finished exactly at `until` is not."""
+        first, last = listed[0].finished_at, listed[-1].finished_at
+
+        assert list(source.finished(first, last)) == [job for job in listed if job.finished_at < last]
+        assert list(source.finished(last, last + TICK)) == [job for job in listed if job.finished_at == last]
+
+    def test_two_windows_are_as_one(
+        self, source: FinishedSource, window: Interval, listed: Sequence[FinishedJob]
+    ) -> None:
+        """Cut at the instant of any job, the two parts hold each job once."""
+        since, until = window
+        for cut in {job.finished_at for job in listed}:
+            assert [*source.finished(since, cut), *source.finished(cut, until)] == list(listed)
+
+    def test_an_empty_window_is_empty(self, source: FinishedSource, window: Interval) -> None:
+        """Nothing finishes in no time."""
+        assert list(source.finished(window[0], window[0])) == []
+
+    def test_every_value_is_a_finished_job(self, source: FinishedSource, window: Interval) -> None:
+        """The list passes the checks that matching makes of each job."""
+        assert list(checked(source.finished(*window), since=window[0], until=window[1]))
+
+    def test_ask_says_the_same(self, source: FinishedSource, listed: Sequence[FinishedJob]) -> None:
+        """A job that is listed is answered with the same ending when it is asked about: a repair goes by that."""
+        assert dict(source.ask([job.job_id for job in listed])) == {job.job_id: job.answer for job in listed}
+
+    def test_listing_again_gives_the_same(
+        self, source: FinishedSource, window: Interval, listed: Sequence[FinishedJob]
+    ) -> None:
+        """A job's ending and its time do not change from one list to the next."""
+        assert list(source.finished(*window)) == list(source.finished(*window)) == list(listed)
+
+    def test_the_promise_is_not_in_the_future(self, source: FinishedSource) -> None:
+        """A source cannot know of jobs that have not finished yet."""
+        promised = source.complete_through()
+
+        assert promised is None or promised <= datetime.now(UTC) + SKEW_MAX

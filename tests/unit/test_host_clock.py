@@ -37,6 +37,7 @@ DECIDES_NOTHING = {
     "kino_refunds/doctor/on_postgres.py": "is compared with the servers' clocks, to be found wrong",
     "kino_refunds/doctor/on_redis.py": "the same",
     "kino_refunds/reconciliation/clocks.py": "is compared with the servers' clocks, to withhold what cannot be undone",
+    "kino_refunds/reconciliation/contract.py": "an adopter runs it, without a ledger: no promise may lie in the future",
     "kino_refunds/intake/heartbeat.py": "is compared with Postgres', for a warning",
 }
 """Where the host's clock or a bare SQL clock may stand, and why that decides nothing."""

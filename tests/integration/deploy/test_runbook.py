@@ -13,8 +13,9 @@ from pydantic import SecretStr
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
-from kino_refunds.reconciliation.adapters import read_answers, source_of
+from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.guard import WithheldReason
+from kino_refunds.reconciliation.rows import read_answers
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.breaks import BreakKind

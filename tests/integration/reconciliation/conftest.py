@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.db.engine import SessionLimits, create_engine
-from kino_refunds.reconciliation.adapters import HttpSource
+from kino_refunds.reconciliation.http_source import HttpSource
 from tests.clock import clock_at
 from tests.conftest import Database
 from tests.integration.reconciliation.job_sources import JOBS, Endpoint, honest

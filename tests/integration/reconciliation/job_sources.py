@@ -127,6 +127,6 @@ def rows(*rows: dict[str, Any]) -> Reply:
 
 
 def settings(**chosen: Any) -> Settings:
-    secret = {"job_source_url", "job_source_token"}
+    secret = {"job_source_url", "job_source_token", "job_source_finished_url"}
     values: dict[str, Any] = {name: SecretStr(value) if name in secret else value for name, value in chosen.items()}
     return Settings.model_construct(None, **values)

@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from kino_refunds.errors import KinoError, SourceBroken, SourceTimeout, SourceUnavailable, SourceUnreachable
-from kino_refunds.reconciliation.adapters import ANSWER_BYTES_MAX, HttpSource, read_answers
 from kino_refunds.reconciliation.contract import JobSourceContract
+from kino_refunds.reconciliation.http_source import ANSWER_BYTES_MAX, HttpSource
+from kino_refunds.reconciliation.rows import read_answers
 from kino_refunds.reconciliation.sources import Answer, JobSource
 from tests.integration.reconciliation.job_sources import (
     BROKEN,

@@ -10,8 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.errors import BadSettings, SourceBroken, SourceUnavailable, SourceUnreachable
-from kino_refunds.reconciliation.adapters import HttpSource, SqlSource, source_of
+from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.reconciliation.http_source import HttpSource
 from kino_refunds.reconciliation.sources import Answer, JobState
+from kino_refunds.reconciliation.sql_source import SqlSource
 from kino_refunds.settings import Settings
 from tests.conftest import Database
 from tests.integration.reconciliation.job_sources import COMPLETED, FAILED, QUERY, UNKNOWN, Endpoint, settings

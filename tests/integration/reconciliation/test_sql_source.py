@@ -6,9 +6,9 @@ import pytest
 import sqlalchemy as sa
 
 from kino_refunds.errors import BadSettings, KinoError, SourceTimeout, SourceUnavailable
-from kino_refunds.reconciliation.adapters import SqlSource
 from kino_refunds.reconciliation.contract import JobSourceContract
 from kino_refunds.reconciliation.sources import Answer, JobSource
+from kino_refunds.reconciliation.sql_source import SqlSource
 from tests.integration.reconciliation.job_sources import BROKEN, COMPLETED, FAILED, FOREIGN, JOBS, KNOWN, QUERY, UNKNOWN
 from tests.malformed import TEN_KB
 
