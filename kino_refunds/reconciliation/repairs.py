@@ -59,6 +59,9 @@ MEANS = {
 NEEDS_REFERENCE = {BreakKind.WRONGFUL_TERMINATION, BreakKind.ACCOUNT_STATUS_DIFFERS}
 """Kinds that no event and no source tells: a case, in which somebody decided, stands behind each."""
 
+BY_OUR_OWN_ENDING = {*NEEDS_REFERENCE, BreakKind.DECISION_DIFFERS}
+"""Kinds in which nobody doubts how the job ended, only what was made of it: the settlement's own ending counts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -235,7 +238,8 @@ def _prepare(shop: Workshop, break_id: int, *, ending: str | None) -> tuple[Plan
         )
     if means is Means.EVENT:
         return _plan_event(shop, facts)
-    return _plan_reversal(shop, facts, ending or facts.ending or facts.settled_ending), None
+    own = facts.settled_ending if facts.kind in BY_OUR_OWN_ENDING else None
+    return _plan_reversal(shop, facts, ending or facts.ending or own), None
 
 
 def _read_facts(shop: Workshop, break_id: int) -> _Facts:
