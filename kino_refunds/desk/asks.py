@@ -1,11 +1,11 @@
-"""The overdue sweep by hand: ask the job source about jobs that are past their deadline and not settled."""
+"""The overdue sweep by hand: ask the job source about open charges, also before their deadline."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from kino_refunds.reconciliation.overdue import sweep_overdue
+from kino_refunds.reconciliation.overdue import OVERDUE, sweep_overdue
 from kino_refunds.schedule import Entry, begin_by_hand, finish_slot
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import redis
 
     from kino_refunds.db.engine import Engine
-    from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules
+    from kino_refunds.reconciliation.overdue import OverdueReport, OverdueRules, Which
     from kino_refunds.reconciliation.sources import JobSource
     from kino_refunds.settlement.rules import Rules
 
@@ -30,18 +30,22 @@ def ask_now(
     *,
     overdue: OverdueRules,
     actor: str,
+    which: Which = OVERDUE,
     dry_run: bool,
     progress: Callable[[OverdueReport], None],
 ) -> OverdueReport:
-    """Run the overdue sweep once and return its report; a row keeps the person and the report, except in a dry run.
+    """Run the overdue sweep once over the charges of `which`, and return its report.
 
-    Raises what the sweep raises; the row then stays without a result.
+    A row keeps the person and the report, except in a dry run. Raises what the sweep raises; the row then stays without
+    a result.
     """
     slot_at = None
     if not dry_run:
         with engine.begin() as connection:
             slot_at = begin_by_hand(connection, BY_HAND, actor=actor)
-    report = sweep_overdue(engine, client, source, rules, overdue=overdue, dry_run=dry_run, progress=progress)
+    report = sweep_overdue(
+        engine, client, source, rules, overdue=overdue, which=which, dry_run=dry_run, progress=progress
+    )
     if slot_at is not None:
         with engine.begin() as connection:
             finish_slot(connection, BY_HAND, slot_at, report.as_dict())

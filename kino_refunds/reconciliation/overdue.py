@@ -10,35 +10,28 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any
 
 import redis
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from kino_refunds.errors import (
-    BadSettings,
-    ForeignAnswer,
-    KinoError,
-    SourceBroken,
-    SourceUnavailable,
-    SourceUnreachable,
-)
-from kino_refunds.events.schema import JobCompleted, JobFailed, JobSafetyRejected, JobTimedOut, stored_ids
+from kino_refunds.events.schema import stored_ids
+from kino_refunds.reconciliation.asking import Asked, ask_about
 from kino_refunds.reconciliation.clocks import read_clocks
+from kino_refunds.reconciliation.endings import event_of
 from kino_refunds.reconciliation.guard import OverdueCharge, WithheldReason, note_queued, read_guard
-from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
+from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.reconciliation.verified import read_verified
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import Break, BreakKind, raise_breaks
-from kino_refunds.settlement.deliveries import RECONCILER, delivery_of
+from kino_refunds.settlement.deliveries import delivery_of
 from kino_refunds.settlement.outcomes import Outcome
 from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from kino_refunds.events.schema import Event
     from kino_refunds.reconciliation.sources import JobSource
     from kino_refunds.settings import Settings
     from kino_refunds.settlement.deliveries import Delivery
@@ -47,15 +40,32 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 PAGE = 500
-ASK_BATCH = 100
-"""Jobs in one ask: small enough for a query string or an IN list of any source."""
-TIMEOUTS_MAX = 10
-"""Asks in a row that may end in a timeout: more than the 8 of a batch that is halved down to its one slow job. Without
-this limit a source that hangs would hold a sweep for 199 timeouts a batch, half an hour, and one of the worker's two
-threads with it. The price: four slow jobs at the head of a batch delay the jobs behind them, which is reported."""
-LEFT_OUT = "the job source left out jobs that it was asked for: it must say `unknown` of those that it does not know"
-PROBLEM_MAX = 300
-"""Characters of a source's error that are kept: some errors are a whole page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """The open charges that a sweep asks about.
+
+    By default those past deadline and grace. `early` takes the others too: after a flush the source knows how a job
+    ended long before its deadline. `job_id` and `opened_since` narrow that down.
+    """
+
+    early: bool = False
+    job_id: str | None = None
+    opened_since: datetime | None = None
+
+    @classmethod
+    def job(cls, job_id: str) -> Which:
+        """Return the open charge of one job."""
+        return cls(early=True, job_id=job_id)
+
+    @classmethod
+    def since(cls, opened_since: datetime) -> Which:
+        """Return the open charges that were opened at this instant or later."""
+        return cls(early=True, opened_since=opened_since)
+
+
+OVERDUE, ALL_OPEN = Which(), Which(early=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,8 @@ class OverdueReport:
 
     dry_run: bool
     overdue: int = 0
+    early: int = 0
+    """Jobs that were asked about before deadline and grace, or again sooner than the sweep would."""
     asked: int = 0
     source_errors: int = 0
     """Jobs for which the source failed."""
@@ -114,6 +126,7 @@ class OverdueReport:
         return {
             "dry_run": self.dry_run,
             "overdue": self.overdue,
+            "early": self.early,
             "asked": self.asked,
             "source_errors": self.source_errors,
             "source_broken": self.source_broken,
@@ -134,18 +147,21 @@ def sweep_overdue(
     rules: Rules,
     *,
     overdue: OverdueRules,
+    which: Which = OVERDUE,
     dry_run: bool = False,
     progress: Callable[[OverdueReport], None] = lambda _: None,
 ) -> OverdueReport:
     """Find every overdue charge, ask about its job, and settle the endings that are known; one pass. Return the report.
 
-    `source` None means that there is none: every overdue job is unknown at once. With `dry_run` nothing is written, and
-    the outcomes are those of the events that would be settled. `progress` is called with the report after each page.
+    `which` takes other open charges too. Of a job that is not overdue only an ending counts: `unknown` and `running`
+    are not noted, and nothing is presumed. `source` None means that there is none: every job is unknown at once. With
+    `dry_run` nothing is written, and the outcomes are those of the events that would be settled. `progress` is called
+    with the report after each page.
 
     Raises what Postgres raises, and BadSettings if the source's own setting keeps it from answering at all. Any other
     failure of the source, or of Redis, withholds presumed timeouts and does not end the sweep.
     """
-    report = OverdueReport(dry_run)
+    report, asked = OverdueReport(dry_run), Asked()
     with engine.connect() as connection:
         clocks = read_clocks(connection, redis_client)
     now = clocks.decides
@@ -154,14 +170,16 @@ def sweep_overdue(
         note_queued(engine, redis_client, now=now)
     # The spacing lets a source get over a bad minute. Without a source there is nothing to wait for.
     asked_before = now if source is None else now - overdue.ask_spacing
-    for page in _pages(engine, overdue, now, asked_before):
+    for found in _pages(engine, overdue, which, now=now, asked_before=asked_before):
+        page, early = found.due, found.early
         report.overdue += len(page)
-        answers = _ask(source, page, report)
+        report.early += len(early)
+        answers = _ask(source, [*page, *early], asked, report)
         report.answers.update(answer.state.value for answer in answers.values())
         # An ask does not count while the clocks disagree: by a wrong clock it may seem hours after the one before.
         asks = _note_answers(engine, page, answers, now=now, dry_run=dry_run or skewed)
         _raise_running(engine, page, answers, running_max=overdue.running_max, now=now, dry_run=dry_run)
-        known = [c for c in page if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
+        known = [c for c in (*page, *early) if c.job_id in answers and answers[c.job_id].state not in _NOT_AN_END]
         deliveries = [each for charge in known for each in _deliver(charge, answers[charge.job_id], report)]
         unheard = [
             charge
@@ -173,7 +191,7 @@ def sweep_overdue(
         deliveries += _presumed_timeouts(
             engine, redis_client, unheard, report, now=now, source_configured=source is not None
         )
-        _settle(engine, deliveries, page, rules=rules, report=report)
+        _settle(engine, deliveries, [*page, *early], rules=rules, report=report)
         progress(report)
     with engine.connect() as connection:
         report.verified_through = read_verified(connection).through
@@ -183,14 +201,22 @@ def sweep_overdue(
 _NOT_AN_END = frozenset({JobState.RUNNING, JobState.UNKNOWN})
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A page of open charges: those whose asks count, and those that are asked about early or once more."""
+
+    due: list[OverdueCharge]
+    early: list[OverdueCharge]
+
+
 def _pages(
-    engine: sa.Engine, overdue: OverdueRules, now: datetime, asked_before: datetime
-) -> Iterator[list[OverdueCharge]]:
+    engine: sa.Engine, overdue: OverdueRules, which: Which, *, now: datetime, asked_before: datetime
+) -> Iterator[_Found]:
     after: tuple[datetime, int] | None = None
     while True:
         with engine.connect() as connection:
             rows = connection.execute(
-                _OVERDUE,
+                _OPEN if which.early else _OVERDUE,
                 {
                     "due_before": now - overdue.grace,
                     "asked_before": asked_before,
@@ -198,13 +224,15 @@ def _pages(
                     "after_deadline": after and after[0],
                     "after_id": after and after[1],
                     "limit": PAGE,
+                    **({"job_id": which.job_id, "opened_since": which.opened_since} if which.early else {}),
                 },
             ).all()
         if not rows:
             return
         after = (rows[-1].deadline_at, rows[-1].charge_id)
-        page = [
-            OverdueCharge(
+        found = _Found([], [])
+        for row in rows:
+            charge = OverdueCharge(
                 charge_id=row.charge_id,
                 job_id=row.job_id,
                 account_id=row.account_id,
@@ -213,78 +241,47 @@ def _pages(
                 due_at=row.deadline_at + overdue.grace,
                 asks=row.asks,
             )
-            for row in rows
-            if row.askable
-        ]
-        if page:
-            yield page
+            if row.askable:
+                found.due.append(charge)
+            elif which.early:
+                found.early.append(charge)
+        if found.due or found.early:
+            yield found
 
 
 # An ask that lies in the future was noted by a clock that has been set back since: it does not count.
-_OVERDUE = sa.text("""
+_PAGE = """
     SELECT o.charge_id, c.job_id, o.account_id, o.credits, c.opened_at, o.deadline_at,
            CASE WHEN a.last_asked_at <= :now THEN a.asks ELSE 0 END AS asks,
-           coalesce(a.last_asked_at <= :asked_before OR a.last_asked_at > :now, true) AS askable
+           o.deadline_at < :due_before
+           AND coalesce(a.last_asked_at <= :asked_before OR a.last_asked_at > :now, true) AS askable
     FROM kino.open_charge o JOIN kino.charge c USING (charge_id) LEFT JOIN kino.overdue_ask a USING (charge_id)
-    WHERE o.deadline_at < :due_before
+    WHERE {which}
       AND (CAST(:after_deadline AS timestamptz) IS NULL
            OR (o.deadline_at, o.charge_id) > (CAST(:after_deadline AS timestamptz), CAST(:after_id AS bigint)))
     ORDER BY o.deadline_at, o.charge_id
     LIMIT :limit
-""")
+"""
+_OVERDUE = sa.text(_PAGE.format(which="o.deadline_at < :due_before"))
+_OPEN = sa.text(
+    _PAGE.format(
+        which="(CAST(:job_id AS text) IS NULL OR c.job_id = CAST(:job_id AS text))"
+        " AND (CAST(:opened_since AS timestamptz) IS NULL OR c.opened_at >= CAST(:opened_since AS timestamptz))"
+    )
+)
 
 
-def _ask(source: JobSource | None, page: Sequence[OverdueCharge], report: OverdueReport) -> dict[str, Answer]:
-    """Return the source's answers by job id; a job that the source left out, or failed on, is missing.
-
-    Asks in batches. A batch that fails is halved until the failing jobs are alone; they are left for the next sweep. A
-    batch with an answer for another job is not halved: that answer may belong to any of its jobs, so none of them has
-    an answer until the source is fixed.
-    """
-    job_ids = [charge.job_id for charge in page]
+def _ask(
+    source: JobSource | None, charges: Sequence[OverdueCharge], asked: Asked, report: OverdueReport
+) -> dict[str, Answer]:
+    """Return the answers by job id, and put into the report what the source failed on; raises what `ask_about` does."""
+    job_ids = [charge.job_id for charge in charges]
     if source is None:
         return dict.fromkeys(job_ids, Answer(JobState.UNKNOWN))
-    answers: dict[str, Answer] = {}
-    parts = [job_ids[start : start + ASK_BATCH] for start in range(0, len(job_ids), ASK_BATCH)]
-    timeouts = 0
-    while parts and not report.source_away:
-        part = parts.pop()
-        report.asked += len(part)
-        try:
-            said = answers_of(source.ask(part), part)
-            timeouts = 0
-            answers |= said
-            if left_out := [job_id for job_id in part if job_id not in said]:
-                # Reported, because a source that never says `unknown` would keep these jobs open forever, unnoticed.
-                _note_problem(SourceUnavailable(LEFT_OUT), left_out, report)
-        except BadSettings:
-            raise
-        except Exception as error:  # noqa: BLE001 - a source is foreign code; any error of it is no answer
-            timeouts = timeouts + 1 if isinstance(error, TimeoutError) else 0
-            report.source_away = isinstance(error, SourceUnreachable) or timeouts > TIMEOUTS_MAX
-            if len(part) > 1 and not report.source_away and not isinstance(error, ForeignAnswer):
-                middle = len(part) // 2
-                parts += [part[middle:], part[:middle]]
-            else:
-                _note_problem(error, part, report)
-    report.source_errors += sum(map(len, parts))
+    answers = ask_about(source, job_ids, asked)
+    report.asked, report.source_errors, report.source_broken = asked.asked, asked.errors, asked.broken
+    report.source_problem, report.source_away = asked.problem, asked.away
     return answers
-
-
-def _note_problem(error: Exception, part: Sequence[str], report: OverdueReport) -> None:
-    """Count the jobs that have no answer; log and keep the reason once, not for each of 600 jobs."""
-    broken = isinstance(error, SourceBroken)
-    said = str(error) if isinstance(error, KinoError) else f"{type(error).__name__}: {error}"
-    # The text is stored as jsonb, which takes no NUL and no lone surrogate: no error text may fail the slot's row.
-    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in said[:PROBLEM_MAX])
-    if text != report.source_problem:
-        log.warning("the job source failed", jobs=len(part), first_job_id=part[0], broken=broken, error=text)
-    if broken or not report.source_broken:
-        report.source_problem = text
-    if broken:
-        report.source_broken += len(part)
-    else:
-        report.source_errors += len(part)
 
 
 def _note_answers(
@@ -353,52 +350,6 @@ def _raise_running(
     if found and not dry_run:
         with engine.begin() as connection:
             raise_breaks(connection, found)
-
-
-def event_of(charge: OverdueCharge, answer: Answer) -> Event:
-    """Return the event that should have come, made from charge and answer alone: two sweeps make the same event.
-
-    The id contains everything that the content depends on. So a source that answers differently the second time, even
-    if it only knows `finished_at` by then, makes another event. The first one settles the charge (P1), and the second
-    finds it settled. Under one id the second would be a conflicting duplicate, a dead letter that means nothing.
-
-    A `finished_at` before the charge was opened, or in the future, is kept unchanged. It moves no money, because the
-    policy version and the account's status are read at a time within [opened_at, now], as for every event. If it were
-    refused, a clock that is a second fast would keep a job open.
-
-    Raises ValueError for an answer that is not the end of a job, and pydantic's ValidationError if an id of the charge
-    is not an id.
-    """
-    at = charge.due_at if answer.finished_at is None else answer.finished_at
-    common: dict[str, Any] = {
-        "source": RECONCILER,
-        "time": at,
-        "job_id": charge.job_id,
-        "account_id": charge.account_id,
-    }
-    event_id = f"overdue:{charge.charge_id}:{answer.state}"
-    finished = "" if answer.finished_at is None else f"@{at.isoformat(timespec='microseconds').replace('+00:00', 'Z')}"
-    match answer.state:
-        case JobState.COMPLETED:
-            return JobCompleted.of(id=f"{event_id}{finished}", **common)
-        case JobState.FAILED:
-            error = {"code": "reported_by_job_source", "origin": answer.origin}
-            return JobFailed.of(id=f"{event_id}.{answer.origin}{finished}", error=error, **common)
-        case JobState.TIMED_OUT:
-            # Without a result the event is the same as a presumed timeout, and as that of builds without this field.
-            result = ".result_produced" if answer.result_produced else ""
-            return JobTimedOut.of(id=f"{event_id}{result}{finished}", result_produced=answer.result_produced, **common)
-        case JobState.REJECTED:
-            return JobSafetyRejected.of(
-                id=f"{event_id}.{answer.stage}{finished}",
-                stage=answer.stage,
-                category="reported_by_job_source",
-                **common,
-            )
-        case JobState.RUNNING | JobState.UNKNOWN:
-            raise ValueError(f"{answer.state} is not the end of a job")
-        case _:
-            assert_never(answer.state)
 
 
 def _deliver(charge: OverdueCharge, answer: Answer, report: OverdueReport) -> list[Delivery]:

@@ -293,9 +293,10 @@ PLANTED = [
     Planted(
         "an error of the source is an answer",
         Edit(
-            OVERDUE,
-            "                _note_problem(error, part, report)\n",
-            "                answers |= dict.fromkeys(part, Answer(JobState.UNKNOWN))\n",
+            "kino_refunds/reconciliation/asking.py",
+            "                _note_problem(error, part, so_far)\n",
+            "                from kino_refunds.reconciliation import sources\n"
+            "                found |= dict.fromkeys(part, sources.Answer(sources.JobState.UNKNOWN))\n",
         ),
         ("source_that_errs",),
     ),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kino_refunds.events.schema import ID_LENGTH_MAX, ErrorOrigin, Queue, SafetyStage, queue_of, to_json
+from kino_refunds.reconciliation.endings import event_of
 from kino_refunds.reconciliation.guard import OverdueCharge
-from kino_refunds.reconciliation.overdue import event_of
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.deliveries import RECONCILER
 from tests.clock import HOUR, TICK

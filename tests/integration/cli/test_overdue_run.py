@@ -39,6 +39,7 @@ def test_overdue_run_settles_what_the_dry_run_announced(run: Run, scene: Scene) 
 
     nothing: dict[str, Any] = {
         "asked": 0,
+        "early": 0,
         "source_errors": 0,
         "source_broken": 0,
         "source_problem": None,
@@ -202,6 +203,7 @@ def test_overdue_run_asks_and_settles(cli: Run, scene: Scene) -> None:
         "dry_run": False,
         "overdue": 1,
         "asked": 0,
+        "early": 0,
         "source_errors": 0,
         "source_broken": 0,
         "source_problem": None,

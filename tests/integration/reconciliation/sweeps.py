@@ -70,6 +70,7 @@ def report(**changes: Any) -> dict[str, Any]:
     return {
         "dry_run": False,
         "overdue": 1,
+        "early": 0,
         "asked": 0,
         "source_errors": 0,
         "source_broken": 0,

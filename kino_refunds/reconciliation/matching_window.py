@@ -1,0 +1,122 @@
+"""What a run of `matching` compares: how far the job source's list is complete, and where the last run ended."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from kino_refunds.db.clock import read_clock
+from kino_refunds.errors import BadSettings, SourceBroken, SourceUnavailable
+from kino_refunds.reconciliation.asking import problem_of
+from kino_refunds.reconciliation.clocks import SKEW_MAX
+from kino_refunds.reconciliation.comparison import Window
+from kino_refunds.reconciliation.finished import FinishedSource
+from kino_refunds.reconciliation.judging import written
+
+if TYPE_CHECKING:
+    from kino_refunds.reconciliation.sources import JobSource
+
+DELAY = timedelta(minutes=15)
+"""The default of KINO_MATCHING_DELAY_MIN."""
+READ_AGAIN = timedelta(hours=24)
+"""Without a promise each run begins this much before the end of the last one: rows that came late are compared then."""
+FIRST_MARGIN = timedelta(days=1)
+"""The first run begins this much before the oldest charge: a job may have ended by a clock that is behind ours."""
+NO_SOURCE = "no job source is configured: nothing knows how jobs ended"
+NO_LIST = (
+    "the job source lists no finished jobs: set KINO_JOB_SOURCE_FINISHED_QUERY (sql) or KINO_JOB_SOURCE_FINISHED_URL"
+)
+
+
+class NoList(Exception):
+    """The source's list cannot be read to its end; the text says why."""
+
+
+def window(
+    connection: sa.Connection,
+    source: JobSource | None,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    last_until: datetime | None = None,
+    delay: timedelta = DELAY,
+) -> Window | str:
+    """Return what a run compares, or in one sentence why there is nothing to compare.
+
+    `since` and `until` are what a person asked for, `last_until` is the end of the last complete run. A window never
+    passes the source's promise; without a promise it ends `delay` before now. Raises ValueError for an instant without
+    an offset, and what Postgres raises.
+    """
+    since, until = (None if each is None else _instant(each) for each in (since, until))
+    if source is None:
+        return NO_SOURCE
+    if not isinstance(source, FinishedSource):
+        return NO_LIST
+    now = read_clock(connection)
+    try:
+        promised = read_promise(source)
+    except NoList as error:
+        return str(error)
+    if promised is not None and promised > now + SKEW_MAX:
+        return f"the source says that it is complete through {written(promised)}, which is in the future"
+    end = min(now, now - delay if promised is None else promised)
+    if until is not None:
+        end = min(until, end)
+    begin = since or _begin(connection, last_until, has_promise=promised is not None)
+    if begin is None:
+        return "the ledger has no charge yet"
+    if begin >= end:
+        limit = f"its list is taken as complete until {written(now - delay)}" if promised is None else None
+        known = limit or f"it says that its list is complete through {written(promised or now)}"
+        return f"the window from {written(begin)} to before {written(end)} is empty: {known}"
+    row = connection.execute(_NUMBERS, {"begin": begin, "end": end}).one()
+    return Window(since=begin, until=end, from_xid=row.from_xid, to_xid=max(row.from_xid, row.to_xid))
+
+
+def _instant(given: datetime) -> datetime:
+    """Return the instant in UTC: two wall clocks of a night that sets the clock back are two instants."""
+    if given.utcoffset() is None:
+        raise ValueError(f"{given.isoformat()} has no offset")
+    return given.astimezone(UTC)
+
+
+def _begin(connection: sa.Connection, last_until: datetime | None, *, has_promise: bool) -> datetime | None:
+    if last_until is not None:
+        return last_until if has_promise else last_until - READ_AGAIN
+    oldest: datetime | None = connection.execute(sa.text("SELECT min(opened_at) FROM kino.charge")).scalar_one()
+    return None if oldest is None else oldest - FIRST_MARGIN
+
+
+# A sample's instant is read before its number is drawn, so a settlement of a lower number was written before that
+# instant, or by a transaction that ran then. The next run's first number is this run's last: none is left out.
+_NUMBERS = sa.text("""
+    SELECT coalesce((SELECT CAST(CAST(xid AS text) AS bigint) FROM kino.xid_clock
+                     WHERE sampled_at <= :begin AND xid < kino.horizon() ORDER BY xid DESC LIMIT 1), 0) AS from_xid,
+           coalesce((SELECT CAST(CAST(xid AS text) AS bigint) FROM kino.xid_clock
+                     WHERE sampled_at <= :end AND xid < kino.horizon() ORDER BY xid DESC LIMIT 1), 0) AS to_xid
+""")
+
+
+def read_promise(source: FinishedSource) -> datetime | None:
+    """Return the source's promise; raises NoList if it cannot say, or says what is no instant."""
+    try:
+        promised = source.complete_through()
+        return None if promised is None else _instant(promised)
+    except Exception as error:  # a source is foreign code
+        raise NoList(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return in words why the source cannot be compared with; the words before the colon stay the same."""
+    match error:
+        case SourceUnavailable() | TimeoutError():
+            what = "the source is away"
+        case SourceBroken():
+            what = "the source breaks its contract"
+        case BadSettings():
+            what = "the source's settings are wrong"
+        case _:
+            what = "the source failed"
+    return f"{what}: {problem_of(error)}"
