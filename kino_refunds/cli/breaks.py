@@ -91,11 +91,13 @@ def false_alarm(
     note: Annotated[str, typer.Option(help="Why nothing is wrong.", callback=said)],
     yes: Yes = False,
 ) -> None:
-    """Close a break that is none: what the ledger was compared with is wrong.
+    """Close a break that is none.
+
+    What the ledger was compared with is wrong.
 
     It opens again only when one of its two sides changes.
 
-    Example: kino-refunds breaks false-alarm 3 --note "the pipeline reported a test job"
+    Example: kino-refunds breaks false-alarm 3 --note "a test job"
     """
     from kino_refunds.desk.breaks import mark_false_alarm
 
@@ -122,7 +124,9 @@ def assign(
     to: Annotated[str, typer.Argument(help="Who looks at it.", metavar="PERSON", callback=said)],
     by: By,
 ) -> None:
-    """Give a break to a person; it counts as investigated from then on.
+    """Give a break to a person.
+
+    It counts as investigated from then on.
 
     Example: kino-refunds breaks assign 3 dana
     """
@@ -157,7 +161,9 @@ def repair(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Repair a break: settle the event that never came, or refund a capture that was wrong.
+    """Repair a break.
+
+    Settles the event that never came, or refunds a capture that was wrong.
 
     A capture is refunded by a reversal: the charge stays captured, a correction names the break, and the credits go
     back by the rules of a refund. Repeated, it moves nothing twice. The next run of the break's check closes it. A

@@ -13,6 +13,8 @@ from kino_refunds.cli.options import AsJson, By, Edge, ledger_connection, read_t
 from kino_refunds.cli.output import escaped, print_facts, print_items, print_json, say, tell
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from kino_refunds.reconciliation.proof import Proof, SourceSaid
     from kino_refunds.reconciliation.runs import Coverage, Run
     from kino_refunds.settings import Settings
@@ -22,7 +24,9 @@ Until = Annotated[str | None, typer.Option(help="Compare up to this instant (RFC
 
 
 def list_checks(as_json: AsJson = False) -> int:
-    """List the checks: how each ran last, how far it has compared everything, and what is broken.
+    """List the checks and how each stands.
+
+    How it ran last, how far it has compared everything, and what is broken.
 
     Exit code 1 if a break is live or a check's last run is not complete.
 
@@ -48,14 +52,23 @@ def list_checks(as_json: AsJson = False) -> int:
                 "verified through": coverage and coverage.until,
                 "live breaks": each.live,
                 "credits": each.credits,
-                "time to detect": each.detect and str(each.detect),
+                "time to detect": _detect(each.detect, as_json=as_json),
             }
         )
     if as_json:
-        items = [{name.replace(" ", "_"): value for name, value in item.items()} for item in items]
+        items = [{_KEYS.get(name, name.replace(" ", "_")): value for name, value in item.items()} for item in items]
     print_items(items, next_cursor=None, as_json=as_json, empty="there are no checks")
     sick = any(each.live or each.last is None or not each.last.is_complete for each in found)
     return FINDING if sick else 0
+
+
+_KEYS = {"time to detect": "time_to_detect_s"}
+
+
+def _detect(after: timedelta | None, *, as_json: bool) -> object:
+    if after is None:
+        return None
+    return after.total_seconds() if as_json else str(after).partition(".")[0]
 
 
 def _since(coverage: Coverage | None) -> object:
@@ -65,7 +78,9 @@ def _since(coverage: Coverage | None) -> object:
 
 
 def checks(as_json: AsJson = False) -> None:
-    """Print the registry: what each check compares, what it finds, and who repairs and closes that.
+    """Print what each check compares and finds.
+
+    And who repairs and closes that.
 
     Example: kino-refunds reconcile checks
     """
@@ -106,7 +121,9 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Run checks now; a run that was interrupted goes on where it stood.
+    """Run checks now.
+
+    A run that was interrupted goes on where it stood.
 
     Without a window a check compares what is new since its last complete run. Each run is a row
     (`kino-refunds reconcile show NUMBER`), and each difference a break (`kino-refunds breaks list`).
@@ -197,7 +214,9 @@ def show(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Of a check: rows at most.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Show one run with its four numbers, or the runs of a check, the newest first.
+    """Show one run, or the runs of a check.
+
+    With the four numbers of each, the newest first.
 
     Example: kino-refunds reconcile show decisions
     """
@@ -234,7 +253,7 @@ def prove(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print what can be proven of a stretch of time, and whether all of it holds.
+    """Print what can be proven, and whether it holds.
 
     Reads only; a login of kino_read is enough.
 

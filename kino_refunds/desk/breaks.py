@@ -12,18 +12,19 @@ from kino_refunds.settlement.breaks import LIVE, BreakStatus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
 
     from kino_refunds.db.engine import Connection
 
 
 @dataclass(frozen=True, slots=True)
 class BreakLine:
-    """One break of a listing; `subject` is a job's id, or `lot:7`, `account:a` and the like."""
+    """One break of a listing; `subject` is None for a break about a job, else `lot:7`, `account:a` and the like."""
 
     number: int
     kind: str
-    subject: str
+    job_id: str | None
+    subject: str | None
     credits: int
     seen: int
     first_seen_at: datetime
@@ -49,8 +50,8 @@ class BreakRecord:
     happened_at: datetime | None
     first_seen_at: datetime
     last_seen_at: datetime
-    time_to_detect: timedelta | None
-    """From when the two sides came apart to when it was first seen, if the first is known."""
+    time_to_detect_s: float | None
+    """Seconds from when the two sides came apart to when it was first seen, if the first is known."""
     status: str
     assignee: str | None
     status_actor: str | None
@@ -64,7 +65,7 @@ class BreakRecord:
 
 
 _LIST = sa.text("""
-    SELECT break_id, kind, coalesce(subject, job_id), credits, seen, first_seen_at, last_seen_at, status, assignee
+    SELECT break_id, kind, job_id, subject, credits, seen, first_seen_at, last_seen_at, status, assignee
     FROM kino.break
     WHERE (CAST(:statuses AS text[]) IS NULL OR status = ANY (CAST(:statuses AS text[])))
       AND (CAST(:kind AS text) IS NULL OR kind = :kind) AND break_id > :after
@@ -72,8 +73,8 @@ _LIST = sa.text("""
 """)
 _SHOW = sa.text("""
     SELECT break_id, kind, job_id, subject, charge_id, credits, detail, ending, seen, happened_at, first_seen_at,
-           last_seen_at, first_seen_at - happened_at AS time_to_detect, status, assignee, status_actor, status_note,
-           status_at, closed_at, notes, canary, run_id
+           last_seen_at, CAST(extract(epoch FROM first_seen_at - happened_at) AS float8), status, assignee,
+           status_actor, status_note, status_at, closed_at, notes, canary, run_id
     FROM kino.break WHERE break_id = :number
 """)
 

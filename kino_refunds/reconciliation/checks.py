@@ -11,7 +11,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kino_refunds.errors import BadWindow
-from kino_refunds.reconciliation import account_status, corrected, decisions, settled, told
+from kino_refunds.reconciliation import (
+    account_status,
+    corrected,
+    decisions,
+    matching,
+    matching_window,
+    settled,
+    told,
+)
 from kino_refunds.settlement.breaks import BreakKind
 
 if TYPE_CHECKING:
@@ -62,6 +70,22 @@ class Check:
         return f"kino.check_{self.name}"
 
 
+def _matching_window(
+    connection: sa.Connection, scope: Scope, *, wanted_since: datetime | None, wanted_until: datetime | None
+) -> tuple[Window, str | None]:
+    """Return the window by the source's promise; what ended within the grace is left for the next run."""
+    latest = scope.now - scope.grace
+    found = matching_window.window(
+        connection,
+        scope.source,
+        since=wanted_since,
+        until=latest if wanted_until is None else min(wanted_until, latest),
+        last_until=None if scope.full else scope.window.since,
+        delay=scope.matching_delay,
+    )
+    return (scope.window, found) if isinstance(found, str) else (found, None)
+
+
 CHECKS: Final[tuple[Check, ...]] = (
     Check(
         name="settled",
@@ -74,6 +98,20 @@ CHECKS: Final[tuple[Check, ...]] = (
         repair="`kino-refunds charges ask --job JOB`, or the letter or retry that the break names",
         pages=settled.pages,
         again=settled.again,
+    ),
+    Check(
+        name="matching",
+        promise="P9",
+        ours="charges and settlements",
+        theirs="the job source's finished jobs, both ways",
+        finds=matching.KINDS,
+        closes=matching.KINDS,
+        grace="KINO_CHECK_GRACE_S, and what the source promises (else KINO_MATCHING_DELAY_MIN)",
+        repair="`kino-refunds breaks repair NUMBER` for `missing_event` and `failed_but_captured`; accept the others",
+        pages=matching.pages,
+        again=matching.again,
+        window=_matching_window,
+        asks_source=True,
     ),
     Check(
         name="decisions",

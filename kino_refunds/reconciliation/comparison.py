@@ -50,6 +50,8 @@ class Scope:
     source: JobSource | None = None
     """None: no job source is configured."""
     relay_queue: str | None = None
+    matching_delay: timedelta = timedelta(minutes=15)
+    """How far behind now a source without a promise is read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def test_breaks_are_findings_until_somebody_accepts_them(cli: Run, scene: Scene)
 
     assert [found.code, shown.code, text.code, accepted.code, again.code, clean.code] == [1, 0, 0, 0, 1, 0]
     assert found.json["items"][0].keys() == {
-        "number", "kind", "job_id", "credits", "seen", "first_seen_at", "last_seen_at", "status",
+        "number", "kind", "job_id", "subject", "credits", "seen", "first_seen_at", "last_seen_at", "status", "assignee",
     }  # fmt: skip
     assert (shown.json["kind"], shown.json["job_id"]) == ("completed_after_refund", "job-1")
     assert "kino-refunds why job-1" in text.out

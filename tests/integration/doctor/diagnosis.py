@@ -12,6 +12,7 @@ from redis import Redis
 
 from kino_refunds.dev.embedded import EmbeddedPostgres, EmbeddedValkey
 from kino_refunds.dev.supervisor import Orders
+from kino_refunds.reconciliation.checks import CHECKS
 from tests.clock import MINUTE
 from tests.scenario import Scene
 
@@ -53,7 +54,7 @@ def work(scene: Scene, *, ago: timedelta = timedelta(0), started_ago: timedelta 
         *(
             "INSERT INTO kino.schedule_slot (name, slot_at, claimed_by, finished_at, result)"
             f" VALUES ('{each}', clock_timestamp() - {seconds}, 'beat', clock_timestamp(), '{{}}')"
-            for each in ((name,) if name else (*SWEEPS.values(), OVERDUE[1]))
+            for each in ((name,) if name else (*SWEEPS.values(), OVERDUE[1], *(check.task for check in CHECKS)))
         ),
         "INSERT INTO kino.xid_clock DEFAULT VALUES",
     )

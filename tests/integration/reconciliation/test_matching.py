@@ -22,6 +22,7 @@ from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation import judging, matching
 from kino_refunds.reconciliation.comparison import LiveBreak, Scope, Window
 from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource
+from kino_refunds.reconciliation.judging import SETTLED_WITHIN
 from kino_refunds.reconciliation.matching_window import DELAY, NO_LIST, NO_SOURCE, READ_AGAIN, window
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.breaks import Break, BreakKind
@@ -88,6 +89,7 @@ def scope_of(reader: sa.Engine, source: Any, *, now: datetime = LATER, **changes
         now=now,
         policy=published_policy(),
         overdue_grace=GRACE,
+        grace=SETTLED_WITHIN,
         source=source,
         **changes,
     )
