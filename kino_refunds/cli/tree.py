@@ -68,6 +68,12 @@ BLOCKS: Final[Mapping[str, Mapping[str, str | Group]]] = {
             {"list": "charges:list_charges", "open": "charges:open_charge", "ask": "ask:ask"},
         ),
     },
+    "PROVE": {
+        "report": Group(
+            "Credits by month, and what can still be spent.\n\nExample: kino-refunds report month 2026-01",
+            {"month": "report:month", "liability": "report:liability"},
+        ),
+    },
     "RUN": {
         "migrate": "migrate:migrate",
         "dev": "dev:dev",

@@ -44,7 +44,7 @@ def test_help_shows_the_blocks_with_a_line_for_each_command() -> None:
     sections = re.split(r"^([A-Z]+):$", help_of(), flags=re.MULTILINE)[1:]
     shown = dict(zip(sections[::2], sections[1::2], strict=True))
 
-    assert list(shown) == ["LOOK", "LETTERS", "INTAKE", "LEDGER", "RUN"]
+    assert list(shown) == ["LOOK", "LETTERS", "INTAKE", "LEDGER", "PROVE", "RUN"]
     for block, text in shown.items():
         lines = text.strip("\n").splitlines()
         assert [line.split()[0] for line in lines] == list(BLOCKS[block])
