@@ -141,6 +141,10 @@ class InvalidPolicy(KinoError):
     """A policy document is not valid; the text names the file and the fields."""
 
 
+class BadCopy(KinoError):
+    """A copy of a seal cannot be read; the text says what a seal looks like."""
+
+
 class BadTrace(KinoError):
     """A trace cannot be read; the text names the file and the line."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from kino_refunds.errors import (
+    BadCopy,
     BadSettings,
     BadTrace,
     DependencyAway,
@@ -61,7 +62,7 @@ def explained_by_server(error: Exception) -> tuple[int, str] | None:
 
 def _explained_ours(error: KinoError) -> tuple[int, str]:
     match error:
-        case BadSettings() | BadTrace() | TransferNotFound() | InstantNotFinal() | LetterProtects():
+        case BadCopy() | BadSettings() | BadTrace() | TransferNotFound() | InstantNotFinal() | LetterProtects():
             return USAGE, _first_line(error)
         case DependencyAway() | ServerFailed() | SourceUnavailable():
             return AWAY, str(error)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kino_refunds.reconciliation.repairs import Workshop
     from kino_refunds.settings import Settings
 
+READING_S = 600
+"""How long a report may read, in seconds: a large ledger takes a minute or two. Nobody waits for it."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -40,6 +42,18 @@ def ledger_engine(settings: Settings | None = None) -> Iterator[Engine]:
 @contextmanager
 def ledger_connection(settings: Settings | None = None) -> Iterator[Connection]:
     """Give a connection to KINO_DATABASE_URL in a transaction that is committed at the end."""
+    with ledger_engine(settings) as engine, engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def reading_connection() -> Iterator[Connection]:
+    """Give a connection to KINO_DATABASE_URL whose statements may read the whole ledger: up to READING_S seconds."""
+    from kino_refunds.settings import load_settings
+
+    settings = load_settings()
+    long = {"statement_timeout_ms": READING_S * 1_000, "transaction_timeout_ms": READING_S * 1_000}
+    settings = settings.model_copy(update={"session_limits": settings.session_limits.model_copy(update=long)})
     with ledger_engine(settings) as engine, engine.begin() as connection:
         yield connection
 

@@ -5,6 +5,7 @@ What a person reads is drawn by `tables.py`, which loads rich; it is imported wh
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -45,6 +46,17 @@ def _jsonable(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def print_csv(items: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as CSV under the keys of the first one; an empty cell is None."""
+    try:
+        writer = csv.DictWriter(sys.stdout, list(items[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(items)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        reader_left()
 
 
 def print_items(items: Sequence[Mapping[str, Any]], *, next_cursor: Any, as_json: bool, empty: str) -> None:

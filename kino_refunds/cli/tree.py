@@ -77,6 +77,10 @@ BLOCKS: Final[Mapping[str, Mapping[str, str | Group]]] = {
                 "checks": "reconcile:checks",
             },
         ),
+        "report": Group(
+            "Credits by month, and what can still be spent.\n\nExample: kino-refunds report month 2026-01",
+            {"month": "report:month", "liability": "report:liability"},
+        ),
     },
     "LEDGER": {
         "accounts": Group(

@@ -54,9 +54,8 @@ def balance(connection: sa.Connection, account_id: str, *, at: datetime | None =
                 {"account_id": account_id},
             ).one_or_none()
         else:
-            instant_asked, latest = require_instant("at", at), final_through(connection)
-            if latest is None or instant_asked > latest:
-                raise InstantNotFinal(_not_final(latest))
+            instant_asked = require_instant("at", at)
+            require_final(connection, instant_asked)
             row = connection.execute(_BALANCE_AT, {"account_id": account_id, "at": instant_asked}).one()
     return Balance(0, 0) if row is None else Balance(row.available, row.held)
 
@@ -95,13 +94,23 @@ _FINAL = sa.text(f"""
 """)  # noqa: S608 - a constant
 
 
-def _not_final(latest: datetime | None) -> str:
+def require_final(connection: sa.Connection, at: datetime, *, what: str | None = None) -> None:
+    """Raise InstantNotFinal if what was before `at` may still change; its text names the latest instant.
+
+    `what` says what ends at that instant, if the caller was not asked for an instant.
+    """
+    latest = final_through(connection)
     if latest is None:
-        return "a transaction is open that may still change it, and no sample of the clock is below it; ask again soon"
-    return (
-        f"what was after {latest:%Y-%m-%d %H:%M:%S.%fZ} may still change, by a transaction that is open; ask for that"
-        " instant or an earlier one, or again in a minute"
-    )
+        raise InstantNotFinal(
+            "a transaction is open that may still change it, and no sample of the clock is below it; ask again soon"
+        )
+    if at > latest:
+        text = f"what was after {latest:%Y-%m-%d %H:%M:%S.%fZ} may still change"
+        if what is None:
+            text += ", by a transaction that is open; ask for that instant or an earlier one, or again in a minute"
+        else:
+            text = f"{what}, and {text}; ask for an earlier one, or again when it has ended"
+        raise InstantNotFinal(text)
 
 
 # From transfers, never from `remaining`: that number is of now. A transfer with two lots (a refund into a successor)
