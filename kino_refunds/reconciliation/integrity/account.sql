@@ -145,16 +145,26 @@ FROM (SELECT h.change_id, h.account_id, h.changed_at,
       WHERE keys(h.account_id)) AS c
 WHERE c.changed_at < c.after - interval '5 minutes' OR c.changed_at > (SELECT kino.clock()) + interval '5 minutes'
 
--- name: account_younger_than_its_lots
+-- name: account_without_lot
+-- promise: P10
+-- topic: accounts
+-- cannot be: An account has no lot: its first grant makes it.
+-- then: The account's lots were deleted or given to another account, or the account was written by hand.
+SELECT a.account_id AS key, NULL::bigint AS charge_id, a.account_id, 0 AS credits,
+       'account ' || a.account_id || ' has no lot' AS sentence
+FROM kino.account a
+WHERE keys(a.account_id) AND NOT EXISTS (SELECT FROM kino.credit_lot l WHERE l.account_id = a.account_id)
+
+-- name: account_dated_apart_from_its_first_lot
 -- promise: P10
 -- topic: times
--- cannot be: An account was made after its first lot, or in the future.
--- then: A date was changed. No credits depend on it.
+-- cannot be: An account is dated over 5 minutes from its first lot, with which it was written.
+-- then: A date was changed. No credits depend on the account's; a lot's decides what burns first.
 SELECT a.account_id AS key, NULL::bigint AS charge_id, a.account_id, 0 AS credits,
-       'account ' || a.account_id || ' was made at ' || a.created_at || ', its first lot was granted '
-       || coalesce('at ' || l.granted_at, 'never') AS sentence
+       'account ' || a.account_id || ' was made at ' || a.created_at || ', its first lot was granted at ' || l.granted_at
+       AS sentence
 FROM kino.account a
-LEFT JOIN LATERAL (SELECT min(own.granted_at) AS granted_at FROM kino.credit_lot own
-                   WHERE own.account_id = a.account_id) AS l ON true
+JOIN LATERAL (SELECT own.granted_at FROM kino.credit_lot own WHERE own.account_id = a.account_id
+              ORDER BY own.lot_id LIMIT 1) AS l ON true
 WHERE keys(a.account_id)
-  AND (a.created_at > l.granted_at + interval '5 minutes' OR a.created_at > (SELECT kino.clock()) + interval '5 minutes')
+  AND a.created_at NOT BETWEEN l.granted_at - interval '5 minutes' AND l.granted_at + interval '5 minutes'

@@ -49,6 +49,18 @@ WHERE keys(i.job_id)
   AND i.outcome IN ('completed_after_refund', 'failed_after_capture')
   AND NOT EXISTS (SELECT FROM kino.break b WHERE b.job_id = i.job_id AND b.kind = i.outcome)
 
+-- name: break_without_event
+-- promise: P3
+-- topic: inbox
+-- cannot be: A break says that an event contradicted how its job's charge was settled, and the inbox has no such event.
+-- then: The break names the event. Look whether inbox rows were deleted, and since when.
+SELECT b.job_id AS key, b.charge_id, NULL AS account_id, b.credits,
+       'job ' || b.job_id || ': break ' || b.break_id || ' says ' || b.kind || ', and no event in the inbox was told so'
+       AS sentence
+FROM kino.break b
+WHERE keys(b.job_id) AND b.kind IN ('completed_after_refund', 'failed_after_capture')
+  AND NOT EXISTS (SELECT FROM kino.inbox_event i WHERE i.job_id = b.job_id AND i.outcome = b.kind)
+
 -- name: event_received_in_the_future
 -- promise: P2
 -- topic: times

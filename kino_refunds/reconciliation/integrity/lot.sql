@@ -199,8 +199,8 @@ FROM kino.transfer t
 WHERE of_lots(t.account_id) AND keys(t.lot_id)
   AND CASE WHEN t.kind IN ('void', 'unvoid')
            THEN (t.cause_kind IS NULL) <> (t.cause_id IS NULL)
-                OR t.cause_kind IS NULL AND EXISTS (SELECT FROM kino.lot_void v WHERE v.lot_id = t.lot_id)
-                   AND t.xid >= (SELECT min(c.xid) FROM kino.lot_change c)
+                -- Causes begin with 0006, as the history of lots does.
+                OR t.cause_kind IS NULL AND t.xid >= (SELECT min(c.xid) FROM kino.lot_change c)
                 OR t.cause_kind IS NOT NULL
                    AND NOT EXISTS (SELECT FROM kino.lot_void v WHERE v.lot_id = t.lot_id
                                    AND v.cause_kind = t.cause_kind AND v.cause_id = t.cause_id)
@@ -230,15 +230,21 @@ WHERE l.lot_id IS NULL OR (h.until IS NULL) <> (h.until_actor IS NULL)
 -- name: lot_history_broken
 -- promise: P4
 -- topic: lots
--- cannot be: A change of a lot begins at another state or expiry than the change before it ended at.
+-- cannot be: A change of a lot begins at another state or expiry than the change before it ended at, or the first at
+--   another state than active.
 -- then: A change was lost, added or edited: past balances and reports are read from here.
 SELECT c.lot_id AS key, NULL::bigint AS charge_id, c.account_id, 0 AS credits,
        'a change of lot ' || c.lot_id || ' begins at ' || coalesce(c.from_state || ' ' || c.from_expires_at, c.from_state)
        || ', the one before it ended at ' || coalesce(c.before_state || ' ' || c.before_expires_at, c.before_state)
        AS sentence
-FROM (SELECT h.lot_id, h.account_id, h.from_state, h.from_expires_at, lag(h.to_state) OVER along AS before_state,
-             lag(h.to_expires_at) OVER along AS before_expires_at
-      FROM kino.lot_change h WHERE keys(h.lot_id)
+FROM (SELECT h.lot_id, h.account_id, h.from_state, h.from_expires_at,
+             -- A lot begins active. One of before 0006, where the history begins, may have been anything.
+             CASE WHEN row_number() OVER along > 1 THEN lag(h.to_state) OVER along
+                  WHEN l.granted_at > (SELECT f.changed_at FROM kino.lot_change f WHERE f.xid IS NOT NULL
+                                       ORDER BY f.change_id LIMIT 1) THEN 'active' END AS before_state,
+             CASE WHEN row_number() OVER along > 1 THEN lag(h.to_expires_at) OVER along
+                  ELSE h.from_expires_at END AS before_expires_at
+      FROM kino.lot_change h LEFT JOIN kino.credit_lot l ON l.lot_id = h.lot_id WHERE keys(h.lot_id)
       WINDOW along AS (PARTITION BY h.lot_id ORDER BY h.change_id)) AS c
 WHERE c.before_state IS NOT NULL
   AND (c.from_state, c.from_expires_at) IS DISTINCT FROM (c.before_state, c.before_expires_at)
@@ -250,12 +256,18 @@ WHERE c.before_state IS NOT NULL
 -- then: The lot was changed without its history, or the history without the lot. Past balances are read from there.
 SELECT l.lot_id AS key, NULL::bigint AS charge_id, l.account_id, l.remaining AS credits,
        'lot ' || l.lot_id || ' is ' || l.state || ' and expires ' || coalesce('at ' || l.expires_at, 'never')
-       || ', its last change made it ' || c.to_state || ' and let it expire '
-       || coalesce('at ' || c.to_expires_at, 'never') AS sentence
+       || CASE WHEN c.change_id IS NULL THEN ', nothing ever changed it'
+               ELSE ', its last change made it ' || c.to_state || ' and let it expire '
+                    || coalesce('at ' || c.to_expires_at, 'never') END AS sentence
 FROM kino.credit_lot l
-CROSS JOIN LATERAL (SELECT h.to_state, h.to_expires_at FROM kino.lot_change h
-                    WHERE h.lot_id = l.lot_id ORDER BY h.change_id DESC LIMIT 1) AS c
-WHERE keys(l.lot_id) AND (l.state, l.expires_at) IS DISTINCT FROM (c.to_state, c.to_expires_at)
+LEFT JOIN LATERAL (SELECT h.change_id, h.to_state, h.to_expires_at FROM kino.lot_change h
+                   WHERE h.lot_id = l.lot_id ORDER BY h.change_id DESC LIMIT 1) AS c ON true
+WHERE keys(l.lot_id)
+  AND CASE WHEN c.change_id IS NOT NULL
+           THEN (l.state, l.expires_at) IS DISTINCT FROM (c.to_state, c.to_expires_at)
+           -- The history begins with 0006.
+           ELSE l.state <> 'active' AND l.granted_at > (SELECT f.changed_at FROM kino.lot_change f
+                                                        WHERE f.xid IS NOT NULL ORDER BY f.change_id LIMIT 1) END
 
 -- name: lot_change_out_of_place
 -- promise: P4
@@ -396,6 +408,31 @@ WHERE h.since < l.granted_at - interval '5 minutes' OR h.until < h.since - inter
                       AND c.changed_at BETWEEN h.until - interval '5 minutes' AND h.until + interval '5 minutes')
       AND NOT coalesce((SELECT c.to_state IN ('frozen', 'voided') FROM kino.lot_change c
                         WHERE c.lot_id = h.lot_id AND c.changed_at <= h.until ORDER BY c.change_id DESC LIMIT 1), false)
+
+-- name: lot_change_apart_from_its_cause
+-- promise: P4
+-- topic: times
+-- cannot be: The history says that a lot was taken or freed at a time at which no cause began or ended.
+-- then: A date was changed, or a cause edited or deleted. Look at lot_hold, lot_void and lot_change for this lot.
+SELECT h.lot_id AS key, NULL::bigint AS charge_id, h.account_id, 0 AS credits,
+       'change ' || h.change_id || ' of lot ' || h.lot_id || ' makes it ' || h.to_state || ' from ' || h.from_state
+       || ' at ' || h.changed_at || ', when no cause began or ended' AS sentence
+FROM kino.lot_change h
+-- What freed it is looked for first: an end of a void may leave a lot frozen by a hold of before.
+WHERE keys(h.lot_id) AND h.xid IS NOT NULL
+  AND CASE WHEN h.from_state = 'voided'
+           THEN NOT EXISTS (SELECT FROM kino.lot_void x WHERE x.lot_id = h.lot_id AND x.until
+                            BETWEEN h.changed_at - interval '5 minutes' AND h.changed_at + interval '5 minutes')
+           WHEN h.to_state = 'voided'
+           THEN NOT EXISTS (SELECT FROM kino.lot_void x WHERE x.lot_id = h.lot_id AND x.since
+                            BETWEEN h.changed_at - interval '5 minutes' AND h.changed_at + interval '5 minutes')
+           WHEN h.from_state = 'frozen'
+           THEN NOT EXISTS (SELECT FROM kino.lot_hold x WHERE x.lot_id = h.lot_id AND x.until
+                            BETWEEN h.changed_at - interval '5 minutes' AND h.changed_at + interval '5 minutes')
+           WHEN h.to_state = 'frozen'
+           THEN NOT EXISTS (SELECT FROM kino.lot_hold x WHERE x.lot_id = h.lot_id AND x.since
+                            BETWEEN h.changed_at - interval '5 minutes' AND h.changed_at + interval '5 minutes')
+           ELSE false END
 
 -- name: lot_dated_in_the_future
 -- promise: P4
