@@ -79,7 +79,8 @@ _TOUCHED = sa.text(f"""
     SELECT 'job', c.job_id FROM charge JOIN kino.charge c ON c.charge_id = charge.charge_id
     UNION ALL
     SELECT 'lot', CAST(lot.lot_id AS text)
-    FROM (SELECT moved.lot_id FROM moved UNION SELECT moved.to_lot_id FROM moved UNION SELECT lot_id FROM changed) AS lot
+    FROM (SELECT moved.lot_id FROM moved UNION SELECT moved.to_lot_id FROM moved
+          UNION SELECT changed.lot_id FROM changed) AS lot
     WHERE lot.lot_id IS NOT NULL
     UNION ALL
     SELECT 'account', account.account_id
@@ -101,7 +102,7 @@ def touched(connection: sa.Connection, window: Window) -> Touched | None:
         found[scope].add(_key(scope, text))
     if any(len(keys) > TOUCHED_MAX for keys in found.values()):
         return None
-    return Touched({scope: sorted(keys) for scope, keys in found.items()})  # type: ignore[type-var]
+    return Touched({scope: sorted(keys) for scope, keys in found.items()})
 
 
 def _key(scope: KeyScope, text: str) -> Key:
@@ -238,7 +239,7 @@ def again(scope: Scope, live: Sequence[LiveBreak]) -> dict[int, Break | None]:
 
 
 def _key_of(query: Query, live: LiveBreak) -> str | None:
-    """Return the key that a subject names (`lot:7`), or None if it is of another scope or no number where one must be."""
+    """Return the key that a subject names (`lot:7`); None if it is of another scope, or no number where one must be."""
     scope, _, key = live.subject.partition(":")
     if scope != query.scope or not key:
         return None

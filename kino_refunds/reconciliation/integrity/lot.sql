@@ -219,7 +219,7 @@ SELECT h.lot_id AS key, NULL::bigint AS charge_id, l.account_id, coalesce(l.rema
 FROM (SELECT 'a hold' AS what, * FROM kino.lot_hold x WHERE keys(x.lot_id)
       UNION ALL
       SELECT 'a void', * FROM kino.lot_void x WHERE keys(x.lot_id)) AS h
-LEFT JOIN kino.credit_lot l ON l.lot_id = h.lot_id
+LEFT JOIN kino.credit_lot l ON l.lot_id = h.lot_id AND keys(l.lot_id)
 -- The migration that began these histories wrote down what it found, without a change.
 WHERE l.lot_id IS NULL OR (h.until IS NULL) <> (h.until_actor IS NULL)
    OR h.cause_id <> 'before 0006'
@@ -272,8 +272,8 @@ WHERE keys(l.lot_id)
 -- name: lot_change_out_of_place
 -- promise: P4
 -- topic: lots
--- cannot be: The history has a change of a lot that does not exist, is another account's, was first not active, or
---   that changes nothing.
+-- cannot be: The history has a change of a lot that does not exist or is another account's, or a change to a state or
+--   expiry that no act leads to.
 -- then: The change was edited or names another lot: past balances are read from here.
 SELECT h.lot_id AS key, NULL::bigint AS charge_id, h.account_id, 0 AS credits,
        'change ' || h.change_id || ' of lot ' || h.lot_id || ' is of account ' || h.account_id || ' and makes it '
@@ -285,9 +285,9 @@ WHERE keys(h.lot_id)
        OR h.to_expires_at < h.from_expires_at OR (h.from_expires_at IS NULL) <> (h.to_expires_at IS NULL)
        OR h.from_expires_at <> h.to_expires_at AND h.to_state <> 'active'
        OR (h.from_state, h.to_state) NOT IN (
-              ('active', 'expired'), ('active', 'frozen'), ('active', 'voided'), ('expired', 'frozen'),
-              ('expired', 'voided'), ('frozen', 'active'), ('frozen', 'expired'), ('frozen', 'voided'),
-              ('voided', 'active'), ('voided', 'expired'), ('voided', 'frozen')))
+              ('active', 'active'), ('active', 'expired'), ('active', 'frozen'), ('active', 'voided'),
+              ('expired', 'frozen'), ('expired', 'voided'), ('frozen', 'active'), ('frozen', 'expired'),
+              ('frozen', 'voided'), ('voided', 'active'), ('voided', 'expired'), ('voided', 'frozen')))
 
 -- name: lot_change_without_cause
 -- promise: P4
@@ -396,7 +396,7 @@ SELECT h.lot_id AS key, NULL::bigint AS charge_id, l.account_id, 0 AS credits,
 FROM (SELECT 'a hold' AS what, 'frozen' AS state, * FROM kino.lot_hold x WHERE keys(x.lot_id)
       UNION ALL
       SELECT 'a void', 'voided', * FROM kino.lot_void x WHERE keys(x.lot_id)) AS h
-JOIN kino.credit_lot l ON l.lot_id = h.lot_id
+JOIN kino.credit_lot l ON l.lot_id = h.lot_id AND keys(l.lot_id)
 WHERE h.since < l.granted_at - interval '5 minutes' OR h.until < h.since - interval '5 minutes'
    OR greatest(h.since, h.until) > (SELECT kino.clock()) + interval '5 minutes'
    -- When it began the lot was taken by it, or was already; when it ended the lot was freed, or stayed taken.

@@ -64,11 +64,13 @@ class Query:
         if self.scope is KeyScope.LEDGER:
             return self.of_everything
         wanted = f"CAST(:keys AS {KEY_TYPES[self.scope]}[])"
-        return _OF_LOTS.sub(rf"\1 IN ({_ACCOUNTS.format(wanted=wanted)})", _KEYS.sub(rf"\1 = ANY ({wanted})", self.text))
+        return _OF_LOTS.sub(
+            rf"\1 IN ({_ACCOUNTS.format(wanted=wanted)})", _KEYS.sub(rf"\1 = ANY ({wanted})", self.text)
+        )
 
 
 # A transfer is reached by account or charge, not by lot: an index more would cost every charge and every settlement.
-_ACCOUNTS = "SELECT own.account_id FROM kino.credit_lot own WHERE own.lot_id = ANY ({wanted})"  # noqa: S608 - constants
+_ACCOUNTS = "SELECT own.account_id FROM kino.credit_lot own WHERE own.lot_id = ANY ({wanted})"
 _KEYS = re.compile(r"\bkeys\(([\w.]+)\)")
 _OF_LOTS = re.compile(r"\bof_lots\(([\w.]+)\)")
 _FIELD = re.compile(r"-- ([a-z ]+): (.*(?:\n--   .*)*)")
@@ -79,9 +81,7 @@ def all_queries() -> Sequence[Query]:
     """Return every query, in the order of the files."""
     folder = resources.files("kino_refunds.reconciliation.integrity")
     return tuple(
-        query
-        for scope in KeyScope
-        for query in _parse(scope, (folder / f"{scope}.sql").read_text(encoding="utf-8"))
+        query for scope in KeyScope for query in _parse(scope, (folder / f"{scope}.sql").read_text(encoding="utf-8"))
     )
 
 
@@ -93,9 +93,7 @@ def _parse(scope: KeyScope, text: str) -> list[Query]:
 def _query(scope: KeyScope, section: str) -> Query:
     start = re.search(r"^(?!--)", section, re.MULTILINE)
     assert start is not None, "a query follows its header"
-    header = {
-        field[1]: re.sub(r"\n--   ", " ", field[2]) for field in _FIELD.finditer(section[: start.start()])
-    }
+    header = {field[1]: re.sub(r"\n--   ", " ", field[2]) for field in _FIELD.finditer(section[: start.start()])}
     # The heading of the next group of queries stands after this query.
     text = re.sub(r"^--(?! ).*|^-- (?=[a-z ,]+$).*\Z", "", section[start.start() :].strip(), flags=re.MULTILINE)
     return Query(

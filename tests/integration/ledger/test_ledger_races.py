@@ -31,10 +31,10 @@ from kino_refunds.reconciliation.integrity import violations
 from tests.clock import DAY, clock_at, expire_lots
 from tests.conftest import Database
 from tests.ledger_acts import (
-    WITHOUT,
     LATER,
     NOW,
     SOLD,
+    WITHOUT,
     backend,
     charge,
     end,

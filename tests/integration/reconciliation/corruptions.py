@@ -91,10 +91,8 @@ ANOTHER_LOT: Final = """
     (SELECT min(o.lot_id) FROM kino.credit_lot o WHERE o.lot_id IS DISTINCT FROM t.{column}
      AND (o.account_id = (SELECT m.account_id FROM kino.credit_lot m WHERE m.lot_id = t.lot_id)) = {same})
 """
-ANOTHER_CHARGE: Final = """
-    (SELECT min(o.charge_id) FROM kino.charge o JOIN kino.charge m ON m.charge_id = t.charge_id
-     WHERE o.charge_id <> t.charge_id AND o.account_id = m.account_id)
-"""
+ANOTHER_CHARGE: Final = "(SELECT min(o.charge_id) FROM kino.charge o WHERE o.charge_id IS DISTINCT FROM t.charge_id)"
+A_NEW_CHARGE: Final = "(SELECT max(o.charge_id) FROM kino.charge o WHERE o.charge_id IS DISTINCT FROM t.charge_id)"
 OF_KIND: Final = (
     "SET kind = k.kind, from_book = k.from_book, to_book = k.to_book FROM (VALUES ('grant', 'issued', 'wallet'),"
     " ('hold', 'wallet', 'held'), ('capture', 'held', 'consumed'), ('refund', 'held', 'wallet'),"
@@ -136,7 +134,10 @@ def changes_of(table: str, column: str, of_type: str) -> dict[str, str] | None:
         if (table, column) == ("transfer", "kind"):
             changes |= {f"and books to {word}": f"{OF_KIND} WHERE k.kind = '{word}'" for word in words}
     elif of_type == "timestamp with time zone":
-        changes = {f"{sign}1 day": f"{set_to}{column} {sign} interval '1 day'" for sign in "+-"}
+        changes = {
+            f"{days:+,} days": f"{set_to}coalesce({column}, clock_timestamp()) + interval '{days} days'"
+            for days in (-1, 1, 1_000)
+        }
     elif of_type == "xid8":
         changes = {
             what: f"{set_to}CAST(CAST(CAST(CAST({column} AS text) AS bigint) + {by} AS text) AS xid8)"
@@ -154,7 +155,7 @@ def changes_of(table: str, column: str, of_type: str) -> dict[str, str] | None:
             "to none": f"{set_to}999",
         }
     elif column == "charge_id":
-        changes = {"to another of the account": set_to + ANOTHER_CHARGE, "to none": f"{set_to}999"}
+        changes = {"to another": set_to + ANOTHER_CHARGE, "to a new": set_to + A_NEW_CHARGE, "to none": f"{set_to}999"}
     elif column in NAMES:
         changes = {"to another": f"{set_to}'another'"}
     else:
@@ -208,12 +209,23 @@ def _again(table: str, columns: Mapping[str, str], place: str) -> str:
 
 
 def plant(superuser: Connection, corruption: Corruption) -> tuple[bool, str | None]:
-    """Make the change in a savepoint; returns whether anything changed, and the constraint that refused it if one did."""
+    """Make the change in a savepoint; returns whether anything changed, and the constraint that refused it, if any."""
     table = f"SELECT sum(hashtextextended(CAST(t AS text), 0)) FROM kino.{corruption.table} t".encode()
-    (before,) = superuser.execute(table).fetchone() or (None,)
+    before = superuser.execute(table).fetchone()
     try:
         with superuser.transaction():
             superuser.execute(corruption.statement.encode())
     except psycopg.errors.IntegrityError as error:
         return False, error.diag.constraint_name or f"{error.diag.column_name} is never null"
-    return superuser.execute(table).fetchone() != (before,), None
+    return superuser.execute(table).fetchone() != before, None
+
+
+def lift(superuser: Connection, table: str, constraint: str) -> bool:
+    """Take away a constraint that old rows need not obey, in the present transaction; returns whether it is one."""
+    lifted = superuser.execute(
+        "SELECT 1 FROM pg_constraint WHERE conname = %s AND conrelid = %s::regclass AND NOT convalidated",
+        [constraint, f"kino.{table}"],
+    ).fetchone()
+    if lifted:
+        superuser.execute(f"ALTER TABLE kino.{table} DROP CONSTRAINT {constraint}".encode())
+    return lifted is not None
