@@ -165,7 +165,8 @@ SETTLE = """
     SELECT charge_id, 'captured', 'completed', '1', 'v', 's', 'e', now() FROM kino.charge WHERE job_id = 'old'
 """
 CAPTURE = """
-    INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, charge_id, credits, reason, actor, event_at)
+    INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, charge_id, credits, reason, actor,
+                               event_at)
     SELECT 'capture', 'held', 'consumed', 'acct-1', 1, charge_id, 10, 'completed', 'settlement', now()
     FROM kino.charge WHERE job_id = 'old'
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Final
 
 import pytest
@@ -15,6 +14,7 @@ from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation import integrity
 from kino_refunds.reconciliation.comparison import LiveBreak, Page, Scope, Window
 from kino_refunds.reconciliation.integrity import KeyScope, all_queries, check, describe, violations
+from kino_refunds.reconciliation.integrity.queries import KEY_TYPES
 from kino_refunds.settlement.breaks import Break, BreakKind
 from tests.clock import DAY, MINUTE, clock_at
 from tests.conftest import Database
@@ -89,8 +89,10 @@ CONTRADICTIONS: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "a row without its open charge": (
         "open_charge_row_without_open_charge",
-        "INSERT INTO kino.open_charge SELECT charge_id, account_id, deadline_at, credits FROM kino.charge"
-        " WHERE job_id = 'captured'",
+        (
+            "INSERT INTO kino.open_charge SELECT charge_id, account_id, deadline_at, credits FROM kino.charge"
+            " WHERE job_id = 'captured'"
+        ),
     ),
     "a promotional lot made purchased": (
         "lot_differs_from_its_grant",
@@ -106,8 +108,10 @@ CONTRADICTIONS: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "a settlement by an event that never was": (
         "settlement_without_event",
-        "UPDATE kino.settlement SET event_id = 'another' WHERE charge_id ="
-        " (SELECT charge_id FROM kino.charge WHERE job_id = 'captured')",
+        (
+            "UPDATE kino.settlement SET event_id = 'another' WHERE charge_id ="
+            " (SELECT charge_id FROM kino.charge WHERE job_id = 'captured')"
+        ),
     ),
     "an inbox that says otherwise": (
         "event_contradicts_settlement",
@@ -277,7 +281,7 @@ def test_a_run_goes_on_where_it_was_killed(told: Scene, full: bool) -> None:
     assert broken(pages) == sorted(broken(pages[:half]) + broken(rest)) != []
 
 
-# --- breaks
+# --- what it raises
 
 
 def test_a_break_says_what_is_wrong_with_one_key(told: Scene) -> None:
@@ -376,7 +380,7 @@ def test_queries_are_told_apart_and_explained() -> None:
     names = [query.name for query in all_queries()]
 
     assert len(names) == len(set(names)) == len(describe())
-    assert integrity.KINDS == set(names)
+    assert set(names) == integrity.KINDS
     assert set(names).isdisjoint(set(BreakKind))
     assert {query.promise for query in all_queries()} <= {f"P{number}" for number in range(1, 11)}
     assert [
@@ -385,7 +389,8 @@ def test_queries_are_told_apart_and_explained() -> None:
 
 
 @pytest.mark.parametrize("role", ["kino_worker", "kino_oncall", "kino_read"])
-def test_who_may_read_the_ledger_may_ask(database: Database, told: Scene, role: str) -> None:
+@pytest.mark.usefixtures("told")
+def test_who_may_read_the_ledger_may_ask(database: Database, role: str) -> None:
     """The check needs no right but to read."""
     with database.connect(role) as connection:
         assert violations(connection) == []
@@ -411,12 +416,10 @@ def nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from nodes(part)
 
 
-@pytest.mark.parametrize(
-    "query", [query for query in all_queries() if query.scope in check.KEY_TYPES], ids=lambda q: q.name
-)
+@pytest.mark.parametrize("query", [query for query in all_queries() if query.scope in KEY_TYPES], ids=lambda q: q.name)
 def test_keys_are_looked_up_by_an_index(told: Scene, query: integrity.Query) -> None:
     """No query of some keys needs to read a large table whole: its cost follows what is new, not what there is."""
-    keys = [1, 2] if check.KEY_TYPES[query.scope] == "bigint" else ["captured", "acct of captured"]
+    keys = [1, 2] if KEY_TYPES[query.scope] == "bigint" else ["captured", "acct of captured"]
     with told.worker.begin() as connection:
         connection.execute(check._SESSION)
         connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_mergejoin = off"))
