@@ -29,6 +29,9 @@ NOW = datetime.now(UTC)
 GRACE = 7 * DAY
 LATER = NOW + 30 * DAY
 
+WITHOUT = ("inbox", "times")
+"""What integrity cannot ask of the ledger's own tests: they settle without an inbox, and set the clock as they like."""
+
 SOLD = Grant("order-1", "ada", 100, LotClass.PURCHASED, LATER, 50, "p-1")
 
 

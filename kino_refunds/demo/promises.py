@@ -23,6 +23,7 @@ import argparse
 import base64
 import hashlib
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -34,8 +35,9 @@ import psycopg
 import psycopg.rows
 import redis
 
-INTEGRITY = (Path(__file__).parents[1] / "reconciliation" / "integrity.sql").read_text(encoding="utf-8")
-"""One statement that returns everything in a ledger that must not be, whatever was asked of it."""
+INTEGRITY = Path(__file__).parents[1] / "reconciliation" / "integrity"
+"""The queries that find everything in a ledger that must not be, whatever was asked of it: the one thing that this
+program shares with the product, read as text."""
 FACTS = ("charge", "charge_line", "settlement", "transfer", "inbox_event")
 """Tables whose rows are only inserted."""
 WRITTEN_BY_FUNCTIONS = (
@@ -505,8 +507,9 @@ def read_books(record: Row) -> Books:
         for row in _rows(connection, "SELECT * FROM kino.inbox_event"):
             inbox[row["source"], row["event_id"]].append(row)
         integrity = defaultdict(list)
-        for promise, violation in connection.execute(INTEGRITY.encode()):
-            integrity[promise].append(violation)
+        for promise, query in integrity_queries():
+            for row in _rows(connection, query):
+                integrity[promise].append(row["sentence"])
         return Books(
             charges={row["job_id"]: row for row in _rows(connection, "SELECT * FROM kino.charge")},
             settlements=settlements,
@@ -519,6 +522,17 @@ def read_books(record: Row) -> Books:
             queued=_queued(record["redis_url"]),
             integrity=integrity,
         )
+
+
+def integrity_queries() -> list[tuple[str, str]]:
+    """Return each query as (promise, statement): it begins with its name and its promise, and looks at every key."""
+    found = []
+    for file in sorted(INTEGRITY.glob("*.sql")):
+        _, *sections = re.split(r"^-- name: ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for section in sections:
+            promise = section.partition("-- promise: ")[2].partition("\n")[0]
+            found.append((promise, re.sub(r"\b(keys|of_lots)\([\w.]+\)", "true", section.partition("\n")[2])))
+    return found
 
 
 def _rows(connection: psycopg.Connection[Any], query: str) -> list[Row]:

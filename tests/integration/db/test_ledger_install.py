@@ -165,8 +165,9 @@ SETTLE = """
     SELECT charge_id, 'captured', 'completed', '1', 'v', 's', 'e', now() FROM kino.charge WHERE job_id = 'old'
 """
 CAPTURE = """
-    INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, charge_id, credits, reason, actor)
-    SELECT 'capture', 'held', 'consumed', 'acct-1', 1, charge_id, 10, 'completed', 'settlement'
+    INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, charge_id, credits, reason, actor,
+                               event_at)
+    SELECT 'capture', 'held', 'consumed', 'acct-1', 1, charge_id, 10, 'completed', 'settlement', now()
     FROM kino.charge WHERE job_id = 'old'
 """
 OF_BEFORE = {
@@ -202,7 +203,7 @@ def test_two_builds_work_beside_each_other_during_an_upgrade(database: Database,
     assert said == ["refunded"]
     assert scene.rows("SELECT count(*) FROM kino.open_charge") == [(0,)]
     with scene.superuser.connect() as connection:
-        assert violations(connection) == []
+        assert violations(connection, without=("inbox",)) == []
 
 
 def test_what_an_older_build_charged_is_settled_by_this_one(database: Database, scene: Scene) -> None:

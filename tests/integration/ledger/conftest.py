@@ -19,6 +19,7 @@ from tests.conftest import Database
 from tests.documents import LEDGER, example
 from tests.integration.ledger.items import ACCOUNTS, CAPTURED, OF_EVE, OPEN, REFUNDED, call
 from tests.integration.ledger.languages import PROGRAMS, Node, Psql, Said
+from tests.ledger_acts import WITHOUT
 from tests.ledger_items import a_charge, a_grant, a_settlement, session
 from tests.node import DEADLINE_S, run_node
 from tests.scenario import PATIENT, Scene
@@ -51,7 +52,15 @@ def ledger(arranged: Database) -> Iterator[Database]:
     """The arranged ledger; its books are sound when the test ends."""
     yield arranged
     with session(arranged, "kino_read") as reader:
-        assert violations(reader) == []
+        assert violations(reader, without=WITHOUT) == []
+
+
+@pytest.fixture
+def sound_books(database: Database) -> Iterator[None]:
+    """Whatever the test did, the books it leaves are sound."""
+    yield
+    with database.connect("kino_read") as connection:
+        assert violations(connection, without=WITHOUT) == []
 
 
 @pytest.fixture

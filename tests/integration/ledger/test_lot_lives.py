@@ -395,14 +395,14 @@ class TestThePast:
     def test_every_change_of_a_lot_has_its_row(self, product: sa.Connection, connection: sa.Connection) -> None:
         """Whoever changes a lot's state or expiry, by a function or by hand, leaves what it was and when."""
         give(product, SOLD)
-        connection.exec_driver_sql("UPDATE kino.credit_lot SET expires_at = NULL")
+        connection.exec_driver_sql("UPDATE kino.credit_lot SET expires_at = expires_at + interval '1 day'")
         connection.exec_driver_sql("UPDATE kino.credit_lot SET remaining = remaining, expires_at = expires_at")
         connection.commit()
 
         rows = connection.exec_driver_sql(
             "SELECT from_state, to_state, from_expires_at, to_expires_at, xid IS NOT NULL FROM kino.lot_change"
         )
-        assert [tuple(row) for row in rows] == [("active", "active", NOW + 30 * DAY, None, True)]
+        assert [tuple(row) for row in rows] == [("active", "active", NOW + 30 * DAY, NOW + 31 * DAY, True)]
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_events_that_agree_leave_the_same_balances_however_they_come(scene: Scen
     assert [(s.breaks, s.pending, s.dead_letters) for s in settled] == [([], {}, {})] * len(jobs)
     assert [len(s.inbox) for s in settled] == [len(ending) for ending in tale.endings]
     with scene.worker.connect() as connection:
-        assert violations(connection) == []
+        assert violations(connection, without=("times",)) == []
 
 
 @PROPERTY
@@ -124,7 +124,7 @@ def test_events_that_disagree_leave_one_result_and_a_break(scene: Scene, tale: T
         assert (told.breaks, told.pending, told.dead_letters) == (expected, {}, {})
     assert scene.balance(account_id) == Balance(100 - spent, 0)
     with scene.worker.connect() as connection:
-        assert violations(connection) == []
+        assert violations(connection, without=("times",)) == []
 
 
 @PROPERTY

@@ -136,6 +136,14 @@ ALTER TABLE kino.correction ADD CONSTRAINT correction_cites_its_clause CHECK (
     (reason, clause) IN (('generation_failure', '2.failure'), ('timeout', '2.timeout'),
                          ('content_policy_rejection', '2.safety'))
 ) NOT VALID;
+ALTER TABLE kino.transfer ADD CONSTRAINT transfer_names_its_charge CHECK (
+    charge_id IS NOT NULL OR kind NOT IN ('hold', 'capture', 'refund', 'reversal')) NOT VALID;
+ALTER TABLE kino.transfer ADD CONSTRAINT transfer_names_no_charge CHECK (
+    charge_id IS NULL OR kind NOT IN ('grant', 'unvoid')) NOT VALID;
+ALTER TABLE kino.transfer ADD CONSTRAINT transfer_goes_onward CHECK (
+    to_lot_id IS NULL OR kind IN ('refund', 'reversal')) NOT VALID;
+ALTER TABLE kino.credit_lot ADD CONSTRAINT credit_lot_expired_is_empty CHECK (
+    state <> 'expired' OR remaining = 0) NOT VALID;
 """
 
 # Readers may read what proofs and reports need, and only the worker's login writes.
