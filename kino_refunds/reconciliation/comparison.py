@@ -50,6 +50,8 @@ class Scope:
     source: JobSource | None = None
     """None: no job source is configured."""
     relay_queue: str | None = None
+    matching_delay: timedelta = timedelta(minutes=15)
+    """How much of the present `matching` leaves out where the source does not say how far its list is complete."""
 
 
 @dataclass(frozen=True, slots=True)

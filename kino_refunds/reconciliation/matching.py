@@ -10,7 +10,7 @@ away, that breaks its contract, or that lists nothing where the ledger has settl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
@@ -87,7 +87,7 @@ class _Cursor:
         return kept
 
 
-def pages(scope: Scope, cursor: Mapping[str, Any]) -> Iterator[Page]:
+def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     """Compare the window page by page, from `cursor` on; the last page is not comparable if the source is not.
 
     Raises what Postgres raises; an error of the source is never raised.
@@ -175,7 +175,14 @@ def _compare(scope: Scope, jobs: Sequence[FinishedJob], cursor: _Cursor, detail:
 
 
 def _judge(scope: Scope, job: FinishedJob, booked: Booked | None) -> Verdict:
-    return judge(job, booked, policy=scope.policy, now=scope.now, overdue_grace=scope.overdue_grace)
+    return judge(
+        job,
+        booked,
+        policy=scope.policy,
+        now=scope.now,
+        overdue_grace=scope.overdue_grace,
+        grace=scope.grace,
+    )
 
 
 def _page(
@@ -335,14 +342,14 @@ def again(scope: Scope, live: Sequence[LiveBreak]) -> dict[int, Break | None]:
         answer = answers.get(each.job_id)
         if answer is None:
             continue
-        found = _again(scope, source, each, answer, booked.get(each.job_id))
+        found = _again(scope, source, each, answer=answer, booked=booked.get(each.job_id))
         if found is not None:
             looked[each.break_id] = next((one for one in found if one.kind == each.kind), None)
     return looked
 
 
 def _again(
-    scope: Scope, source: JobSource, live: LiveBreak, answer: Answer, booked: Booked | None
+    scope: Scope, source: JobSource, live: LiveBreak, *, answer: Answer, booked: Booked | None
 ) -> Sequence[Break] | None:
     """Return the breaks of a job as it is now; None if that cannot be said."""
     assert live.job_id is not None, "chosen by the caller"

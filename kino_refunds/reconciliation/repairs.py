@@ -18,8 +18,8 @@ from kino_refunds.ledger import Reversal, reverse_charges
 from kino_refunds.ledger.values import SettlementKind
 from kino_refunds.policy.automatic import Coverage, coverage_of
 from kino_refunds.reconciliation.decisions import event_of_ending
+from kino_refunds.reconciliation.endings import event_of
 from kino_refunds.reconciliation.guard import OverdueCharge
-from kino_refunds.reconciliation.overdue import event_of
 from kino_refunds.reconciliation.sources import Answer, JobState, answers_of
 from kino_refunds.settlement.batch import settle_batch
 from kino_refunds.settlement.breaks import LIVE, Break, BreakKind, raise_breaks

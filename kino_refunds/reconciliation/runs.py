@@ -267,6 +267,7 @@ def _begin(check: Check, bench: Bench, wanted: Wanted, *, dry_run: bool) -> tupl
             grace=timedelta(seconds=bench.settings.check_grace_s),
             source=bench.source,
             relay_queue=bench.settings.relay_queue,
+            matching_delay=bench.settings.matching_delay,
         )
         if run is not None:
             return run, scope
