@@ -15,8 +15,10 @@ from kino_refunds.reconciliation import (
     account_status,
     corrected,
     decisions,
+    integrity,
     matching,
     matching_window,
+    seals,
     settled,
     told,
 )
@@ -70,22 +72,6 @@ class Check:
         return f"kino.check_{self.name}"
 
 
-def _matching_window(
-    connection: sa.Connection, scope: Scope, *, wanted_since: datetime | None, wanted_until: datetime | None
-) -> tuple[Window, str | None]:
-    """Return the window by the source's promise; what ended within the grace is left for the next run."""
-    latest = scope.now - scope.grace
-    found = matching_window.window(
-        connection,
-        scope.source,
-        since=wanted_since,
-        until=latest if wanted_until is None else min(wanted_until, latest),
-        last_until=None if scope.full else scope.window.since,
-        delay=scope.matching_delay,
-    )
-    return (scope.window, found) if isinstance(found, str) else (found, None)
-
-
 CHECKS: Final[tuple[Check, ...]] = (
     Check(
         name="settled",
@@ -110,7 +96,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         repair="`kino-refunds breaks repair NUMBER` for `missing_event` and `failed_but_captured`; accept the others",
         pages=matching.pages,
         again=matching.again,
-        window=_matching_window,
+        window=matching_window.window,
         asks_source=True,
     ),
     Check(
@@ -136,6 +122,18 @@ CHECKS: Final[tuple[Check, ...]] = (
         repair="`kino-refunds breaks repair NUMBER --reference CASE` where the customer is owed",
         pages=account_status.pages,
         again=account_status.again,
+    ),
+    Check(
+        name="integrity",
+        promise="P1-P10",
+        ours="the ledger's rows",
+        theirs="one another, by one query for each thing that cannot be",
+        finds=tuple(sorted(integrity.KINDS)),
+        closes=tuple(sorted(integrity.KINDS)),
+        grace="none; instants 5 minutes",
+        repair="the break's own advice; none by command: such a row is a fault of the ledger or of a superuser",
+        pages=integrity.pages,
+        again=integrity.again,
     ),
     Check(
         name="relay",
@@ -166,6 +164,18 @@ CHECKS: Final[tuple[Check, ...]] = (
         repair="none by command: a correction whose credits did not move is a fault of the ledger; call its owner",
         pages=corrected.pages,
         again=corrected.again,
+    ),
+    Check(
+        name="seals",
+        promise="P5",
+        ours="sealed history",
+        theirs="what was sealed",
+        finds=(BreakKind.HISTORY_CHANGED,),
+        closes=(BreakKind.HISTORY_CHANGED,),
+        grace="none",
+        repair="none: keep the database as it is, and compare the range that the break names with a backup",
+        pages=seals.pages,
+        again=seals.again,
     ),
 )
 """Every check, in the order in which they run: what is settled first, then whether it is right, then what was told."""

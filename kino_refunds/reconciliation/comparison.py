@@ -51,7 +51,7 @@ class Scope:
     """None: no job source is configured."""
     relay_queue: str | None = None
     matching_delay: timedelta = timedelta(minutes=15)
-    """How far behind now a source without a promise is read."""
+    """How much of the present `matching` leaves out where the source does not say how far its list is complete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from kino_refunds.reconciliation.sources import Answer
 
 SETTLED_WITHIN = timedelta(minutes=5)
-"""P9: a job that has ended is settled within this time; later it is late."""
+"""P9: a job that has ended is refunded within this time."""
 CLOCKS_APART = timedelta(minutes=10)
 """The event's time and the source's finished_at are two readings of one end, by two clocks. Where the policy's version
 or the account's status changed between two readings that are this close, either of them may be right."""
-NOT_YET = "ended less than KINO_CHECK_GRACE_S ago: the event may be on its way"
+NOT_YET = "ended just now: the event may be on its way"
 NOT_CHARGED = "not charged, and nothing to refund"
 NO_CHARGE_CAN_HAVE_THIS_ID = "the job's id is none that a charge can have"
 ID_LENGTH_MAX = 128
@@ -78,8 +78,8 @@ def judge(
 ) -> Verdict:
     """Return whether the ledger agrees with what the source says of a job that has ended.
 
-    `now` is `kino.clock()`; a job that ended less than `grace` ago may still be settled. An ending is judged as
-    `settle` judges its event: by the policy and by the account's status at its time, within [opened_at, now].
+    `now` is `kino.clock()`; for `grace` after a job's end its event may be on its way. An ending is judged as `settle`
+    judges its event: by the policy and by the account's status at its time, within [opened_at, now].
     """
     young = now < job.finished_at + grace
     if booked is None:

@@ -175,7 +175,14 @@ def _compare(scope: Scope, jobs: Sequence[FinishedJob], cursor: _Cursor, detail:
 
 
 def _judge(scope: Scope, job: FinishedJob, booked: Booked | None) -> Verdict:
-    return judge(job, booked, policy=scope.policy, now=scope.now, overdue_grace=scope.overdue_grace, grace=scope.grace)
+    return judge(
+        job,
+        booked,
+        policy=scope.policy,
+        now=scope.now,
+        overdue_grace=scope.overdue_grace,
+        grace=scope.grace,
+    )
 
 
 def _page(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import BadSettings, SourceBroken, SourceUnavailable
 from kino_refunds.reconciliation.asking import problem_of
 from kino_refunds.reconciliation.clocks import SKEW_MAX
@@ -16,10 +15,8 @@ from kino_refunds.reconciliation.finished import FinishedSource
 from kino_refunds.reconciliation.judging import written
 
 if TYPE_CHECKING:
-    from kino_refunds.reconciliation.sources import JobSource
+    from kino_refunds.reconciliation.comparison import Scope
 
-DELAY = timedelta(minutes=15)
-"""The default of KINO_MATCHING_DELAY_MIN."""
 READ_AGAIN = timedelta(hours=24)
 """Without a promise each run begins this much before the end of the last one: rows that came late are compared then."""
 FIRST_MARGIN = timedelta(days=1)
@@ -36,43 +33,56 @@ class NoList(Exception):
 
 def window(
     connection: sa.Connection,
-    source: JobSource | None,
+    scope: Scope,
     *,
-    since: datetime | None = None,
-    until: datetime | None = None,
-    last_until: datetime | None = None,
-    delay: timedelta = DELAY,
-) -> Window | str:
-    """Return what a run compares, or in one sentence why there is nothing to compare.
+    wanted_since: datetime | None,
+    wanted_until: datetime | None,
+) -> tuple[Window, str | None]:
+    """Return what a run compares, and in one sentence why it cannot be compared, if so.
 
-    `since` and `until` are what a person asked for, `last_until` is the end of the last complete run. A window never
-    passes the source's promise; without a promise it ends `delay` before now. Raises ValueError for an instant without
-    an offset, and what Postgres raises.
+    A window never passes the source's promise; without a promise it ends `scope.matching_delay` before now. Raises
+    ValueError for an instant without an offset, and what Postgres raises.
     """
-    since, until = (None if each is None else _instant(each) for each in (since, until))
+    asked, source, now = scope.window, scope.source, scope.now
     if source is None:
-        return NO_SOURCE
+        return asked, NO_SOURCE
     if not isinstance(source, FinishedSource):
-        return NO_LIST
-    now = read_clock(connection)
+        return asked, NO_LIST
     try:
         promised = read_promise(source)
     except NoList as error:
-        return str(error)
+        return asked, str(error)
     if promised is not None and promised > now + SKEW_MAX:
-        return f"the source says that it is complete through {written(promised)}, which is in the future"
-    end = min(now, now - delay if promised is None else promised)
-    if until is not None:
-        end = min(until, end)
-    begin = since or _begin(connection, last_until, has_promise=promised is not None)
+        return asked, f"the source says that it is complete through {written(promised)}, which is in the future"
+    # A job that ended within the grace may still be settled: it is compared by the next run, and skipped by none.
+    end = min(now - scope.grace, now - scope.matching_delay if promised is None else promised)
+    if wanted_until is not None:
+        end = min(_instant(wanted_until), end)
+    begin = _begin(connection, asked, wanted_since, has_promise=promised is not None)
     if begin is None:
-        return "the ledger has no charge yet"
-    if begin >= end:
-        limit = f"its list is taken as complete until {written(now - delay)}" if promised is None else None
-        known = limit or f"it says that its list is complete through {written(promised or now)}"
-        return f"the window from {written(begin)} to before {written(end)} is empty: {known}"
-    row = connection.execute(_NUMBERS, {"begin": begin, "end": end}).one()
-    return Window(since=begin, until=end, from_xid=row.from_xid, to_xid=max(row.from_xid, row.to_xid))
+        return asked, "the ledger has no charge yet"
+    if begin > end:
+        if promised is None:
+            known = f"its list is taken as complete until {written(now - scope.matching_delay)}"
+        else:
+            known = f"it says that its list is complete through {written(promised)}"
+        return asked, f"the source is not that far: the window begins at {written(begin)}, and {known}"
+    numbers = connection.execute(_NUMBERS, {"begin": begin, "end": end}).one()
+    # Behind the last run without a gap, whatever the samples say: one that was above the horizon then is below it now.
+    # The first run begins at the first transaction.
+    from_xid = asked.from_xid if asked.since is None or wanted_since else min(asked.from_xid, numbers.from_xid)
+    return Window(since=begin, until=end, from_xid=from_xid, to_xid=max(from_xid, numbers.to_xid)), None
+
+
+def _begin(
+    connection: sa.Connection, asked: Window, wanted_since: datetime | None, *, has_promise: bool
+) -> datetime | None:
+    if wanted_since is not None:
+        return _instant(wanted_since)
+    if asked.since is not None:  # the end of the last complete run
+        return asked.since if has_promise else asked.since - READ_AGAIN
+    oldest: datetime | None = connection.execute(sa.text("SELECT min(opened_at) FROM kino.charge")).scalar_one()
+    return None if oldest is None else oldest - FIRST_MARGIN
 
 
 def _instant(given: datetime) -> datetime:
@@ -82,15 +92,8 @@ def _instant(given: datetime) -> datetime:
     return given.astimezone(UTC)
 
 
-def _begin(connection: sa.Connection, last_until: datetime | None, *, has_promise: bool) -> datetime | None:
-    if last_until is not None:
-        return last_until if has_promise else last_until - READ_AGAIN
-    oldest: datetime | None = connection.execute(sa.text("SELECT min(opened_at) FROM kino.charge")).scalar_one()
-    return None if oldest is None else oldest - FIRST_MARGIN
-
-
 # A sample's instant is read before its number is drawn, so a settlement of a lower number was written before that
-# instant, or by a transaction that ran then. The next run's first number is this run's last: none is left out.
+# instant, or by a transaction that ran then.
 _NUMBERS = sa.text("""
     SELECT coalesce((SELECT CAST(CAST(xid AS text) AS bigint) FROM kino.xid_clock
                      WHERE sampled_at <= :begin AND xid < kino.horizon() ORDER BY xid DESC LIMIT 1), 0) AS from_xid,

@@ -39,7 +39,7 @@ from kino_refunds.settlement.breaks import Break, BreakKind
 from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from kino_refunds.reconciliation.comparison import LiveBreak, Scope
 
@@ -677,7 +677,7 @@ _LOOSE = sa.text("""
 NOT_KNOWN = "sealed in a format that this build does not know"
 
 
-def pages(scope: Scope, cursor: Mapping[str, Any]) -> Iterator[Page]:
+def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     """Append what is new and verify the newest seals and the chain; with `scope.full`, verify every seal.
 
     The full run appends nothing, so a login that may only read can do it. The other one verifies the seal that was the

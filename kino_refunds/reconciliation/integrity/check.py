@@ -17,7 +17,7 @@ from kino_refunds.reconciliation.integrity.queries import KEY_TYPES, KeyScope, Q
 from kino_refunds.settlement.breaks import Break
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Generator, Mapping, Sequence
 
     from kino_refunds.reconciliation.comparison import Scope, Window
 
@@ -181,7 +181,7 @@ _COUNTS = sa.text("""
 """)
 
 
-def pages(scope: Scope, cursor: Mapping[str, Any]) -> Iterator[Page]:
+def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     """Ask each query, one a page. The cursor holds the names of those that were asked.
 
     `compared` counts each key once for each query that was asked about it. Everything is read if that is asked for, if

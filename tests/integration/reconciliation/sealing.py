@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -95,6 +95,7 @@ def a_scope(engine: sa.Engine, *, full: bool = False) -> Scope:
         now=NOW,
         policy=make_rules().policy,
         overdue_grace=MINUTE,
+        grace=timedelta(0),
     )
 
 

@@ -39,6 +39,7 @@ def scope_of(scene: Scene, *, full: bool = False, from_xid: int = 1, to_xid: int
         now=NOW,
         policy=published_policy(),
         overdue_grace=MINUTE,
+        grace=0 * MINUTE,
     )
 
 

@@ -20,14 +20,16 @@ from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.ledger import AccountStatus, Charge
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation import judging, matching
+from kino_refunds.reconciliation.checks import Check
 from kino_refunds.reconciliation.comparison import LiveBreak, Scope, Window
 from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource
-from kino_refunds.reconciliation.judging import SETTLED_WITHIN
-from kino_refunds.reconciliation.matching_window import DELAY, NO_LIST, NO_SOURCE, READ_AGAIN, window
+from kino_refunds.reconciliation.matching_window import NO_LIST, NO_SOURCE, READ_AGAIN, window
+from kino_refunds.reconciliation.runs import Run, RunState, run_check
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.breaks import Break, BreakKind
 from tests.clock import DAY, HOUR, MINUTE, SECOND, clock_at, sample_at
 from tests.conftest import Database
+from tests.integration.reconciliation.checking import bench, live
 from tests.integration.reconciliation.finished_jobs import Liar, Lister, ended
 from tests.integration.reconciliation.sweeps import Source
 from tests.scenario import NOW, Scene, make_event
@@ -89,7 +91,7 @@ def scope_of(reader: sa.Engine, source: Any, *, now: datetime = LATER, **changes
         now=now,
         policy=published_policy(),
         overdue_grace=GRACE,
-        grace=SETTLED_WITHIN,
+        grace=5 * MINUTE,
         source=source,
         **changes,
     )
@@ -658,9 +660,27 @@ def test_a_late_refund_stays_late(scene: Scene, reader: sa.Engine) -> None:
 # --- windows ------------------------------------------------------------------------------------------------------
 
 
-def window_of(scene: Scene, source: Any, *, now: datetime = LATER, **asked: Any) -> Window | str:
-    with clock_at(scene.worker, now), scene.worker.connect() as connection:
-        return window(connection, source, **asked)
+DELAY = timedelta(minutes=15)
+
+
+def window_of(
+    scene: Scene,
+    source: Any,
+    *,
+    now: datetime = LATER,
+    last: Window | None = None,
+    last_until: datetime | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    delay: timedelta = DELAY,
+) -> Window | str:
+    """The window as the runner asks for it: `last` is that of the last complete run."""
+    reach = last.until if last else last_until
+    asked = Window(since=since or reach, until=until or now, from_xid=last.to_xid if last else 0, to_xid=0)
+    with scene.worker.connect() as connection:
+        scope = replace(scope_of(scene.worker, source, now=now), window=asked, matching_delay=delay)
+        found, why = window(connection, scope, wanted_since=since, wanted_until=until)
+    return found if why is None else why
 
 
 def span(found: Window | str) -> tuple[datetime | None, datetime]:
@@ -709,11 +729,14 @@ NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a promise of words": (Promises("soon"), {}, "the source failed: "),
     "a promise without an offset": (Promises(NOW.replace(tzinfo=None)), {}, "the source failed: "),
     "away": (Promises(SourceUnreachable("no route")), {}, "the source is away: no route"),
-    "a window in the future": (lister(promise=NOW), {"since": LATER + DAY, "until": LATER + 2 * DAY}, "is empty"),
-    "a window that is reversed": (lister(promise=NOW), {"since": AT, "until": AT - MINUTE}, "is empty"),
-    "a window of no time": (lister(promise=NOW), {"since": AT, "until": AT}, "is empty"),
-    "a promise behind the last run": (lister(promise=AT), {"last_until": NOW}, "is empty: it says that its list"),
-    "too soon": (lister(promise=None), {"since": LATER - MINUTE}, "is empty: its list is taken as complete until"),
+    "a window in the future": (
+        lister(promise=NOW),
+        {"since": LATER + DAY, "until": LATER + HOUR + DAY},
+        "is not that far",
+    ),
+    "a window that is reversed": (lister(promise=NOW), {"since": AT, "until": AT - MINUTE}, "is not that far"),
+    "a promise behind the last run": (lister(promise=AT), {"last_until": NOW}, "and it says that its list is complete"),
+    "too soon": (lister(promise=None), {"since": LATER - MINUTE}, "and its list is taken as complete until"),
 }
 
 
@@ -726,6 +749,17 @@ def test_a_window_that_cannot_be_is_said_in_words(scene: Scene, source: Any, ask
 
     assert isinstance(found, str)
     assert why in found
+
+
+def test_a_promise_that_stands_still_is_an_empty_run(scene: Scene, reader: sa.Engine) -> None:
+    """Where the source knows no more than at the last run, nothing is compared, and nothing is wrong."""
+    settled(scene, "job")
+    source = lister(promise=NOW)
+
+    found = window_of(scene, source, last_until=NOW)
+    assert isinstance(found, Window)
+
+    assert run_of(replace(scope_of(reader, source), window=found)).numbers == (0, 0, {})
 
 
 def test_an_empty_ledger_has_no_window(scene: Scene) -> None:
@@ -762,7 +796,7 @@ def test_windows_in_a_row_leave_no_settlement_out(scene: Scene, reader: sa.Engin
     source = lister(promise=None)
     scene.charged("first")
     sample_at(scene.worker, NOW - 50 * MINUTE)
-    asked, last, seen = list[list[str]](), None, list[tuple[int, int]]()
+    asked, last, seen = list[list[str]](), None, list[Window]()
     for number in range(1, 5):
         at = NOW - 50 * MINUTE + number * 10 * MINUTE
         scene.charged(f"job-{number}")
@@ -770,17 +804,17 @@ def test_windows_in_a_row_leave_no_settlement_out(scene: Scene, reader: sa.Engin
         sample_at(scene.worker, at + SECOND)
         source.promise = at + 2 * SECOND
         source.jobs = [done(f"job-{n}", at=NOW - 50 * MINUTE + n * 10 * MINUTE) for n in range(1, number + 1)]
-        found = window_of(scene, source, now=at + MINUTE, last_until=last)
+        found = window_of(scene, source, now=at + MINUTE, last=last)
         assert isinstance(found, Window)
         source.asked.clear()
         result = run_of(replace(scope_of(reader, source), window=found))
         assert (result.comparable, result.kinds) == (True, {})
         asked += source.asked
-        seen.append((found.from_xid, found.to_xid))
-        last = found.until
+        seen.append(found)
+        last = found
 
     assert asked == [[f"job-{number}"] for number in range(1, 5)]
-    assert [before[1] for before in seen[:-1]] == [after[0] for after in seen[1:]]
+    assert [before.to_xid for before in seen[:-1]] == [after.from_xid for after in seen[1:]]
 
 
 def test_a_run_while_everything_is_being_settled(scene: Scene, reader: sa.Engine) -> None:
@@ -802,3 +836,65 @@ def test_a_run_while_everything_is_being_settled(scene: Scene, reader: sa.Engine
     source = scope.source
     assert isinstance(source, FinishedSource)
     assert set(again(reader, source, list(first.breaks)).values()) == {None}
+
+
+# --- as a run -----------------------------------------------------------------------------------------------------
+
+MATCHING = Check(
+    name="matching",
+    promise="P9",
+    ours="charges and settlements",
+    theirs="the finished jobs of the job source",
+    finds=tuple(matching.KINDS),
+    closes=tuple(matching.KINDS),
+    grace="KINO_CHECK_GRACE_S",
+    repair="`kino-refunds breaks repair NUMBER`",
+    pages=matching.pages,
+    again=matching.again,
+    window=window,
+    asks_source=True,
+)
+
+
+def run_whole(scene: Scene, source: Any) -> Run:
+    with clock_at(scene.worker, LATER):
+        return run_check(MATCHING, bench(scene, source=source))
+
+
+def test_runs_find_repair_and_close(scene: Scene) -> None:
+    """A run raises breaks, the next one closes those that agree by now, and goes on where the last one ended."""
+    scene.charged("open")
+    settled(scene, "fine", "orphan")
+    with clock_at(scene.worker, NOW):
+        sample_at(scene.worker, NOW)
+    source = lister(done("open", "failed"), done("fine"), promise=NOW + SECOND)
+
+    first = run_whole(scene, source)
+    raised = live(scene)
+    scene.settle(make_event("failed provider", "open"))
+    source.promise = NOW + MINUTE
+    second = run_whole(scene, source)
+
+    assert (first.state, first.compared, first.broken) == (RunState.COMPLETE, 3, 2)
+    assert raised == [("missing_event", "open", 10), ("orphan_charge", "orphan", 10)]
+    assert (second.state, second.window.since, second.window.until) == (
+        RunState.COMPLETE,
+        NOW + SECOND,
+        NOW + MINUTE,
+    )
+    assert live(scene) == [("orphan_charge", "orphan", 10)]
+
+
+def test_a_run_without_the_source_verifies_nothing(scene: Scene) -> None:
+    """After a run that could not compare, the next one compares the same window."""
+    settled(scene, "a")
+    sample_at(scene.worker, NOW)
+    jobs = (done("a", "failed"),)
+
+    away = run_whole(scene, Fails(SourceUnreachable("no route"), what="finished", jobs=jobs))
+    nothing = run_whole(scene, Source({}))
+    back = run_whole(scene, lister(*jobs))
+
+    assert (away.state, nothing.state) == (RunState.NOT_COMPARABLE, RunState.NOT_COMPARABLE)
+    assert dict(nothing.not_comparable) == {NO_LIST: 1}
+    assert (back.state, back.window.since, back.broken) == (RunState.COMPLETE, away.window.since, 1)
