@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kino_refunds.cli.exit_codes import AWAY, FINDING
-from kino_refunds.cli.options import AsJson, By, Edge, ledger_connection, read_time, written
+from kino_refunds.cli.options import AsJson, By, Edge, ledger_connection, ledger_engine, read_time, written
 from kino_refunds.cli.output import escaped, print_facts, print_items, print_json, say, tell
 
 if TYPE_CHECKING:
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from kino_refunds.reconciliation.proof import Proof, SourceSaid
     from kino_refunds.reconciliation.runs import Coverage, Run
+    from kino_refunds.reconciliation.seals import Verified
     from kino_refunds.settings import Settings
 
+WAIT_S = 60.0
+"""Seconds that a person's run waits for a scheduled run of the same check."""
 Since = Annotated[str | None, typer.Option(help="Compare from this instant on (RFC 3339).", metavar="TIME")]
 Until = Annotated[str | None, typer.Option(help="Compare up to this instant (RFC 3339).", metavar="TIME")]
 
@@ -146,7 +149,7 @@ def run(
     ended: list[Run] = []
     for check in chosen:
         with bench_for(check, settings, actor=by) as bench:
-            ended.append(run_check(check, bench, wanted, dry_run=dry_run, progress=_show_progress))
+            ended.append(run_check(check, bench, wanted, dry_run=dry_run, wait_s=WAIT_S, progress=_show_progress))
     if as_json:
         print_items([_as_dict(each) for each in ended], next_cursor=None, as_json=True, empty="")
     else:
@@ -251,6 +254,10 @@ def prove(
     until: Annotated[
         str | None, typer.Option(help="Until this instant; without it, as far as can be proven.", metavar="TIME")
     ] = None,
+    seal: Annotated[
+        str | None,
+        typer.Option(help="A seal that is kept elsewhere, NUMBER:DIGEST, or a file with such texts.", metavar="COPY"),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Print what can be proven, and whether it holds.
@@ -263,23 +270,32 @@ def prove(
     Example: kino-refunds reconcile prove --since 2026-11-01T00:00:00Z --json
     """
     from kino_refunds.reconciliation.proof import prove as prove_it
+    from kino_refunds.reconciliation.seals import compare_with_copy
     from kino_refunds.settings import load_settings
 
     settings = load_settings()
     source = _ask_source(settings)
-    with ledger_connection(settings) as connection:
-        proof = prove_it(
-            connection,
-            settings,
-            since=None if since is None else read_time(since, Edge.START),
-            until=None if until is None else read_time(until, Edge.END),
-            source=source,
-        )
+    with ledger_engine(settings) as engine:
+        copy = None if seal is None else compare_with_copy(engine, seal, progress=_show_seals)
+        with engine.begin() as connection:
+            proof = prove_it(
+                connection,
+                settings,
+                since=None if since is None else read_time(since, Edge.START),
+                until=None if until is None else read_time(until, Edge.END),
+                source=source,
+                copy=copy,
+            )
     if as_json:
         print_json(asdict(proof) | {"holds": proof.holds})
     else:
         _print_proof(proof)
     return 0 if proof.holds else FINDING
+
+
+def _show_seals(found: Verified) -> None:
+    if sys.stderr.isatty():
+        tell(f"{found.compared:,} seals computed again", style="dim")
 
 
 def _ask_source(settings: Settings) -> SourceSaid | None:

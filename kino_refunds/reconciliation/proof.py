@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from kino_refunds.errors import BadWindow
 from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.reconciliation.runs import Coverage, read_coverage
+from kino_refunds.reconciliation.seals import CopyComparison, CopyState, newest_seal, seal_text
 from kino_refunds.reconciliation.verified import read_verified
 
 if TYPE_CHECKING:
@@ -123,10 +124,12 @@ def prove(
     since: datetime | None = None,
     until: datetime | None = None,
     source: SourceSaid | None,
+    copy: CopyComparison | None = None,
 ) -> Proof:
     """Return what holds between `since` (None: since the first complete run) and `until` (None: the latest possible).
 
-    Only reads. `source` None: none is configured; a source that is away must not be taken for that. Raises
+    Only reads. `source` None: none is configured; a source that is away must not be taken for that. `copy` is what the
+    ledger's seals were compared with, if somebody keeps some elsewhere. Raises
     BadWindow for an `until` that cannot be proven yet, and names the latest.
     """
     coverages = {check.name: read_coverage(connection, check.name) for check in CHECKS}
@@ -153,6 +156,7 @@ def prove(
         *_of_checks(connection, wanted, figures, coverages),
         *_of_books(connection, figures),
         *_of_breaks(connection, wanted, figures),
+        *_of_seals(connection, figures, copy, until=until),
     ]
     return Proof(since, until, sentences, figures)
 
@@ -308,6 +312,40 @@ def _of_breaks(connection: sa.Connection, wanted: dict[str, datetime | None], fi
             f" {decided.false_alarms:,} false alarms.",
             holds=True,
         )
+
+
+def _of_seals(
+    connection: sa.Connection, figures: Figures, copy: CopyComparison | None, *, until: datetime
+) -> Iterator[Sentence]:
+    """Say the newest seal: against a superuser only a copy of it, kept elsewhere, proves anything."""
+    newest = newest_seal(connection)
+    if newest is None:
+        yield Sentence("No history is sealed yet.", holds=False, command="kino-refunds reconcile run seals")
+        return
+    figures["seal"] = {"newest": seal_text(newest), "as_of": newest.as_of, "rows": newest.rows}
+    yield Sentence(
+        f"Seal {seal_text(newest)} stands for everything before {_written(newest.as_of)}; keep a copy of it elsewhere.",
+        holds=newest.as_of >= until,
+        command="kino-refunds reconcile run seals",
+    )
+    if copy is None:
+        return
+    figures["copy"] = {
+        "seals": [{"seal": f"{each.seal_id}:{each.digest}", "state": each.state} for each in copy.seals],
+        "computed_again": copy.verified,
+    }
+    wrong = [each for each in copy.seals if each.state is not CopyState.SAME]
+    found = "; ".join(
+        [*(f"seal {each.seal_id}: {each.state}" for each in wrong), *(each.detail for each in copy.breaks)]
+    )
+    yield Sentence(
+        f"The copy names {len(copy.seals):,} seals; {copy.verified:,} were computed again, and history is what it was"
+        " when they were copied."
+        if copy.is_same
+        else f"History is not what it was when the copy was made: {found or 'by a format that is not known'}.",
+        holds=copy.is_same,
+        command="kino-refunds reconcile run seals --full",
+    )
 
 
 def _written(instant: datetime) -> str:

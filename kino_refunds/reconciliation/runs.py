@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from kino_refunds.db.clock import read_clock
 from kino_refunds.db.engine import create_engine
+from kino_refunds.db.faults import Fault, classify
 from kino_refunds.errors import BadWindow, CheckBusy
 from kino_refunds.reconciliation.adapters import source_of
 from kino_refunds.reconciliation.comparison import LiveBreak, Page, Scope, Window
@@ -143,18 +144,20 @@ def run_check(
     *,
     dry_run: bool = False,
     budget_s: float | None = None,
+    wait_s: float = 0.0,
     progress: Callable[[Run], None] = lambda _: None,
 ) -> Run:
     """Run a check, or go on with its interrupted run; return the run as it stands then.
 
     Looks again at every live break of the check's kinds first, by its key, and closes those whose sides agree now. With
     `dry_run` nothing is written: neither a row of the run nor a break. After `budget_s` seconds the run is left
-    `running`, and the next one goes on. `progress` is called after each page.
+    `running`, and the next one goes on. If another process runs this check, `wait_s` seconds are waited for it.
+    `progress` is called after each page.
 
-    Raises CheckBusy if another process runs this check, BadWindow for a window that cannot be compared, and what
+    Raises CheckBusy if that process takes longer, BadWindow for a window that cannot be compared, and what
     Postgres raises.
     """
-    with _only_one(bench.engine, check):
+    with _only_one(bench.engine, check, wait_s=wait_s):
         if not dry_run:
             _sample(bench.engine)
         run, scope = _begin(check, bench, wanted, dry_run=dry_run)
@@ -185,8 +188,8 @@ def run_check(
 
 
 @contextmanager
-def _only_one(engine: sa.Engine, check: Check) -> Iterator[None]:
-    """Hold the check's advisory lock; raises CheckBusy if another session does.
+def _only_one(engine: sa.Engine, check: Check, *, wait_s: float) -> Iterator[None]:
+    """Hold the check's advisory lock; raises CheckBusy if another session does, and for longer than `wait_s`.
 
     The lock belongs to a transaction that writes and reads nothing, so it has no number and holds back no horizon. A
     process that is killed loses its session and with it the lock, at once; a lease would have to run out first.
@@ -194,17 +197,22 @@ def _only_one(engine: sa.Engine, check: Check) -> Iterator[None]:
     with engine.connect() as connection:
         for name in ("idle_in_transaction_session_timeout", "transaction_timeout"):
             if name == "idle_in_transaction_session_timeout" or _knows(connection, name):
-                connection.execute(sa.text("SELECT pg_catalog.set_config(:name, '0', true)"), {"name": name})
-        free = connection.execute(
-            sa.text("SELECT pg_catalog.pg_try_advisory_xact_lock(:space, pg_catalog.hashtext(:check))"),
-            {"space": LOCK_SPACE, "check": check.name},
-        ).scalar_one()
-        if not free:
+                connection.execute(_SET, {"name": name, "value": "0"})
+        connection.execute(_SET, {"name": "lock_timeout", "value": str(max(1, int(wait_s * 1000)))})
+        try:
+            connection.execute(_LOCK, {"space": LOCK_SPACE, "check": check.name})
+        except sa.exc.OperationalError as error:
+            if classify(error) is not Fault.LOCK:
+                raise
             raise CheckBusy(
                 f"another process runs the check {check.name} at this moment; `kino-refunds reconcile list` shows how"
                 " far it is"
-            )
+            ) from error
         yield
+
+
+_SET = sa.text("SELECT pg_catalog.set_config(:name, :value, true)")
+_LOCK = sa.text("SELECT pg_catalog.pg_advisory_xact_lock(:space, pg_catalog.hashtext(:check))")
 
 
 def _knows(connection: sa.Connection, setting: str) -> bool:
