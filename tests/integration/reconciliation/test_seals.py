@@ -543,6 +543,17 @@ class TestCheck:
         assert (page.compared, page.broken, page.detail["rows"]) == (3, 0, sum(s.rows for s in seals(three_seals)))
         assert len(seals(three_seals)) == 3
 
+    def test_a_dry_run_verifies_and_appends_nothing(self, three_seals: Scene, database: Database) -> None:
+        """What a dry run finds it finds by reading alone."""
+        sample(three_seals)
+        tamper(three_seals, "UPDATE kino.charge SET credits = credits + 1")
+        reader = create_engine(database.url("kino_read"), pooled=False)
+
+        run = list(pages(a_scope(reader, dry_run=True), {}))
+
+        assert [each.subject for page in run for each in page.breaks] == ["seal:3"]
+        assert len(seals(three_seals)) == 3
+
     def test_a_full_run_over_nothing_compares_nothing(self, scene: Scene) -> None:
         """A ledger that has no seal yet is no break."""
         run = list(pages(a_scope(scene.worker, full=True), {}))
