@@ -274,6 +274,22 @@ class TestFormat:
         assert [digest_again(database, each) for each in stored] == [bytes(each.digest).hex() for each in stored]
         assert [bytes(each.previous_digest) for each in stored] == [bytes(32), *(bytes(s.digest) for s in stored[:2])]
 
+    @pytest.mark.parametrize(
+        ("instant", "text"),
+        [
+            ("infinity", "infinity"),
+            ("-infinity", "-infinity"),
+            ("1970-01-01 00:00:00.000001+00", "1"),
+            ("1969-12-31 23:59:59.999999+00", "-1"),
+            ("294276-12-31 00:00:00+00", "9224317929600000000"),
+        ],
+    )
+    def test_every_instant_of_the_database_has_a_text(self, connection: sa.Connection, instant: str, text: str) -> None:
+        """Microseconds are exact, a bigint is not too small for them, and the two infinities are words."""
+        wanted = product._instant_sql(f"CAST('{instant}' AS timestamptz)")
+
+        assert connection.execute(sa.text(f"SELECT {wanted.replace(':', chr(92) + ':')}")).scalar_one() == text
+
     def test_every_column_of_a_sealed_table_is_sealed(self, scene: Scene) -> None:
         """A migration that adds a column to one of these tables adds a format."""
         formats = {
