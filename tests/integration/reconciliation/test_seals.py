@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import BadCopy
 from kino_refunds.reconciliation import seals as product
-from kino_refunds.reconciliation.checks import Check
+from kino_refunds.reconciliation.checks import check_named
 from kino_refunds.reconciliation.runs import Wanted, run_check
 from kino_refunds.reconciliation.seals import (
     CopyState,
@@ -25,7 +25,6 @@ from kino_refunds.reconciliation.seals import (
     pages,
     seal_text,
 )
-from kino_refunds.settlement.breaks import BreakKind
 from tests.clock import MINUTE
 from tests.conftest import Database
 from tests.integration.reconciliation.checking import bench, numbers, statuses
@@ -613,30 +612,17 @@ class TestCheck:
 
 
 class TestRuns:
-    CHECK = Check(
-        name="seals",
-        promise="P5",
-        ours="the ledger's history",
-        theirs="its seals",
-        finds=(BreakKind.HISTORY_CHANGED,),
-        closes=(BreakKind.HISTORY_CHANGED,),
-        grace="none",
-        repair="compare with a backup",
-        pages=pages,
-        again=again,
-    )
-
     def test_a_break_lives_until_history_is_as_it_was(self, three_seals: Scene) -> None:
         """A full run opens it, an ordinary one keeps it, and closes it when the row is as it was sealed."""
         row = in_seal(three_seals, "transfer", 2)
         works = bench(three_seals)
         tamper(three_seals, f"UPDATE kino.transfer SET credits = credits + 3 WHERE transfer_id = {row[0]}")
-        found_it = run_check(self.CHECK, works, Wanted(full=True))
+        found_it = run_check(check_named("seals"), works, Wanted(full=True))
         opened = live_breaks(three_seals)
-        ordinary = run_check(self.CHECK, works)
+        ordinary = run_check(check_named("seals"), works)
         kept = live_breaks(three_seals)
         tamper(three_seals, f"UPDATE kino.transfer SET credits = credits - 3 WHERE transfer_id = {row[0]}")
-        run_check(self.CHECK, works)
+        run_check(check_named("seals"), works)
 
         assert (numbers(found_it), found_it.is_complete) == ((3, 2, 1, 0), True)
         assert opened == kept == [("history_changed", "seal:2", 3)]
@@ -649,7 +635,7 @@ class TestRuns:
         tamper(three_seals, "UPDATE kino.charge SET credits = credits + 1")
         before = three_seals.everything()
 
-        found_it = run_check(self.CHECK, bench(three_seals), dry_run=True)
+        found_it = run_check(check_named("seals"), bench(three_seals), dry_run=True)
 
         assert [each.subject for each in found_it.found] == ["seal:3"]
         assert three_seals.everything() == before
