@@ -49,6 +49,8 @@ class Scope:
     """What the pipeline and the relay have this long for before a difference counts."""
     source: JobSource | None = None
     """None: no job source is configured."""
+    dry_run: bool = False
+    """Whether nothing may be written; only `seals` writes anything of its own."""
     relay_queue: str | None = None
     matching_delay: timedelta = timedelta(minutes=15)
     """How much of the present `matching` leaves out where the source does not say how far its list is complete."""

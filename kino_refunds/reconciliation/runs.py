@@ -274,6 +274,7 @@ def _begin(check: Check, bench: Bench, wanted: Wanted, *, dry_run: bool) -> tupl
             overdue_grace=bench.settings.overdue_grace,
             grace=timedelta(seconds=bench.settings.check_grace_s),
             source=bench.source,
+            dry_run=dry_run,
             relay_queue=bench.settings.relay_queue,
             matching_delay=bench.settings.matching_delay,
         )

@@ -680,13 +680,13 @@ NOT_KNOWN = "sealed in a format that this build does not know"
 def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     """Append what is new and verify the newest seals and the chain; with `scope.full`, verify every seal.
 
-    The full run appends nothing, so a login that may only read can do it. The other one verifies the seal that was the
-    newest before it began; those that it appends, it has just computed.
+    The full run appends nothing, so a login that may only read can do it; neither does a dry run. The other one
+    verifies the seal that was the newest before it began; those that it appends, it has just computed.
     """
     yield from _full(scope, cursor) if scope.full else _incremental(scope, cursor)
 
 
-def _full(scope: Scope, cursor: Mapping[str, Any]) -> Iterator[Page]:
+def _full(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     at, rows = cursor.get("seal", 1), cursor.get("rows", 0)
     if at is None:
         return
@@ -699,13 +699,13 @@ def _full(scope: Scope, cursor: Mapping[str, Any]) -> Iterator[Page]:
         yield _page(found, {"seal": found.next_id, "rows": rows, "until": until}, _detail(scope.engine, rows))
 
 
-def _incremental(scope: Scope, cursor: Mapping[str, Any]) -> Iterator[Page]:
+def _incremental(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     # Stored before anything is appended: a run that goes on verifies the seal that it found, and not its own.
     if "newest" not in cursor:
         newest = _newest(scope.engine)
         cursor = {"newest": 0 if newest is None else newest.seal_id}
         yield Page(cursor=cursor)
-    while append_seal(scope.engine) is not None:
+    while not scope.dry_run and append_seal(scope.engine) is not None:
         yield Page(cursor=cursor, detail=_detail(scope.engine, 0))
     with scope.engine.begin() as connection:
         loose = connection.execute(_LOOSE, {"first": FIRST, "limit": SEALS_A_PAGE}).scalars().all()

@@ -87,11 +87,12 @@ def found(database: Database, role: str = "kino_read", **bounds: Any) -> dict[st
     return {str(each.subject): each for each in breaks}
 
 
-def a_scope(engine: sa.Engine, *, full: bool = False) -> Scope:
+def a_scope(engine: sa.Engine, *, full: bool = False, dry_run: bool = False) -> Scope:
     return Scope(
         engine=engine,
         window=Window(None, NOW, 0, 0),
         full=full,
+        dry_run=dry_run,
         now=NOW,
         policy=make_rules().policy,
         overdue_grace=MINUTE,
