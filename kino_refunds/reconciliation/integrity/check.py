@@ -197,7 +197,7 @@ def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
         if keys is None:
             counts = dict(connection.execute(_COUNTS).mappings().one())
         else:
-            counts = {each: len(keys.of(each)) for each in KeyScope} | {KeyScope.LEDGER: 1}
+            counts = {each.value: len(keys.of(each)) for each in KeyScope} | {KeyScope.LEDGER.value: 1}
     for query in all_queries():
         left_out = keys is not None and (query.only_in_full or not counts[query.scope])
         if query.name in done or left_out:
