@@ -389,8 +389,8 @@ WHERE keys(s.charge_id)
 -- cannot be: The inbox has received an event over 5 minutes from the settlement that was written with it.
 -- then: A date was changed. Nothing depends on it but the order in which `why JOB` tells the story.
 SELECT s.charge_id AS key, s.charge_id, NULL AS account_id, 0 AS credits,
-       'event ' || i.event_id || ' of ' || i.source || ' was received at ' || i.received_at || ', charge ' || s.charge_id
-       || ' was settled by it at ' || s.settled_at AS sentence
+       'event ' || i.event_id || ' of ' || i.source || ' was received at ' || i.received_at || ', charge '
+       || s.charge_id || ' was settled by it at ' || s.settled_at AS sentence
 FROM kino.settlement s JOIN kino.inbox_event i ON i.source = s.event_source AND i.event_id = s.event_id
 WHERE keys(s.charge_id)
   AND i.received_at NOT BETWEEN s.settled_at - interval '5 minutes' AND s.settled_at + interval '5 minutes'

@@ -178,8 +178,8 @@ WHERE CASE c.due WHEN 'neither frozen nor voided' THEN c.state IN ('frozen', 'vo
 -- then: The customer lacks credits, or has too many. Compare the lot's void and unvoid transfers with lot_void.
 SELECT t.lot_id AS key, NULL::bigint AS charge_id, t.account_id, abs(t.voided - t.unvoided) AS credits,
        'lot ' || t.lot_id || ' was voided for ' || t.cause_kind || ' ' || t.cause_id || ' by ' || t.voided
-       || ' credits, of which ' || t.unvoided || ' came back' || CASE WHEN t.open THEN '' ELSE ', and that has ended' END
-       AS sentence
+       || ' credits, of which ' || t.unvoided || ' came back'
+       || CASE WHEN t.open THEN '' ELSE ', and that has ended' END AS sentence
 FROM (SELECT x.lot_id, x.cause_kind, x.cause_id, min(x.account_id) AS account_id,
              coalesce(sum(x.credits) FILTER (WHERE x.kind = 'void'), 0) AS voided,
              coalesce(sum(x.credits) FILTER (WHERE x.kind = 'unvoid'), 0) AS unvoided,
@@ -223,10 +223,11 @@ FROM (SELECT 'a hold' AS what, * FROM kino.lot_hold x WHERE keys(x.lot_id)
       UNION ALL
       SELECT 'a void', * FROM kino.lot_void x WHERE keys(x.lot_id)) AS h
 LEFT JOIN kino.credit_lot l ON l.lot_id = h.lot_id AND keys(l.lot_id)
--- The migration that began these histories wrote down what it found, without a change.
+-- 0006, where these histories begin, wrote down what it found; such a lot was taken without a change.
 WHERE l.lot_id IS NULL OR (h.until IS NULL) <> (h.until_actor IS NULL)
-   OR h.cause_id <> 'before 0006'
-      AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided'))
+   OR NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided'))
+      AND NOT EXISTS (SELECT FROM kino.lot_hold b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
+      AND NOT EXISTS (SELECT FROM kino.lot_void b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
 
 -- its history
 
@@ -237,7 +238,8 @@ WHERE l.lot_id IS NULL OR (h.until IS NULL) <> (h.until_actor IS NULL)
 --   another state than active.
 -- then: A change was lost, added or edited: past balances and reports are read from here.
 SELECT c.lot_id AS key, NULL::bigint AS charge_id, c.account_id, 0 AS credits,
-       'a change of lot ' || c.lot_id || ' begins at ' || coalesce(c.from_state || ' ' || c.from_expires_at, c.from_state)
+       'a change of lot ' || c.lot_id || ' begins at '
+       || coalesce(c.from_state || ' ' || c.from_expires_at, c.from_state)
        || ', the one before it ended at ' || coalesce(c.before_state || ' ' || c.before_expires_at, c.before_state)
        AS sentence
 FROM (SELECT h.lot_id, h.account_id, h.from_state, h.from_expires_at,
@@ -402,15 +404,18 @@ FROM (SELECT 'a hold' AS what, 'frozen' AS state, * FROM kino.lot_hold x WHERE k
 JOIN kino.credit_lot l ON l.lot_id = h.lot_id AND keys(l.lot_id)
 WHERE h.since < l.granted_at - interval '5 minutes' OR h.until < h.since - interval '5 minutes'
    OR greatest(h.since, h.until) > (SELECT kino.clock()) + interval '5 minutes'
-   -- When it began the lot was taken by it, or was already; when it ended the lot was freed, or stayed taken.
-   OR h.cause_id <> 'before 0006'
-      AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided')
-                      AND c.changed_at <= h.since + interval '5 minutes')
-   OR h.until IS NOT NULL AND h.until_actor <> 'migration'
-      AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id
-                      AND c.changed_at BETWEEN h.until - interval '5 minutes' AND h.until + interval '5 minutes')
-      AND NOT coalesce((SELECT c.to_state IN ('frozen', 'voided') FROM kino.lot_change c
-                        WHERE c.lot_id = h.lot_id AND c.changed_at <= h.until ORDER BY c.change_id DESC LIMIT 1), false)
+   -- When it began the lot was taken by it, or was already; when it ended the lot was freed, or stayed taken. A lot
+   -- that was taken before 0006, where these histories begin, has no change that says so.
+   OR NOT EXISTS (SELECT FROM kino.lot_hold b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
+      AND NOT EXISTS (SELECT FROM kino.lot_void b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
+      AND (NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided')
+                       AND c.changed_at <= h.since + interval '5 minutes')
+           OR h.until IS NOT NULL
+              AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.changed_at
+                              BETWEEN h.until - interval '5 minutes' AND h.until + interval '5 minutes')
+              AND NOT coalesce((SELECT c.to_state IN ('frozen', 'voided') FROM kino.lot_change c
+                                WHERE c.lot_id = h.lot_id AND c.changed_at <= h.until
+                                ORDER BY c.change_id DESC LIMIT 1), false))
 
 -- name: lot_change_apart_from_its_cause
 -- promise: P4
