@@ -444,7 +444,7 @@ def test_keys_are_looked_up_by_an_index(told: Scene, query: integrity.Query) -> 
     """No query of some keys needs to read a large table whole: its cost follows what is new, not what there is."""
     keys = [1, 2] if KEY_TYPES[query.scope] == "bigint" else ["captured", "acct of captured"]
     with told.worker.begin() as connection:
-        connection.execute(check._SESSION)
+        check._prepare(connection, by_key=True)
         connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_mergejoin = off"))
         explained = connection.execute(
             sa.text("EXPLAIN (FORMAT JSON) " + check._ONE_A_KEY.format(query=query.of_keys)), {"keys": keys, "limit": 9}
