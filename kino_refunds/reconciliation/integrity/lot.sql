@@ -1,4 +1,7 @@
 -- What cannot be of one lot: what is left in it, where it came from, what was done to it, and its history.
+--
+-- Transfers are reached by account or charge. Those of four kinds are reached by lot too (the index transfer_of_lot),
+-- which costs no charge and no settlement; so the queries below name these kinds wherever they can.
 
 -- name: lot_differs_from_transfers
 -- promise: P4
@@ -25,6 +28,7 @@ WHERE l.remaining IS DISTINCT FROM coalesce(m.credits, 0)
 -- name: lot_was_overdrawn
 -- promise: P4
 -- topic: lots
+-- runs: in full
 -- cannot be: Along its transfers a lot stood below zero.
 -- then: A charge drew credits that were not there. Look at the lot's transfers in their order.
 SELECT w.lot_id AS key, NULL::bigint AS charge_id, min(w.account_id) AS account_id, -min(w.stood) AS credits,
@@ -44,7 +48,7 @@ GROUP BY w.lot_id HAVING min(w.stood) < 0
 WITH granted AS (
     SELECT t.lot_id, sum(t.credits) AS credits, min(t.reason) AS first_reason, max(t.reason) AS last_reason,
            count(*) FILTER (WHERE t.reason IS NULL) AS unnamed
-    FROM kino.transfer t WHERE of_lots(t.account_id) AND t.kind = 'grant' AND keys(t.lot_id) GROUP BY t.lot_id
+    FROM kino.transfer t WHERE t.kind = 'grant' AND keys(t.lot_id) GROUP BY t.lot_id
 )
 SELECT l.lot_id AS key, NULL::bigint AS charge_id, l.account_id, l.granted AS credits,
        'lot ' || l.lot_id || ' was granted ' || l.granted || ' as ' || l.class || ', its grant transfers say '
@@ -61,7 +65,7 @@ WHERE keys(l.lot_id)
 -- then: Credits came from nowhere, or were lost on the way. Compare the refunds that name this lot.
 WITH returned AS (
     SELECT t.to_lot_id AS lot_id, sum(t.credits) AS credits
-    FROM kino.transfer t WHERE of_lots(t.account_id) AND t.to_lot_id IS NOT NULL AND keys(t.to_lot_id)
+    FROM kino.transfer t WHERE t.to_lot_id IS NOT NULL AND keys(t.to_lot_id)
     GROUP BY t.to_lot_id
 )
 SELECT l.lot_id AS key, NULL::bigint AS charge_id, l.account_id, abs(coalesce(r.credits, 0) - l.granted) AS credits,
@@ -143,10 +147,9 @@ SELECT t.lot_id AS key, t.charge_id, t.account_id, t.credits,
        || coalesce(', at ' || t.event_at, '') || ', with ' || coalesce('charge ' || t.charge_id, 'no charge')
        || '; that cannot be' AS sentence
 FROM kino.transfer t LEFT JOIN kino.credit_lot l ON l.lot_id = t.lot_id
-WHERE of_lots(t.account_id) AND keys(t.lot_id)
+WHERE keys(t.lot_id) AND t.kind IN ('grant', 'expire', 'void', 'unvoid')
   AND (t.charge_id IS NULL AND (l.account_id IS DISTINCT FROM t.account_id
                                 OR t.to_lot_id IS NOT NULL OR t.event_at IS NOT NULL
-                                OR t.kind NOT IN ('grant', 'expire', 'void', 'unvoid')
                                 OR t.kind = 'expire' AND t.reason IS DISTINCT FROM 'expired')
        OR t.charge_id IS NOT NULL AND t.kind IN ('grant', 'unvoid')
        OR t.cause_kind IS NOT NULL AND t.reason IS DISTINCT FROM t.cause_kind)
@@ -175,15 +178,15 @@ WHERE CASE c.due WHEN 'neither frozen nor voided' THEN c.state IN ('frozen', 'vo
 -- then: The customer lacks credits, or has too many. Compare the lot's void and unvoid transfers with lot_void.
 SELECT t.lot_id AS key, NULL::bigint AS charge_id, t.account_id, abs(t.voided - t.unvoided) AS credits,
        'lot ' || t.lot_id || ' was voided for ' || t.cause_kind || ' ' || t.cause_id || ' by ' || t.voided
-       || ' credits, of which ' || t.unvoided || ' came back' || CASE WHEN t.open THEN '' ELSE ', and that has ended' END
-       AS sentence
+       || ' credits, of which ' || t.unvoided || ' came back'
+       || CASE WHEN t.open THEN '' ELSE ', and that has ended' END AS sentence
 FROM (SELECT x.lot_id, x.cause_kind, x.cause_id, min(x.account_id) AS account_id,
              coalesce(sum(x.credits) FILTER (WHERE x.kind = 'void'), 0) AS voided,
              coalesce(sum(x.credits) FILTER (WHERE x.kind = 'unvoid'), 0) AS unvoided,
              EXISTS (SELECT FROM kino.lot_void v WHERE v.lot_id = x.lot_id AND v.cause_kind = x.cause_kind
                      AND v.cause_id = x.cause_id AND v.until IS NULL) AS open
       FROM kino.transfer x
-      WHERE of_lots(x.account_id) AND keys(x.lot_id) AND x.kind IN ('void', 'unvoid') AND x.cause_kind IS NOT NULL
+      WHERE keys(x.lot_id) AND x.kind IN ('void', 'unvoid') AND x.cause_kind IS NOT NULL
       GROUP BY x.lot_id, x.cause_kind, x.cause_id) AS t
 WHERE t.unvoided > t.voided OR NOT t.open AND t.unvoided <> t.voided
 
@@ -196,7 +199,7 @@ SELECT t.lot_id AS key, t.charge_id, t.account_id, t.credits,
        'transfer ' || t.transfer_id || ' (' || t.kind || ') names ' || coalesce(t.cause_kind, 'no kind of cause') || ' '
        || coalesce(t.cause_id, 'without an id') || ', which lot ' || t.lot_id || ' was not voided for' AS sentence
 FROM kino.transfer t
-WHERE of_lots(t.account_id) AND keys(t.lot_id)
+WHERE keys(t.lot_id) AND t.kind IN ('grant', 'expire', 'void', 'unvoid')
   AND CASE WHEN t.kind IN ('void', 'unvoid')
            THEN (t.cause_kind IS NULL) <> (t.cause_id IS NULL)
                 -- Causes begin with 0006, as the history of lots does.
@@ -220,10 +223,11 @@ FROM (SELECT 'a hold' AS what, * FROM kino.lot_hold x WHERE keys(x.lot_id)
       UNION ALL
       SELECT 'a void', * FROM kino.lot_void x WHERE keys(x.lot_id)) AS h
 LEFT JOIN kino.credit_lot l ON l.lot_id = h.lot_id AND keys(l.lot_id)
--- The migration that began these histories wrote down what it found, without a change.
+-- 0006, where these histories begin, wrote down what it found; such a lot was taken without a change.
 WHERE l.lot_id IS NULL OR (h.until IS NULL) <> (h.until_actor IS NULL)
-   OR h.cause_id <> 'before 0006'
-      AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided'))
+   OR NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided'))
+      AND NOT EXISTS (SELECT FROM kino.lot_hold b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
+      AND NOT EXISTS (SELECT FROM kino.lot_void b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
 
 -- its history
 
@@ -234,7 +238,8 @@ WHERE l.lot_id IS NULL OR (h.until IS NULL) <> (h.until_actor IS NULL)
 --   another state than active.
 -- then: A change was lost, added or edited: past balances and reports are read from here.
 SELECT c.lot_id AS key, NULL::bigint AS charge_id, c.account_id, 0 AS credits,
-       'a change of lot ' || c.lot_id || ' begins at ' || coalesce(c.from_state || ' ' || c.from_expires_at, c.from_state)
+       'a change of lot ' || c.lot_id || ' begins at '
+       || coalesce(c.from_state || ' ' || c.from_expires_at, c.from_state)
        || ', the one before it ended at ' || coalesce(c.before_state || ' ' || c.before_expires_at, c.before_state)
        AS sentence
 FROM (SELECT h.lot_id, h.account_id, h.from_state, h.from_expires_at,
@@ -310,7 +315,7 @@ SELECT t.lot_id AS key, NULL::bigint AS charge_id, t.account_id, t.credits,
        'transfer ' || t.transfer_id || ' expired ' || t.credits || ' credits of lot ' || t.lot_id || ' in transaction '
        || t.xid || ', in which its history does not say so' AS sentence
 FROM kino.transfer t
-WHERE of_lots(t.account_id) AND keys(t.lot_id) AND t.kind = 'expire' AND t.charge_id IS NULL
+WHERE keys(t.lot_id) AND t.kind = 'expire' AND t.charge_id IS NULL
   -- The history begins with 0006.
   AND t.xid >= (SELECT min(c.xid) FROM kino.lot_change c)
   AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = t.lot_id AND c.to_state = 'expired' AND c.xid = t.xid)
@@ -333,7 +338,7 @@ FROM (SELECT t.lot_id, t.charge_id, t.account_id, t.credits, t.created_at AS at,
       LEFT JOIN LATERAL (SELECT c.change_id, c.from_expires_at FROM kino.lot_change c
                          WHERE c.lot_id = t.lot_id AND c.changed_at > t.created_at
                          ORDER BY c.change_id LIMIT 1) AS next ON true
-      WHERE of_lots(t.account_id) AND keys(t.lot_id) AND t.kind = 'expire'
+      WHERE keys(t.lot_id) AND t.kind = 'expire'
       UNION ALL
       SELECT h.lot_id, NULL, h.account_id, 0, h.changed_at, 'the end', h.from_expires_at
       FROM kino.lot_change h WHERE keys(h.lot_id) AND h.to_state = 'expired'
@@ -351,7 +356,7 @@ SELECT t.lot_id AS key, NULL::bigint AS charge_id, t.account_id, t.credits,
        'transfer ' || t.transfer_id || ' (' || t.kind || ') of lot ' || t.lot_id || ' is of ' || t.created_at
        || ', the lot was granted at ' || l.granted_at AS sentence
 FROM kino.transfer t JOIN kino.credit_lot l ON l.lot_id = t.lot_id
-WHERE of_lots(t.account_id) AND keys(t.lot_id) AND t.charge_id IS NULL
+WHERE keys(t.lot_id) AND t.kind IN ('grant', 'expire', 'void', 'unvoid') AND t.charge_id IS NULL
   AND (t.created_at < l.granted_at - interval '5 minutes'
        OR t.kind = 'grant' AND t.created_at > l.granted_at + interval '5 minutes')
 
@@ -364,7 +369,7 @@ SELECT l.lot_id AS key, t.charge_id, l.account_id, l.granted AS credits,
        'successor ' || l.lot_id || ' is of ' || l.granted_at || ', transfer ' || t.transfer_id || ' that made it of '
        || t.created_at AS sentence
 FROM kino.transfer t JOIN kino.credit_lot l ON l.lot_id = t.to_lot_id
-WHERE of_lots(t.account_id) AND t.to_lot_id IS NOT NULL AND keys(t.to_lot_id)
+WHERE t.to_lot_id IS NOT NULL AND keys(t.to_lot_id)
   AND l.granted_at NOT BETWEEN t.created_at - interval '5 minutes' AND t.created_at + interval '5 minutes'
 
 -- name: lot_history_out_of_order
@@ -399,15 +404,18 @@ FROM (SELECT 'a hold' AS what, 'frozen' AS state, * FROM kino.lot_hold x WHERE k
 JOIN kino.credit_lot l ON l.lot_id = h.lot_id AND keys(l.lot_id)
 WHERE h.since < l.granted_at - interval '5 minutes' OR h.until < h.since - interval '5 minutes'
    OR greatest(h.since, h.until) > (SELECT kino.clock()) + interval '5 minutes'
-   -- When it began the lot was taken by it, or was already; when it ended the lot was freed, or stayed taken.
-   OR h.cause_id <> 'before 0006'
-      AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided')
-                      AND c.changed_at <= h.since + interval '5 minutes')
-   OR h.until IS NOT NULL AND h.until_actor <> 'migration'
-      AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id
-                      AND c.changed_at BETWEEN h.until - interval '5 minutes' AND h.until + interval '5 minutes')
-      AND NOT coalesce((SELECT c.to_state IN ('frozen', 'voided') FROM kino.lot_change c
-                        WHERE c.lot_id = h.lot_id AND c.changed_at <= h.until ORDER BY c.change_id DESC LIMIT 1), false)
+   -- When it began the lot was taken by it, or was already; when it ended the lot was freed, or stayed taken. A lot
+   -- that was taken before 0006, where these histories begin, has no change that says so.
+   OR NOT EXISTS (SELECT FROM kino.lot_hold b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
+      AND NOT EXISTS (SELECT FROM kino.lot_void b WHERE b.lot_id = h.lot_id AND b.cause_id = 'before 0006')
+      AND (NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.to_state IN ('frozen', 'voided')
+                       AND c.changed_at <= h.since + interval '5 minutes')
+           OR h.until IS NOT NULL
+              AND NOT EXISTS (SELECT FROM kino.lot_change c WHERE c.lot_id = h.lot_id AND c.changed_at
+                              BETWEEN h.until - interval '5 minutes' AND h.until + interval '5 minutes')
+              AND NOT coalesce((SELECT c.to_state IN ('frozen', 'voided') FROM kino.lot_change c
+                                WHERE c.lot_id = h.lot_id AND c.changed_at <= h.until
+                                ORDER BY c.change_id DESC LIMIT 1), false))
 
 -- name: lot_change_apart_from_its_cause
 -- promise: P4
@@ -448,5 +456,5 @@ FROM (SELECT l.lot_id, l.account_id, l.granted AS credits, 'the grant' AS what, 
       WHERE keys(h.lot_id)
       UNION ALL
       SELECT t.lot_id, t.account_id, t.credits, 'transfer ' || t.transfer_id, t.created_at FROM kino.transfer t
-      WHERE of_lots(t.account_id) AND keys(t.lot_id) AND t.charge_id IS NULL) AS d
+      WHERE keys(t.lot_id) AND t.kind IN ('grant', 'expire', 'void', 'unvoid') AND t.charge_id IS NULL) AS d
 WHERE d.at > (SELECT kino.clock()) + interval '5 minutes'

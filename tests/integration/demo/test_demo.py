@@ -104,6 +104,11 @@ class Copy:
         with self._run.servers.postgres.connect(self._database) as superuser:
             superuser.execute(f"SET session_replication_role = replica; {statements}".encode())
 
+    def digest(self, below: str) -> dict[str, Any]:
+        """What the referee makes of the transfers below a horizon as they are now."""
+        with self._run.servers.postgres.connect(self._database) as superuser:
+            return promises.digest_transfers(superuser, below)
+
     def push(self, key: str, message: bytes) -> None:
         with Redis.from_url(self.record["redis_url"]) as client:
             client.lpush(key, message)
@@ -255,8 +260,12 @@ def test_lateness_is_found_and_told_apart(copy: Copy) -> None:
         " WHERE event_source <> 'kino-reconciler';"
         "UPDATE kino.inbox_event SET event_at = event_at - interval '1 minute'"
         " WHERE source <> 'kino-reconciler';"
-        "UPDATE kino.charge SET opened_at = opened_at - interval '1 hour'"
+        "UPDATE kino.transfer t SET event_at = s.event_time FROM kino.settlement s"
+        " WHERE s.charge_id = t.charge_id AND t.event_at IS NOT NULL;"
+        # Less than what integrity takes for two dates of one act.
+        "UPDATE kino.charge SET opened_at = opened_at - interval '4 minutes'"
     )
+    copy.record["transfers"] |= copy.digest(copy.record["transfers"]["below"])
 
     code, said = refereed(copy)
 

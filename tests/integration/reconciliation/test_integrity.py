@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import sqlalchemy as sa
 
-from kino_refunds.ledger import AccountStatus
+from kino_refunds.ledger import AccountStatus, CauseKind, release_purchase, unvoid_purchase
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation import integrity
 from kino_refunds.reconciliation.comparison import LiveBreak, Page, Scope, Window
@@ -18,6 +18,7 @@ from kino_refunds.reconciliation.integrity.queries import KEY_TYPES
 from kino_refunds.settlement.breaks import Break, BreakKind
 from tests.clock import DAY, MINUTE, clock_at
 from tests.conftest import Database
+from tests.ledger_acts import DISPUTE, PAYOUT, freeze, void
 from tests.ledger_items import Connection
 from tests.scenario import NOW, Scene, make_event
 
@@ -70,10 +71,10 @@ def told(scene: Scene) -> Scene:
     """Three jobs: one captured, one refunded, one refunded and then completed."""
     for job_id in ("captured", "refunded", "contradicted"):
         scene.charged(job_id)
-    scene.settle(make_event("completed", "captured"))
-    scene.settle(make_event("timeout", "refunded"))
-    scene.settle(make_event("timeout", "contradicted"))
-    scene.settle(make_event("completed", "contradicted"))
+    scene.settle(make_event("completed", "captured"), now=None)
+    scene.settle(make_event("timeout", "refunded"), now=None)
+    scene.settle(make_event("timeout", "contradicted"), now=None)
+    scene.settle(make_event("completed", "contradicted"), now=None)
     return scene
 
 
@@ -187,6 +188,27 @@ def test_a_clock_that_stepped_back_a_minute_is_no_alarm(scene: Scene) -> None:
         assert broken(run(scene, full=True)) == []
 
 
+def test_a_lot_that_was_frozen_before_causes_had_a_table_is_no_alarm(scene: Scene, database: Database) -> None:
+    """Migration 0006 wrote a cause for it and no change; other causes come and go beside that one."""
+    scene.grant(purchase_id="p-1")
+    plant(
+        scene,
+        "UPDATE kino.credit_lot SET state = 'frozen'",
+        "INSERT INTO kino.lot_hold (lot_id, cause_kind, cause_id, actor) SELECT lot_id, 'request', 'before 0006',"
+        " 'migration' FROM kino.credit_lot",
+    )
+
+    with database.connect("kino_owner") as owner:
+        freeze(owner)
+        void(owner)
+        release_purchase(owner, "p-1", **DISPUTE)
+        unvoid_purchase(owner, "p-1", **PAYOUT)
+        release_purchase(owner, "p-1", cause_kind=CauseKind.REQUEST, cause_id="before 0006", actor="ops")
+        owner.commit()
+
+    assert broken(run(scene, full=True)) == []
+
+
 # --- incremental and in full
 
 
@@ -209,7 +231,7 @@ def test_an_incremental_run_looks_at_what_its_window_touched(told: Scene) -> Non
     """One job is settled in the window: its charge, job, lot and account are looked at, and nothing else."""
     told.charged("late")
     first = transaction_number(told)
-    told.settle(make_event("timeout", "late"))
+    told.settle(make_event("timeout", "late"), now=None)
     plant(told, "DELETE FROM kino.inbox_event WHERE outcome = 'refunded'")
 
     pages = run(told, from_xid=first)
@@ -422,7 +444,7 @@ def test_keys_are_looked_up_by_an_index(told: Scene, query: integrity.Query) -> 
     """No query of some keys needs to read a large table whole: its cost follows what is new, not what there is."""
     keys = [1, 2] if KEY_TYPES[query.scope] == "bigint" else ["captured", "acct of captured"]
     with told.worker.begin() as connection:
-        connection.execute(check._SESSION)
+        check._prepare(connection, by_key=True)
         connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_mergejoin = off"))
         explained = connection.execute(
             sa.text("EXPLAIN (FORMAT JSON) " + check._ONE_A_KEY.format(query=query.of_keys)), {"keys": keys, "limit": 9}

@@ -4,7 +4,7 @@ Postgres is the truth, so what must hold is stated here and not only in Python: 
 one decision an event, lots between zero and what was granted, and facts that nobody changes.
 
 Rows written once per event carry no foreign keys (they double the cost of a row, the design measured) and no index
-whose column or predicate changes when a charge settles; the integrity queries (reconciliation/integrity.sql) cover
+whose column or predicate changes when a charge settles; the integrity queries (reconciliation/integrity/) cover
 what the keys would have.
 """
 
