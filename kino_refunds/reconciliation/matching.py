@@ -23,7 +23,7 @@ from kino_refunds.reconciliation.asking import Asked, ask_about
 from kino_refunds.reconciliation.booked import read_booked
 from kino_refunds.reconciliation.comparison import PAGE, LiveBreak, Page, Scope, Window
 from kino_refunds.reconciliation.finished import ENDS, FinishedJob, FinishedSource, checked
-from kino_refunds.reconciliation.judging import Booked, Verdict, judge, orphan, written
+from kino_refunds.reconciliation.judging import NOT_CHARGED, Booked, Verdict, judge, orphan, written
 from kino_refunds.reconciliation.matching_window import NO_LIST, NO_SOURCE, NoList, read_promise, reason_of
 from kino_refunds.reconciliation.sources import JobState
 from kino_refunds.settlement.breaks import BreakKind
@@ -363,13 +363,15 @@ def _again(
     if answer.finished_at is None:
         return None
     job = FinishedJob(live.job_id, answer)
-    if live.kind in {BreakKind.ACCOUNT_DIFFERS, BreakKind.CREDITS_DIFFER, BreakKind.UNCHARGED_JOB}:
+    if live.kind in {BreakKind.ACCOUNT_DIFFERS, BreakKind.CREDITS_DIFFER}:
         # Only the list has account and credits.
         found = _find(source, job)
         if found is None:
             return None
         job = found
     verdict = _judge(scope, job, booked)
+    if verdict.not_comparable == NOT_CHARGED:
+        return ()  # what was called completed and uncharged did not complete: nothing is owed by anybody
     return None if verdict.not_comparable is not None else verdict.breaks
 
 
