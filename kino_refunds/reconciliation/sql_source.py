@@ -149,7 +149,8 @@ class SqlFinishedSource(SqlSource):
             after = page[-1].place
 
     def _page(self, since: datetime, until: datetime, after: Place | None) -> Sequence[Mapping[str, Any]]:
-        window: dict[str, Any] = {"since": since, "until": until}
+        # From the last job's instant on, so that also a query which Postgres cannot look into begins there.
+        window: dict[str, Any] = {"since": since if after is None else after[0], "until": until}
         with self._reading(FINISHED_QUERY) as connection:
             if after is None:
                 result = connection.execute(self._first, window)
