@@ -818,6 +818,19 @@ def test_windows_in_a_row_leave_no_settlement_out(scene: Scene, reader: sa.Engin
     assert [before.to_xid for before in seen[:-1]] == [after.from_xid for after in seen[1:]]
 
 
+def test_a_run_begins_at_the_number_where_the_last_one_ended(scene: Scene) -> None:
+    """A sample that the horizon had not passed at the last run counts now: what settled before it is not skipped."""
+    scene.charged("job")
+    sample_at(scene.worker, NOW - 10 * MINUTE)
+    last = Window(since=None, until=NOW - 5 * MINUTE, from_xid=0, to_xid=7)
+
+    found = window_of(scene, lister(promise=NOW), last=last)
+
+    assert isinstance(found, Window)
+    assert found.from_xid == 7
+    assert found.to_xid > 7
+
+
 def test_a_run_while_everything_is_being_settled(scene: Scene, reader: sa.Engine) -> None:
     """What settles between two pages is judged as it stands at its page, and nothing is raised that was never so."""
     jobs = [f"job-{number:04}" for number in range(1_500)]
