@@ -20,10 +20,10 @@ import sqlalchemy as sa
 
 from kino_refunds.errors import BadSettings
 from kino_refunds.reconciliation.asking import Asked, ask_about
-from kino_refunds.reconciliation.booked import read_booked
+from kino_refunds.reconciliation.booked import BY_KEY, read_booked
 from kino_refunds.reconciliation.comparison import PAGE, LiveBreak, Page, Scope, Window
 from kino_refunds.reconciliation.finished import ENDS, FinishedJob, FinishedSource, checked
-from kino_refunds.reconciliation.judging import Booked, Verdict, judge, orphan, written
+from kino_refunds.reconciliation.judging import NOT_CHARGED, Booked, Verdict, judge, orphan, written
 from kino_refunds.reconciliation.matching_window import NO_LIST, NO_SOURCE, NoList, read_promise, reason_of
 from kino_refunds.reconciliation.sources import JobState
 from kino_refunds.settlement.breaks import BreakKind
@@ -235,6 +235,7 @@ def _compare_settlements(scope: Scope, source: JobSource, begin: _Cursor, detail
     while bounds is not None:
         with scope.engine.connect() as connection:
             part = {**_numbers(scope), "after": max(after, bounds[0] - 1), "last": bounds[1]}
+            connection.execute(BY_KEY)
             job_ids = [row.job_id for row in connection.execute(_SETTLED, part).all()]
             booked = read_booked(connection, job_ids)
         if not job_ids:
@@ -311,9 +312,11 @@ _BOUNDS = sa.text(
     f"SELECT min(s.charge_id), max(s.charge_id) FROM kino.settlement s WHERE {_IN_WINDOW}"  # noqa: S608 - a constant
 )
 # By the primary key: pages by the transaction's number would sort the whole window for each.
+# The page first and its charges then: joined in one, each page could be a merge from the first charge on.
 _SETTLED = sa.text(
-    "SELECT c.job_id FROM kino.settlement s JOIN kino.charge c USING (charge_id)"  # noqa: S608 - constants
-    f" WHERE s.charge_id > :after AND s.charge_id <= :last AND {_IN_WINDOW} ORDER BY s.charge_id LIMIT {PAGE}"
+    "SELECT c.job_id FROM (SELECT s.charge_id FROM kino.settlement s"  # noqa: S608 - constants
+    f" WHERE s.charge_id > :after AND s.charge_id <= :last AND {_IN_WINDOW} ORDER BY s.charge_id LIMIT {PAGE}) AS page"
+    " JOIN kino.charge c USING (charge_id) ORDER BY page.charge_id"
 )
 
 
@@ -363,13 +366,15 @@ def _again(
     if answer.finished_at is None:
         return None
     job = FinishedJob(live.job_id, answer)
-    if live.kind in {BreakKind.ACCOUNT_DIFFERS, BreakKind.CREDITS_DIFFER, BreakKind.UNCHARGED_JOB}:
+    if live.kind in {BreakKind.ACCOUNT_DIFFERS, BreakKind.CREDITS_DIFFER}:
         # Only the list has account and credits.
         found = _find(source, job)
         if found is None:
             return None
         job = found
     verdict = _judge(scope, job, booked)
+    if verdict.not_comparable == NOT_CHARGED:
+        return ()  # what was called completed and uncharged did not complete: nothing is owed by anybody
     return None if verdict.not_comparable is not None else verdict.breaks
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import sqlalchemy as sa
 from pydantic import TypeAdapter, ValidationError
 
+from kino_refunds.db.engine import READ_ONLY
 from kino_refunds.errors import (
     BadSettings,
     ForeignAnswer,
@@ -41,6 +43,17 @@ scan each."""
 QUERY, FINISHED_QUERY, COMPLETE_QUERY = (
     f"KINO_JOB_SOURCE_{name}" for name in ("QUERY", "FINISHED_QUERY", "COMPLETE_QUERY")
 )
+
+
+@dataclass(frozen=True, slots=True)
+class WriteRights:
+    """What could be written with the session that the queries run in."""
+
+    refuses_writes: bool
+    """Whether its transaction refuses to write, as every query of ours runs."""
+    is_superuser: bool
+    writable: str | None
+    """A table that the login could write in another transaction; None: there is none."""
 
 
 class SqlSource:
@@ -78,6 +91,18 @@ class SqlSource:
                 yield connection
             except sa.exc.DBAPIError as error:
                 raise _explained(error, setting) from error
+
+    def write_rights(self) -> WriteRights:
+        """Try to write in a transaction of ours, and return what the login could write; raises what `ask` raises."""
+        with self._reading(QUERY) as connection:
+            found = connection.execute(_RIGHTS).one()
+        refused = False
+        try:
+            with self._reading(QUERY) as connection:
+                connection.execute(sa.text("CREATE TEMPORARY TABLE kino_probe () ON COMMIT DROP"))
+        except BadSettings as error:
+            refused = getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == READ_ONLY
+        return WriteRights(refused, found.is_superuser, found.writable)
 
     def _read(self, connection: sa.Connection, job_ids: Sequence[str]) -> list[dict[str, Any]]:
         rows_max = ROWS_EACH_MAX * len(job_ids)
@@ -124,7 +149,8 @@ class SqlFinishedSource(SqlSource):
             after = page[-1].place
 
     def _page(self, since: datetime, until: datetime, after: Place | None) -> Sequence[Mapping[str, Any]]:
-        window: dict[str, Any] = {"since": since, "until": until}
+        # From the last job's instant on, so that also a query which Postgres cannot look into begins there.
+        window: dict[str, Any] = {"since": since if after is None else after[0], "until": until}
         with self._reading(FINISHED_QUERY) as connection:
             if after is None:
                 result = connection.execute(self._first, window)
@@ -150,6 +176,17 @@ class SqlFinishedSource(SqlSource):
         return read_promise(rows[0][0])
 
 
+_RIGHTS = sa.text("""
+    SELECT r.rolsuper AS is_superuser,
+           (SELECT format('%I.%I', n.nspname, c.relname)
+            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+            WHERE c.relkind IN ('r', 'p', 'v', 'f') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+              AND n.nspname NOT LIKE 'pg\\_%'
+              AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+              AND pg_catalog.has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE, TRUNCATE')
+            ORDER BY 1 LIMIT 1) AS writable
+    FROM pg_catalog.pg_roles r WHERE r.rolname = current_user
+""")
 _BEHIND = (
     'WHERE (finished_at, job_id COLLATE "C") > (CAST(:kino_after_at AS timestamptz), CAST(:kino_after_id AS text))'
 )

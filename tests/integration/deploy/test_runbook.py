@@ -14,8 +14,9 @@ from pydantic import SecretStr
 from kino_refunds.db.engine import create_engine
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.reconciliation.adapters import source_of
+from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource, checked
 from kino_refunds.reconciliation.guard import WithheldReason
-from kino_refunds.reconciliation.rows import read_answers
+from kino_refunds.reconciliation.rows import FINISHED_COLUMNS, read_answers, read_finished
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.breaks import BreakKind
@@ -72,11 +73,16 @@ def test_guides_query_answers_as_it_says(database: Database) -> None:
         job_source="sql",
         job_source_url=SecretStr(database.url("postgres")),
         job_source_query=example(DEPLOYMENT, "query"),
+        job_source_finished_query=example(DEPLOYMENT, "finished"),
+        job_source_complete_query="SELECT now() - interval '5 minutes'",
     )
 
     with source_of(settings) as source:
         assert source is not None
         answers = dict(source.ask(["done", "theirs", "odd", "late", "dead", "bad", "new", "nobody"]))
+        assert isinstance(source, FinishedSource)
+        listed = {job.job_id: job.answer for job in source.finished(ended, ended + timedelta(seconds=1))}
+        promised = source.complete_through()
 
     owner.dispose()
     produced = {"done", "late"}
@@ -93,6 +99,8 @@ def test_guides_query_answers_as_it_says(database: Database) -> None:
             "nobody": Answer(JobState.UNKNOWN),
         }.items()
     }
+    assert listed == {name: answer for name, answer in answers.items() if answer.finished_at is not None}
+    assert promised is not None
 
 
 def test_guides_answer_is_read_as_it_says() -> None:
@@ -114,6 +122,21 @@ def test_guides_answer_is_read_as_it_says() -> None:
     }
     assert {answer.state for answer in answers.values()} == set(JobState)
     assert {name for row in rows for name in row} == {"job_id"} | {field.name for field in fields(Answer)}
+
+
+def test_guides_page_is_read_as_it_says() -> None:
+    """The example of a page of finished jobs is read whole, and is in order."""
+    page = json.loads(example(DEPLOYMENT, "page"))
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+
+    jobs = [read_finished(row) for row in page["jobs"]]
+
+    assert list(checked(jobs, since=noon, until=noon + timedelta(hours=1))) == [
+        FinishedJob("job-1", Answer(JobState.COMPLETED, finished_at=noon), "a-1", 8),
+        FinishedJob("job-2", Answer(JobState.FAILED, origin=ErrorOrigin.PROVIDER, finished_at=noon)),
+    ]
+    assert {name for row in page["jobs"] for name in row} <= FINISHED_COLUMNS
+    assert set(page) == {"jobs", "next", "complete_through"}
 
 
 def test_guide_names_every_word_of_the_contract() -> None:

@@ -194,6 +194,10 @@ def test_every_promise_of_the_contract_is_broken_by_somebody() -> None:
 
 LIES: dict[str, tuple[Callable[[Iterator[FinishedJob]], Any], str]] = {
     "out of order": (lambda jobs: reversed(list(jobs)), "the order must be by finished_at"),
+    "out of order within an instant": (
+        lambda jobs: sorted(jobs, key=lambda job: (job.finished_at, job.job_id.lower())),
+        "is listed behind",
+    ),
     "a row again": (lambda jobs: (j for job in jobs for j in repeat(job, 2)), "is listed twice"),
     "round in a circle": (lambda jobs: chain.from_iterable(repeat(list(jobs))), "the order must be by finished_at"),
     "of another window": (lambda jobs: [*jobs, OTHERS[1]], "outside of the window"),

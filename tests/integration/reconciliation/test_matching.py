@@ -20,7 +20,7 @@ from kino_refunds.events.schema import ErrorOrigin, SafetyStage
 from kino_refunds.ledger import AccountStatus, Charge
 from kino_refunds.policy.document import published_policy
 from kino_refunds.reconciliation import judging, matching
-from kino_refunds.reconciliation.checks import Check
+from kino_refunds.reconciliation.checks import check_named
 from kino_refunds.reconciliation.comparison import LiveBreak, Scope, Window
 from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource
 from kino_refunds.reconciliation.matching_window import NO_LIST, NO_SOURCE, READ_AGAIN, window
@@ -620,7 +620,7 @@ def test_repaired_breaks_are_found_to_agree(scene: Scene, reader: sa.Engine) -> 
         "credits_differ open",
         "uncharged_job free",
     }
-    assert now_agree == {key: None for key in still if key != "uncharged_job free"}
+    assert now_agree == dict.fromkeys(still)
 
 
 @pytest.mark.parametrize(
@@ -689,7 +689,7 @@ def span(found: Window | str) -> tuple[datetime | None, datetime]:
 
 
 def test_a_window_ends_where_the_promise_does(scene: Scene) -> None:
-    """With a promise a run begins where the last one ended, and ends where the source is complete."""
+    """With a promise a run begins where the last one ended, and ends with it, a grace before now at the latest."""
     scene.charged("job")
     source = lister(promise=NOW)
 
@@ -697,7 +697,7 @@ def test_a_window_ends_where_the_promise_does(scene: Scene) -> None:
     assert span(window_of(scene, source, last_until=NOW - MINUTE)) == (NOW - MINUTE, NOW)
     assert span(window_of(scene, source, until=LATER)) == (NOW - HOUR - DAY, NOW)
     assert span(window_of(scene, source, since=AT, until=NOW - SECOND)) == (AT, NOW - SECOND)
-    assert span(window_of(scene, lister(promise=LATER + SECOND))) == (NOW - HOUR - DAY, LATER)
+    assert span(window_of(scene, lister(promise=LATER + SECOND))) == (NOW - HOUR - DAY, LATER - 5 * MINUTE)
 
 
 def test_without_a_promise_a_run_keeps_its_distance(scene: Scene) -> None:
@@ -707,7 +707,8 @@ def test_without_a_promise_a_run_keeps_its_distance(scene: Scene) -> None:
 
     assert span(window_of(scene, source)) == (NOW - HOUR - DAY, LATER - DELAY)
     assert span(window_of(scene, source, last_until=NOW)) == (NOW - READ_AGAIN, LATER - DELAY)
-    assert span(window_of(scene, source, delay=MINUTE)) == (NOW - HOUR - DAY, LATER - MINUTE)
+    assert span(window_of(scene, source, delay=6 * MINUTE)) == (NOW - HOUR - DAY, LATER - 6 * MINUTE)
+    assert span(window_of(scene, source, delay=MINUTE)) == (NOW - HOUR - DAY, LATER - 5 * MINUTE)
     assert span(window_of(scene, source, until=LATER + DAY)) == (NOW - HOUR - DAY, LATER - DELAY)
 
 
@@ -804,7 +805,7 @@ def test_windows_in_a_row_leave_no_settlement_out(scene: Scene, reader: sa.Engin
         sample_at(scene.worker, at + SECOND)
         source.promise = at + 2 * SECOND
         source.jobs = [done(f"job-{n}", at=NOW - 50 * MINUTE + n * 10 * MINUTE) for n in range(1, number + 1)]
-        found = window_of(scene, source, now=at + MINUTE, last=last)
+        found = window_of(scene, source, now=at + 6 * MINUTE, last=last)
         assert isinstance(found, Window)
         source.asked.clear()
         result = run_of(replace(scope_of(reader, source), window=found))
@@ -815,6 +816,19 @@ def test_windows_in_a_row_leave_no_settlement_out(scene: Scene, reader: sa.Engin
 
     assert asked == [[f"job-{number}"] for number in range(1, 5)]
     assert [before.to_xid for before in seen[:-1]] == [after.from_xid for after in seen[1:]]
+
+
+def test_a_run_begins_at_the_number_where_the_last_one_ended(scene: Scene) -> None:
+    """A sample that the horizon had not passed at the last run counts now: what settled before it is not skipped."""
+    scene.charged("job")
+    sample_at(scene.worker, NOW - 10 * MINUTE)
+    last = Window(since=None, until=NOW - 5 * MINUTE, from_xid=0, to_xid=7)
+
+    found = window_of(scene, lister(promise=NOW), last=last)
+
+    assert isinstance(found, Window)
+    assert found.from_xid == 7
+    assert found.to_xid > 7
 
 
 def test_a_run_while_everything_is_being_settled(scene: Scene, reader: sa.Engine) -> None:
@@ -840,25 +854,10 @@ def test_a_run_while_everything_is_being_settled(scene: Scene, reader: sa.Engine
 
 # --- as a run -----------------------------------------------------------------------------------------------------
 
-MATCHING = Check(
-    name="matching",
-    promise="P9",
-    ours="charges and settlements",
-    theirs="the finished jobs of the job source",
-    finds=tuple(matching.KINDS),
-    closes=tuple(matching.KINDS),
-    grace="KINO_CHECK_GRACE_S",
-    repair="`kino-refunds breaks repair NUMBER`",
-    pages=matching.pages,
-    again=matching.again,
-    window=window,
-    asks_source=True,
-)
-
 
 def run_whole(scene: Scene, source: Any) -> Run:
     with clock_at(scene.worker, LATER):
-        return run_check(MATCHING, bench(scene, source=source))
+        return run_check(check_named("matching"), bench(scene, source=source))
 
 
 def test_runs_find_repair_and_close(scene: Scene) -> None:
