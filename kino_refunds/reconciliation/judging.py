@@ -151,6 +151,7 @@ def _missing_event(job: FinishedJob, booked: Booked) -> Break:
         detail=f"{_said(job)}, and its charge is open: no event settled it",
         sides=f"open / {ending_of(job.answer).ending}",
         happened_at=job.finished_at,
+        ending=ending_of(job.answer).ending,
     )
 
 
@@ -176,6 +177,7 @@ def _contradictions(job: FinishedJob, booked: Booked, *, policy: Policy, now: da
         detail=f"{_said(job)}, and its charge is {stands}: {owed}",
         sides=f"{stands} / {ending_of(job.answer).ending}",
         happened_at=max(job.finished_at, booked.settled_at or job.finished_at),
+        ending=ending_of(job.answer).ending,
     )
 
 
