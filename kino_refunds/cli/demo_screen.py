@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from kino_refunds.demo.figures import Snapshot, StoryReport
 
 FINDINGS_SHOWN = 5
-_WORDS = {"held": ("held", "green"), "late": ("late", "yellow"), "broken": ("BROKEN", "bold red")}
+_WORDS = {
+    "held": ("held", "green"),
+    "late": ("late", "yellow"),
+    "broken": ("BROKEN", "bold red"),
+    "fails": ("FAILS", "bold red"),
+}
 _MARKS = {"broken": ("BROKEN", "bold red"), "healed": ("HEALED", "bold green"), "": ("      ", "")}
 
 
@@ -129,6 +134,13 @@ def show(told: StoryReport) -> None:
         for text in each["findings"][:FINDINGS_SHOWN]:
             table.add_row("", "", Text(text, style="red"))
     print_whole(table)
+    console.print("\nwhat can be proven of it (kino-refunds reconcile prove)", style="bold")
+    proof = Table(box=None, pad_edge=False, show_header=False)
+    for each in told.proof["sentences"]:
+        proof.add_row(Text(*_WORDS["held" if each["holds"] else "fails"]), Text(each["text"]))
+    print_whole(proof)
+    if not told.proof["holds"]:
+        console.print("The story's contradictions are live breaks: a person decides each (kino-refunds breaks list).")
 
 
 def _latency(found: dict[str, Any]) -> str:

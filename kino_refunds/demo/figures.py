@@ -50,6 +50,8 @@ class StoryReport:
     latency_of_killed: dict[str, Any]
     seconds: float
     promises: list[dict[str, Any]]
+    proof: dict[str, Any]
+    """What `reconcile prove` says at the end; the story's contradictions are live breaks, so not all of it holds."""
 
     @property
     def kept(self) -> bool:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.demo import figures, promises
 from kino_refunds.demo.figures import Snapshot, StoryReport
 from kino_refunds.demo.stage import OVERDUE_GRACE_S, Stage, alive_ttl_s, events_in
@@ -26,6 +27,10 @@ from kino_refunds.errors import ServerFailed
 from kino_refunds.events.envelope import MalformedReason
 from kino_refunds.events.queues import depths
 from kino_refunds.events.schema import Queue
+from kino_refunds.reconciliation.checks import CHECKS
+from kino_refunds.reconciliation.proof import SourceSaid, prove
+from kino_refunds.reconciliation.runs import bench_for, run_check
+from kino_refunds.settings import PREFIX, Settings
 from kino_refunds.settlement.deliveries import RECONCILER
 
 if TYPE_CHECKING:
@@ -320,8 +325,23 @@ class Demo:
             duplicates_absorbed=self._stage.duplicates(),
             seconds=round(seconds, 1),
             promises=self._judge(killed),
+            proof=self._prove(),
             **found,
         )
+
+    def _prove(self) -> dict[str, Any]:
+        """Run every check against the pipeline's own table, which knows by now how each job ended, and prove it."""
+        self._traffic.tell_ends(self._all_jobs)
+        settings = Settings.model_validate(
+            {name.removeprefix(PREFIX).lower(): value for name, value in self._stage.settings.items()}
+        )
+        for check in CHECKS:
+            with bench_for(check, settings, actor="demo") as bench:
+                run_check(check, bench)
+        with self._stage.operator.connect() as connection:
+            said = SourceSaid(settings.job_source_name, read_clock(connection))
+            proof = prove(connection, settings, source=said)
+        return {"holds": proof.holds, "sentences": [asdict(each) for each in proof.sentences]}
 
     def _judge(self, killed: _Kill) -> list[dict[str, Any]]:
         """Have the referee check the promises, in a process that gets only the record; return its entries."""

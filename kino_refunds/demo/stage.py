@@ -33,11 +33,18 @@ COMMIT_WITHIN_S = 0.1
 LIMITS_MS = {"lock": 500, "statement": 1500, "idle_in_transaction": 500, "transaction": 1500, "tcp_user": 500}
 OVERDUE_GRACE_S = 2.0
 SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_id = ANY(:job_ids)"
+FINISHED_QUERY = """
+    SELECT job_id, state, origin, stage, result_produced, finished_at, account_id, credits FROM pipeline.job
+    WHERE finished_at >= :since AND finished_at < :until ORDER BY finished_at, job_id
+"""
 SETTINGS = {
     # Another worker recovers a batch after the alive TTL: 9.5 s with these settings, 65 s with the defaults.
     **{f"KINO_{name.upper()}_TIMEOUT_MS": str(value) for name, value in LIMITS_MS.items()},
     "KINO_JOB_SOURCE": "sql",
     "KINO_JOB_SOURCE_QUERY": SOURCE_QUERY,
+    "KINO_JOB_SOURCE_FINISHED_QUERY": FINISHED_QUERY,
+    "KINO_JOB_SOURCE_COMPLETE_QUERY": "SELECT clock_timestamp()",
+    "KINO_CHECK_GRACE_S": "0",
     "KINO_OVERDUE_EVERY_S": "1",
     "KINO_OVERDUE_GRACE_S": str(OVERDUE_GRACE_S),
     "KINO_OVERDUE_ASK_WINDOW_S": "4",
@@ -47,11 +54,15 @@ SETTINGS = {
 
 _PIPELINE = (
     b"CREATE SCHEMA pipeline",
-    b"CREATE TABLE pipeline.job (job_id text PRIMARY KEY, state text, origin text, stage text)",
+    b"""
+        CREATE TABLE pipeline.job (
+            job_id text COLLATE "C" PRIMARY KEY, state text, origin text, stage text, result_produced boolean,
+            account_id text, credits bigint, finished_at timestamptz NOT NULL DEFAULT clock_timestamp())
+    """,
     b"GRANT USAGE ON SCHEMA pipeline TO kino_read",
     b"GRANT SELECT ON pipeline.job TO kino_read",
 )
-"""The pipeline's own table of its jobs' ends: the job source that the overdue sweep asks."""
+"""The pipeline's own table of its jobs' ends: the job source that the overdue sweep and `matching` ask."""
 
 
 _UNKNOWN = """

@@ -133,17 +133,26 @@ class Traffic:
             ChargeRequest(job.job_id, job.account_id, job.credits, deadlines.get(job.job_id, now + DEADLINE))
             for job in jobs
         ]
-        known = [(job.job_id, ENDINGS[job.ending]) for job in silent if job.ending is not None]
+        known = [job for job in silent if job.ending is not None]
         with self._stage.product.begin() as connection:
             open_charges(connection, asked)
-        with self._stage.servers.postgres.connect("kino") as superuser:
-            for job_id, how in known:
-                origin, stage = how.data.get("error", {}).get("origin"), how.data.get("stage")
-                row = [job_id, how.state, origin, stage]
-                superuser.execute("INSERT INTO pipeline.job VALUES (%s, %s, %s, %s)", row)
+        self.tell_ends(known)
         self.record["jobs"] += [{**asdict(each), "deadline_at": each.deadline_at.isoformat()} for each in asked]
-        self.record["answers"] |= {job_id: {"type": how.type, "data": how.data} for job_id, how in known}
+        self.record["answers"] |= {
+            job.job_id: {"type": ENDINGS[job.ending].type, "data": ENDINGS[job.ending].data}
+            for job in known
+            if job.ending is not None
+        }
         self.record["silent"] += [job.job_id for job in silent]
+
+    def tell_ends(self, jobs: Sequence[Job]) -> None:
+        """Write into the pipeline's own table how these jobs ended; of one that nobody knows, that it timed out."""
+        with self._stage.servers.postgres.connect("kino") as superuser, superuser.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO pipeline.job (job_id, state, origin, stage, result_produced, account_id, credits)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (job_id) DO NOTHING",
+                [_end_of(job) for job in jobs],
+            )
 
     def open_one_more(self) -> dict[str, str]:
         """Open a charge `walk-1` for a customer `acme`; return two files: its event with a mistake, and corrected."""
@@ -185,3 +194,18 @@ class Traffic:
     def doomed(self) -> set[str]:
         """Return the ids of the published events that must become dead letters."""
         return {each["event"]["id"] for each in self.messages if each["event"] and each["reason"]}
+
+
+def _end_of(job: Job) -> tuple[str, str, str | None, str | None, bool | None, str, int]:
+    how = ENDINGS[job.ending or "timed out"]
+    data = how.data
+    error = data.get("error", {})
+    return (
+        job.job_id,
+        how.state,
+        error.get("origin"),
+        data.get("stage"),
+        data.get("result_produced"),
+        job.account_id,
+        job.credits,
+    )

@@ -355,7 +355,7 @@ class _Play:
             f"kino-refunds breaks list --kind {kind} --json | jq .items[].number |\n"
             f"    xargs -I{{}} kino-refunds breaks {verb} {{}} {options}"
         )
-        self.incident.typed.append(Typed(command, max(codes), f"{len(numbers)} breaks"))
+        self.incident.typed.append(Typed(command, max(codes), _counted(len(numbers), "break")))
         require(set(codes) == {code}, f"each break is {verb}ed: {ended[0][2]}")
 
     def _each_letter(self, environment: Mapping[str, str]) -> None:
@@ -368,7 +368,7 @@ class _Play:
             "kino-refunds dead-letters list --json | jq .items[].number |\n"
             f"    xargs -I{{}} kino-refunds dead-letters discard {{}} {options}"
         )
-        self.incident.typed.append(Typed(command, max(codes, default=0), f"{len(codes)} letters"))
+        self.incident.typed.append(Typed(command, max(codes, default=0), _counted(len(codes), "letter")))
 
     # --- the truth ----------------------------------------------------------------------------------------------
 
@@ -398,6 +398,10 @@ class _Play:
             for account, credits in granted.items()
             if found.get(account) != credits
         ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _said_of_runs(said: Any) -> str:

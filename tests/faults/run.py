@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from tests.faults import on_clocks, on_events, on_postgres, on_valkey, on_workers
+from tests.faults import incident, on_clocks, on_events, on_postgres, on_valkey, on_workers
 from tests.faults.harness import SCENARIOS, Result, Scenario, arena
 from tests.faults.planted import HALTED, PLANTED, Caught, Planted, catch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SEED = 1
 CRITICAL = 50
+INCIDENT_JOBS = 10_000
 # Importing them registers their scenarios.
 MODULES = (on_workers, on_postgres, on_valkey, on_events, on_clocks)
 
@@ -44,13 +45,14 @@ def main() -> int:
     if not scenarios and not planted:
         parser.error(f"nothing is called {', '.join(arguments.only)}")
     results = _play(scenarios, arguments.seed) if scenarios else []
+    incident_wrong = [] if arguments.only or arguments.quick or arguments.planted else _play_incident(arguments.seed)
     caught = _plant(planted, arguments.seed)
     _say("")
     if results:
         _report(results)
     if caught:
         _report_planted(caught)
-    passed = all(result.passed for result in results) and all(each.passed for each in caught)
+    passed = all(result.passed for result in results) and all(each.passed for each in caught) and not incident_wrong
     _say(f"\nseed {arguments.seed}: {'every promise held' if passed else 'FAILED'}")
     if arguments.json:
         _say(
@@ -79,6 +81,20 @@ def _play(scenarios: Sequence[Scenario], seed: int) -> list[Result]:
             if not result.passed:
                 _say("          " + result.why().replace("\n", "\n          "))
     return results
+
+
+def _play_incident(seed: int) -> list[str]:
+    """Play the incident with INCIDENT_JOBS jobs, and print what was typed; return what is wrong at its end."""
+    with arena() as place:
+        played = incident.play(place.servers, jobs=INCIDENT_JOBS, seed=seed)
+    mark = "FAIL" if played.wrong else "ok  "
+    _say(f"{mark} the incident: {INCIDENT_JOBS:,} jobs, {len(played.typed)} commands")
+    _table("what happened", {name: f"{number:,}" for name, number in played.faults.items()})
+    _table("how it stood", {name: f"{number:,}" for name, number in played.before.items()})
+    _say(played.transcript())
+    for each in played.wrong:
+        _say(f"          {each}")
+    return played.wrong
 
 
 def _plant(planted: Sequence[Planted], seed: int) -> list[Caught]:
