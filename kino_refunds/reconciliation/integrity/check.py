@@ -8,6 +8,7 @@ lots themselves) is found by it only if something else touched the same key; `--
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -28,6 +29,9 @@ TOUCHED_MAX = 100_000
 BREAKS_MAX = 10_000
 """Breaks that one query may write in a run. A change to a whole table would else write a row for each of its rows; the
 others are counted, and the next run finds them when these are mended."""
+SAMPLE = 100
+"""Lots whose whole history an incremental run reads: the history of 1,000 lots took 2 s where that of 100 takes 0.2. A
+mistake of a function shows in any of them, and `--full` reads all."""
 TOO_MANY = f"broken in the same way as {BREAKS_MAX:,} others, which are breaks"
 
 Key = int | str
@@ -103,6 +107,12 @@ def touched(connection: sa.Connection, window: Window) -> Touched | None:
     if any(len(keys) > TOUCHED_MAX for keys in found.values()):
         return None
     return Touched({scope: sorted(keys) for scope, keys in found.items()})
+
+
+def _sample(keys: Sequence[Key], window: Window) -> Sequence[Key]:
+    """Return some of the keys: the same ones for the same window, and others for the next."""
+    by_chance = sorted(keys, key=lambda key: blake2b(f"{window.to_xid}:{key}".encode()).digest())
+    return sorted(by_chance[:SAMPLE])
 
 
 def _key(scope: KeyScope, text: str) -> Key:
@@ -208,13 +218,17 @@ def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
         left_out = keys is not None and (query.only_in_full or not counts[query.scope])
         if query.name in done or left_out:
             continue
+        wanted = None if keys is None else keys.of(query.scope)
+        if wanted is not None and query.of_a_sample:
+            wanted = _sample(wanted, scope.window)
         with scope.engine.begin() as connection:
-            _prepare(connection, by_key=keys is not None)
-            found = _ask(connection, query, None if keys is None else keys.of(query.scope))
+            _prepare(connection, by_key=wanted is not None)
+            found = _ask(connection, query, wanted)
         done.append(query.name)
+        asked = len(wanted) if wanted is not None and query.of_a_sample else counts[query.scope]
         broken = found[0].broken if found else 0
         # A row may name a charge or lot that is not there: what is broken was looked at all the same.
-        compared = max(counts[query.scope], broken) - (broken - len(found))
+        compared = max(asked, broken) - (broken - len(found))
         yield Page(
             cursor={"done": list(done), "in_full": keys is None},
             compared=compared,

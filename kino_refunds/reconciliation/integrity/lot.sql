@@ -6,6 +6,7 @@
 -- name: lot_differs_from_transfers
 -- promise: P4
 -- topic: lots
+-- runs: of a sample
 -- cannot be: What is left in a lot is not what its transfers say.
 -- then: The customer can spend too much or too little. Transfers are the facts: compare them with a backup.
 WITH moved AS (

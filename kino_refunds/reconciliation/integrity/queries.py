@@ -39,6 +39,7 @@ class Query:
 
     `name` is the kind of the breaks that it finds. `cannot_be` says what it finds and `advice` what to do about it.
     `only_in_full`: another query finds the same row by row, so that an incremental run leaves this one out.
+    `of_a_sample`: what it reads for a key does not follow what is new, so that an incremental run asks of some keys.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Query:
     cannot_be: str
     advice: str
     only_in_full: bool
+    of_a_sample: bool
     text: str
 
     @property
@@ -103,7 +105,8 @@ def _query(scope: KeyScope, section: str) -> Query:
         topic=header["topic"],
         cannot_be=header["cannot be"],
         advice=header["then"],
-        only_in_full="runs" in header,
+        only_in_full=header.get("runs") == "in full",
+        of_a_sample=header.get("runs") == "of a sample",
         text=text.strip(),
     )
 

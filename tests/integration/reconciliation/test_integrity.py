@@ -291,6 +291,23 @@ def test_too_much_in_the_window_is_read_whole(told: Scene, monkeypatch: pytest.M
     assert rest[0].detail["looked_at"] == "everything"
 
 
+def test_the_history_of_some_lots_is_read_in_an_incremental_run(told: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left in a lot is compared for a sample, another one for another window; in full, and again, for all."""
+    monkeypatch.setattr(check, "SAMPLE", 1)
+    plant(told, "UPDATE kino.credit_lot SET remaining = remaining - 1")
+    upto = transaction_number(told)
+
+    windows = [run(told, to_xid=upto + number) for number in range(20)]
+
+    pages = [page for pages in windows for page in pages if page.cursor["done"][-1] == "lot_differs_from_transfers"]
+    assert {(page.compared, page.broken) for page in pages} == {(1, 1)}
+    assert {each.subject for each in breaks_of(pages)} == {"lot:1", "lot:2", "lot:3"}
+    in_full = [each for each in breaks_of(run(told, full=True)) if each.kind == "lot_differs_from_transfers"]
+    assert len(in_full) == 3
+    now = integrity.again(scope_of(told), [live(each, number) for number, each in enumerate(in_full)])
+    assert list(now.values()) == in_full
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_a_run_goes_on_where_it_was_killed(told: Scene, full: bool) -> None:
     """From the cursor of any page, which is JSON, the pages that follow it come, and no other."""
