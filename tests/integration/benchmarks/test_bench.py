@@ -70,7 +70,8 @@ SABOTAGE = {
         SELECT kind, from_book, to_book, account_id, lot_id, charge_id, credits, reason, actor
         FROM kino.transfer ORDER BY transfer_id DESC LIMIT 1""",
     "a charge is not settled": "DELETE FROM kino.settlement WHERE charge_id = (SELECT max(charge_id) FROM kino.charge)",
-    "a clause is another": "UPDATE kino.settlement SET clause = '6.terminated'",
+    "a clause is another": """
+        UPDATE kino.settlement SET reason = 'content_policy_rejection', clause = '2.safety' WHERE kind = 'refunded'""",
     "an outcome is another": "UPDATE kino.inbox_event SET outcome = 'already_refunded'",
     "a fingerprint is another": "UPDATE kino.inbox_event SET fingerprint = 'v1:' || md5(event_id)",
     "an event is in no inbox": "DELETE FROM kino.inbox_event",
