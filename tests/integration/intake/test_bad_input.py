@@ -350,7 +350,12 @@ def test_odd_text_in_the_tables_holds_up_no_overdue_neighbour(scene: Scene, redi
             )
     scene.as_superuser(
         "INSERT INTO kino.open_charge (charge_id, account_id, deadline_at, credits)"
-        " SELECT charge_id, account_id, deadline_at, credits FROM kino.charge"
+        " SELECT charge_id, account_id, deadline_at, credits FROM kino.charge",
+        "INSERT INTO kino.account (account_id) SELECT account_id FROM kino.charge WHERE account_id <> 'acct-1'",
+        "INSERT INTO kino.credit_lot (reference, account_id, class, granted, remaining)"
+        " SELECT md5(account_id), account_id, 'courtesy', 1, 1 FROM kino.account",
+        "INSERT INTO kino.transfer (kind, from_book, to_book, account_id, lot_id, credits, reason, actor)"
+        " SELECT 'grant', 'issued', 'wallet', account_id, lot_id, 1, 'courtesy', 'test' FROM kino.credit_lot",
     )
     open_jobs(scene, "neighbour", deadline=-timedelta(hours=1))
 
