@@ -24,7 +24,7 @@ _BOOKED = sa.text("""
 """)
 BY_KEY = sa.text("""
     SELECT pg_catalog.set_config(name, 'off', true)
-    FROM unnest(CAST('{enable_seqscan,enable_hashjoin,enable_mergejoin}' AS text[])) AS n (name)
+    FROM unnest(CAST('{enable_seqscan,enable_bitmapscan,enable_hashjoin,enable_mergejoin}' AS text[])) AS n (name)
 """)
 """For a transaction that reaches rows by key only. Otherwise Postgres reads a whole table of some 100,000 charges for
 each page of 1,000."""

@@ -308,8 +308,9 @@ def _bounds(scope: Scope) -> tuple[int, int] | None:
 # By the index over the numbers of transactions, whose expression this is.
 _IN_WINDOW = "CAST(CAST(s.xid AS text) AS bigint) >= :from_xid AND CAST(CAST(s.xid AS text) AS bigint) < :to_xid"
 _COUNT = sa.text(f"SELECT count(*) FROM kino.settlement s WHERE {_IN_WINDOW}")  # noqa: S608 - a constant
+# `+ 0`: otherwise Postgres would look for the first such charge along the primary key, through all of before.
 _BOUNDS = sa.text(
-    f"SELECT min(s.charge_id), max(s.charge_id) FROM kino.settlement s WHERE {_IN_WINDOW}"  # noqa: S608 - a constant
+    f"SELECT min(s.charge_id + 0), max(s.charge_id + 0) FROM kino.settlement s WHERE {_IN_WINDOW}"  # noqa: S608 - a constant
 )
 # By the primary key: pages by the transaction's number would sort the whole window for each.
 # The page first and its charges then: joined in one, each page could be a merge from the first charge on.
