@@ -61,6 +61,10 @@ lint: venv ## Style, format, imports and types
 test: lint ## Lint, types and every test: what CI runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+.PHONY: bench-checks
+bench-checks: venv ## What reconciliation costs on a ledger of five million transfers
+	@$(BIN)/python -m tests.benchmarks.reconcile $(BENCH_CHECKS_ARGS)
+
 .PHONY: faults
 faults: venv ## Every fault, then every planted bug, against real servers; what was lost or paid twice
 	@$(BIN)/python -m tests.faults.run $(FAULTS_ARGS)

@@ -293,6 +293,51 @@ def prove(
     return 0 if proof.holds else FINDING
 
 
+def check_source(
+    since: Annotated[
+        str | None, typer.Option(help="List jobs from this instant on; without it, of the last day.", metavar="TIME")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, max=1_000_000, help="Listed jobs that are read at most.")] = 10_000,
+    as_json: AsJson = False,
+) -> int:
+    """Try the job source before anything rests on it.
+
+    Asks it as the sweeps and `matching` do: types, order, duplicates, clock, speed, whether it can be written, and
+    whether its list and its answers agree. Writes nothing.
+
+    Exit code 1: it breaks its contract, and each finding says how. 3: it is away.
+
+    Example: kino-refunds reconcile check-source --sample 100000
+    """
+    from kino_refunds.db.clock import read_clock
+    from kino_refunds.errors import BadSettings
+    from kino_refunds.reconciliation.adapters import source_of
+    from kino_refunds.reconciliation.source_check import check_source as try_source
+    from kino_refunds.settings import load_settings
+
+    settings = load_settings()
+    with ledger_connection(settings) as connection:
+        now = read_clock(connection)
+    with source_of(settings) as source:
+        if source is None:
+            raise BadSettings("KINO_JOB_SOURCE=none: there is no source to try")
+        report = try_source(
+            source, now=now, since=None if since is None else read_time(since, Edge.START), sample=sample
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        facts = asdict(report)
+        findings = facts.pop("findings")
+        print_facts((name.replace("_", " "), value) for name, value in facts.items())
+        for each in findings:
+            say(escaped(f"{each['level']}: {each['what']}: {each['text']}"))
+        say("the source keeps its contract" if report.is_sound else "the source breaks its contract", style="bold")
+    if report.is_sound:
+        return 0
+    return AWAY if report.is_away else FINDING
+
+
 def _show_seals(found: Verified) -> None:
     if sys.stderr.isatty():
         tell(f"{found.compared:,} seals computed again", style="dim")

@@ -75,6 +75,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, str | Group]]] = {
                 "show": "reconcile:show",
                 "prove": "reconcile:prove",
                 "checks": "reconcile:checks",
+                "check-source": "reconcile:check_source",
             },
         ),
         "report": Group(

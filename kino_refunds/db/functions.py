@@ -34,12 +34,9 @@ MAY_CALL: Final[Mapping[str, tuple[str, ...]]] = {
     "expire_lots": ("kino_worker",),
     "reverse_charges": ("kino_oncall",),
     "set_account_status": ("kino_oncall",),
-    "refund_lines": ("kino_worker", "kino_oncall"),
-    "lot_grace": ("kino_worker", "kino_oncall"),
+    "planned_lines": ("kino_worker", "kino_oncall"),
 }
-"""The functions that a login role may EXECUTE, each with its roles. All others are called by functions only.
-
-The last two change nothing: they say what a refund or a reversal would do (`refund_lines` asks the other)."""
+"""The functions that a login role may EXECUTE, each with its roles. All others are called by functions only."""
 
 WRITTEN_BY_FUNCTIONS: Final = (
     "account",

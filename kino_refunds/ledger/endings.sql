@@ -41,6 +41,39 @@ LANGUAGE sql STABLE AS $$
     ORDER BY wanted.place, line.seq
 $$;
 
+-- Say what becomes of the lines of these charges if they were refunded now, or reversed where they are captured: a row a
+-- line, by `refund_lines`. Changes nothing and locks nothing, so what is done later may be another.
+--
+-- items: {charge_id}. Errors: KR006 bad input.
+CREATE OR REPLACE FUNCTION kino.planned_lines(p_items jsonb)
+RETURNS TABLE (o_charge_id bigint, o_seq smallint, o_lot_id bigint, o_lot_state text, o_credits bigint, o_fate text,
+               o_until timestamptz)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET DateStyle = 'ISO, MDY' SET TimeZone = 'UTC'
+SET standard_conforming_strings = on SET jit = off
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict error
+DECLARE
+    v_charges bigint[];
+    v_captured bigint[];
+BEGIN
+    PERFORM kino.require_items(p_items, '{charge_id}', '{}');
+    SELECT array_agg(kino.read_credits(i.ordinality - 1, 'charge_id', i.value -> 'charge_id', 1) ORDER BY i.ordinality)
+    INTO v_charges FROM jsonb_array_elements(p_items) WITH ORDINALITY AS i;
+    v_captured := ARRAY(SELECT s.charge_id FROM kino.settlement s
+                        WHERE s.charge_id = ANY (v_charges) AND s.kind = 'captured');
+    RETURN QUERY
+    SELECT r.o_charge_id, r.o_seq, r.o_lot_id, l.state, r.o_credits, r.o_fate, r.o_until
+    FROM (SELECT * FROM kino.refund_lines(ARRAY(SELECT c FROM unnest(v_charges) AS c WHERE c <> ALL (v_captured)))
+          UNION ALL
+          SELECT * FROM kino.refund_lines(v_captured, true)) AS r
+    LEFT JOIN LATERAL (SELECT * FROM kino.credit_lot own WHERE own.lot_id = r.o_lot_id LIMIT 1) AS l ON true
+    ORDER BY r.o_charge_id, r.o_seq;
+END
+$$;
+
 -- A charge as an error names it: on-call knows jobs and not numbers.
 CREATE OR REPLACE FUNCTION kino.named(p_charge_id bigint) RETURNS text LANGUAGE sql STABLE AS $$
     SELECT p_charge_id || coalesce((SELECT ' of job ' || quote_literal(c.job_id) FROM kino.charge c

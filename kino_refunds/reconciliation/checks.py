@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kino_refunds.errors import BadWindow
@@ -16,9 +17,6 @@ from kino_refunds.reconciliation import (
     corrected,
     decisions,
     integrity,
-    matching,
-    matching_window,
-    seals,
     settled,
     told,
 )
@@ -72,6 +70,26 @@ class Check:
         return f"kino.check_{self.name}"
 
 
+def _later(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of a module that is loaded when it is first called: `status` needs the registry, not a log."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        return getattr(import_module(f"{__package__}.{module}"), function)(*given, **named)
+
+    return call
+
+
+_MATCHING = (
+    BreakKind.MISSING_EVENT,
+    BreakKind.FAILED_BUT_CAPTURED,
+    BreakKind.COMPLETED_BUT_REFUNDED,
+    BreakKind.NOT_COVERED_BUT_REFUNDED,
+    BreakKind.ACCOUNT_DIFFERS,
+    BreakKind.CREDITS_DIFFER,
+    BreakKind.UNCHARGED_JOB,
+    BreakKind.ORPHAN_CHARGE,
+    BreakKind.LATE,
+)
 CHECKS: Final[tuple[Check, ...]] = (
     Check(
         name="settled",
@@ -90,13 +108,13 @@ CHECKS: Final[tuple[Check, ...]] = (
         promise="P9",
         ours="charges and settlements",
         theirs="the job source's finished jobs, both ways",
-        finds=matching.KINDS,
-        closes=matching.KINDS,
+        finds=_MATCHING,
+        closes=_MATCHING,
         grace="KINO_CHECK_GRACE_S, and what the source promises (else KINO_MATCHING_DELAY_MIN)",
         repair="`kino-refunds breaks repair NUMBER` for `missing_event` and `failed_but_captured`; accept the others",
-        pages=matching.pages,
-        again=matching.again,
-        window=matching_window.window,
+        pages=_later("matching", "pages"),
+        again=_later("matching", "again"),
+        window=_later("matching_window", "window"),
         asks_source=True,
     ),
     Check(
@@ -174,8 +192,8 @@ CHECKS: Final[tuple[Check, ...]] = (
         closes=(BreakKind.HISTORY_CHANGED,),
         grace="none",
         repair="none: keep the database as it is, and compare the range that the break names with a backup",
-        pages=seals.pages,
-        again=seals.again,
+        pages=_later("seals", "pages"),
+        again=_later("seals", "again"),
     ),
 )
 """Every check, in the order in which they run: what is settled first, then whether it is right, then what was told."""

@@ -5,6 +5,7 @@ There is no automatic repair. A person asks for each, and the next run of the br
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from kino_refunds.errors import BreakNotFound, CannotRepair
 from kino_refunds.events.schema import stored_ids
 from kino_refunds.ledger import Reversal, reverse_charges
-from kino_refunds.ledger.values import SettlementKind
+from kino_refunds.ledger.values import LotState, SettlementKind
 from kino_refunds.policy.automatic import Coverage, coverage_of
 from kino_refunds.reconciliation.decisions import event_of_ending
 from kino_refunds.reconciliation.endings import event_of
@@ -138,8 +139,8 @@ _FACTS = sa.text("""
     WHERE b.break_id = :break_id
 """)
 _LINES = sa.text("""
-    SELECT o_lot_id, o_credits, o_fate, o_until
-    FROM kino.refund_lines(CAST(:charge_ids AS bigint[]), :reversal) ORDER BY o_seq
+    SELECT o_lot_id, o_lot_state, o_credits, o_fate, o_until
+    FROM kino.planned_lines(CAST(:items AS jsonb)) ORDER BY o_seq
 """)
 _REPAIRED = sa.text("""
     UPDATE kino.break SET status = 'repaired', status_actor = :actor, status_note = :note, status_at = kino.clock(),
@@ -279,7 +280,7 @@ def _plan_event(shop: Workshop, facts: _Facts) -> tuple[Plan, Delivery]:
     if coverage is None or ruling.outcome not in SETTLING:
         raise CannotRepair(f"the event would come to {ruling.outcome}; look at `kino-refunds why {facts.job_id}`")
     refund = ruling.outcome is Outcome.REFUNDED
-    lines = _lines(shop, facts.charge_id, reversal=False, captured=not refund)
+    lines = _lines(shop, facts.charge_id, captured=not refund)
     return _plan(facts, Means.EVENT, outcome=ruling.outcome, coverage=coverage, lines=lines, refund=refund), delivery
 
 
@@ -321,7 +322,7 @@ def _plan_reversal(shop: Workshop, facts: _Facts, ending: str | None) -> Plan:
             f"policy {document.version} does not refund a job that ended {ending} (clause {coverage.clause}): accept"
             " the break, or give courtesy credits"
         )
-    lines = _lines(shop, facts.charge_id, reversal=True, captured=False)
+    lines = _lines(shop, facts.charge_id, captured=False)
     return _plan(facts, Means.REVERSAL, outcome="corrected", coverage=coverage, lines=lines, refund=True)
 
 
@@ -358,25 +359,20 @@ _FATES = {
 }
 
 
-def _lines(shop: Workshop, charge_id: int, *, reversal: bool, captured: bool) -> list[Line]:
-    with shop.oncall.connect() as connection:
-        rows = connection.execute(_LINES, {"charge_ids": [charge_id], "reversal": reversal}).all()
-        frozen = set(connection.execute(_FROZEN, {"lot_ids": [row.o_lot_id for row in rows]}).scalars())
+def _lines(shop: Workshop, charge_id: int, *, captured: bool) -> list[Line]:
+    """Return what becomes of the charge's lines, by the ledger's own function; `captured`: they are consumed."""
+    with shop.worker.connect() as connection:
+        rows = connection.execute(_LINES, {"items": json.dumps([{"charge_id": charge_id}])}).all()
     return [
         Line(
             row.o_lot_id,
             row.o_credits,
             "consumed"
             if captured
-            else _FATES["frozen" if row.o_lot_id in frozen else row.o_fate].format(until=row.o_until),
+            else _FATES["frozen" if row.o_lot_state == LotState.FROZEN else row.o_fate].format(until=row.o_until),
         )
         for row in rows
     ]
-
-
-_FROZEN = sa.text(
-    "SELECT lot_id FROM kino.credit_lot WHERE lot_id = ANY (CAST(:lot_ids AS bigint[])) AND state = 'frozen'"
-)
 
 
 def _policy_version(shop: Workshop, break_id: int) -> str:

@@ -40,10 +40,13 @@ _REST = (
     """,
     """
     INSERT INTO kino.settlement
-        (charge_id, kind, reason, clause, policy_version, event_source, event_id, event_time, settled_at)
+        (charge_id, kind, reason, clause, policy_version, ending, account_status, event_source, event_id, event_time,
+         settled_at)
     SELECT charge_id, CASE WHEN refunded THEN 'refunded' ELSE 'captured' END,
            CASE WHEN refunded THEN 'generation_failure' ELSE 'completed' END,
-           CASE WHEN refunded THEN '2.failure' ELSE '1' END, '{policy}', 'bench', md5(job_id), ended_at, ended_at
+           CASE WHEN refunded THEN '2.failure' ELSE '1' END, '{policy}',
+           CASE WHEN refunded THEN 'failed.platform' ELSE 'completed' END, 'active', 'bench', md5(job_id), ended_at,
+           ended_at
     FROM ended
     """,
     """

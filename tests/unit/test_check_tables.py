@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kino_refunds.reconciliation.checks import CHECKS
+from kino_refunds.reconciliation import matching
+from kino_refunds.reconciliation.checks import CHECKS, check_named
 from kino_refunds.reconciliation.integrity import describe
 from kino_refunds.settlement.breaks import BreakKind
 from tests.project import ROOT
@@ -48,6 +49,11 @@ def test_every_kind_of_break_has_one_check_that_finds_it() -> None:
     assert len(found) == len(set(found))
     assert set(BreakKind) - set(found) == by_events | by_people | by_sweeps
     assert set(BreakKind) - closed == {BreakKind.COMPLETED_AFTER_REFUND}
+
+
+def test_the_registry_names_the_kinds_of_matching() -> None:
+    """It does not load the module for them."""
+    assert set(check_named("matching").finds) == set(matching.KINDS)
 
 
 def test_a_kind_is_a_word_of_one_table_only() -> None:

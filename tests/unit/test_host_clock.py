@@ -34,6 +34,7 @@ DECIDES_NOTHING = {
     "kino_refunds/db/migrations/versions/0003_one_clock.py": "the same",
     "kino_refunds/demo/run.py": "the demo is the pipeline and the product: it writes their times",
     "kino_refunds/demo/traffic.py": "the same",
+    "kino_refunds/demo/stage.py": "the pipeline's own table has the pipeline's clock",
     "kino_refunds/doctor/on_postgres.py": "is compared with the servers' clocks, to be found wrong",
     "kino_refunds/doctor/on_redis.py": "the same",
     "kino_refunds/reconciliation/clocks.py": "is compared with the servers' clocks, to withhold what cannot be undone",

@@ -148,8 +148,9 @@ def test_a_file_whose_name_breaks_a_line_is_shown_on_one(run: Run, scene: Scene,
 
 READ_ONLY = {
     "accounts show", "accounts statement", "breaks list", "breaks show", "charges list", "dead-letters list",
-    "dead-letters show", "doctor", "intake status", "reconcile checks", "reconcile list", "reconcile prove",
-    "reconcile show", "report liability", "report month", "retries list", "retries show", "schedule", "status", "why",
+    "dead-letters show", "doctor", "intake status", "reconcile check-source", "reconcile checks",
+    "reconcile list", "reconcile prove", "reconcile show", "report liability", "report month", "retries list",
+    "retries show", "schedule", "status", "why",
 }  # fmt: skip
 NOBODY_ACTS = STARTS_SERVERS | {"migrate"}
 """Scratch servers; and the schema, whose owner's login is known."""

@@ -44,14 +44,14 @@ OBJECTS: Final[Mapping[str, str]] = {
         grant_lots(jsonb) open_charges(jsonb)
         settle_charges(jsonb) held_lots(jsonb) expire_lots(integer)
         reverse_charges(jsonb) set_account_status(jsonb)
-        refund_lines(bigint[],boolean) lot_grace()
+        planned_lines(jsonb)
     """,
     "function for other functions": """
         hold_purchase(text,text,text,text) release_purchase(text,text,text,text)
         void_purchase(text,text,text,text) unvoid_purchase(text,text,text,text)
         named(bigint) lock_purchase(text,text,text,text) place_lots(bigint[])
-        give_back(text,bigint[],text[],text[],timestamptz[])
-        take_rest(bigint[],text,text,text,text,text) expire_due(bigint[]) keep_lot_change()
+        refund_lines(bigint[],boolean) give_back(text,bigint[],text[],text[],timestamptz[])
+        take_rest(bigint[],text,text,text,text,text) expire_due(bigint[]) lot_grace() keep_lot_change()
         require_items(jsonb,text[],text[]) require_id(text,text) refuse_constraint(text)
         is_id(text) has_unprintable(text)
         read_id(bigint,text,jsonb) read_credits(bigint,text,jsonb,bigint) read_instant(bigint,text,jsonb,integer)
@@ -80,7 +80,7 @@ MAY: Final[Mapping[str, Mapping[str, str]]] = {
         """,
         "DELETE": "pending_event overdue_ask schedule_slot intake_worker waiting_message",
         "EXECUTE": """
-            settle_charges(jsonb) held_lots(jsonb) expire_lots(integer) refund_lines(bigint[],boolean) lot_grace()
+            settle_charges(jsonb) held_lots(jsonb) expire_lots(integer) planned_lines(jsonb)
         """,
     },
     "kino_product": {
@@ -97,7 +97,7 @@ MAY: Final[Mapping[str, Mapping[str, str]]] = {
             {LEDGER} {WORK} overdue_ask schedule_slot intake_worker intake_state relay_cursor xid_clock {PROOF} {VIEWS}
         """,
         "EXECUTE": """
-            reverse_charges(jsonb) set_account_status(jsonb) refund_lines(bigint[],boolean) lot_grace()
+            reverse_charges(jsonb) set_account_status(jsonb) planned_lines(jsonb)
         """,
     },
     "kino_read": {

@@ -14,7 +14,7 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
-LEDGER_FUNCTIONS = "32bfbc4f76ffa77c11166085813b43a592fd1aa5472b990e40e4ec1fc28d78bd"
+LEDGER_FUNCTIONS = "d23121810cd2dd8628937e14a680dc4a952f4f1db3fafaca05f7aa99cb029050"
 """The digest of the functions that belong to this revision."""
 
 # In the order of 0003: who charges must not wait for us while we wait for it.
