@@ -140,7 +140,7 @@ def show(told: StoryReport) -> None:
         proof.add_row(Text(*_WORDS["held" if each["holds"] else "fails"]), Text(each["text"]))
     print_whole(proof)
     if not told.proof["holds"]:
-        console.print("The story's contradictions are live breaks: a person decides each (kino-refunds breaks list).")
+        console.print("The contradictions are live breaks: a person decides each of them.")
 
 
 def _latency(found: dict[str, Any]) -> str:
