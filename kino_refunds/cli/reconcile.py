@@ -13,6 +13,7 @@ from kino_refunds.cli.options import AsJson, By, Edge, ledger_connection, ledger
 from kino_refunds.cli.output import escaped, print_facts, print_items, print_json, say, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import timedelta
 
     from kino_refunds.reconciliation.proof import Proof, SourceSaid
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kino_refunds.reconciliation.seals import Verified
     from kino_refunds.settings import Settings
 
+PROGRESS_FROM = 10_000
+"""What is compared in a second or two needs no second line."""
 WAIT_S = 60.0
 """Seconds that a person's run waits for a scheduled run of the same check."""
 Since = Annotated[str | None, typer.Option(help="Compare from this instant on (RFC 3339).", metavar="TIME")]
@@ -55,6 +58,7 @@ def list_checks(as_json: AsJson = False) -> int:
                 "verified through": coverage and coverage.until,
                 "live breaks": each.live,
                 "credits": each.credits,
+                "unseen for 7 days": each.unseen,
                 "time to detect": _detect(each.detect, as_json=as_json),
             }
         )
@@ -65,7 +69,7 @@ def list_checks(as_json: AsJson = False) -> int:
     return FINDING if sick else 0
 
 
-_KEYS = {"time to detect": "time_to_detect_s"}
+_KEYS = {"time to detect": "time_to_detect_s", "unseen for 7 days": "unseen_7_days"}
 
 
 def _detect(after: timedelta | None, *, as_json: bool) -> object:
@@ -149,7 +153,7 @@ def run(
     ended: list[Run] = []
     for check in chosen:
         with bench_for(check, settings, actor=by) as bench:
-            ended.append(run_check(check, bench, wanted, dry_run=dry_run, wait_s=WAIT_S, progress=_show_progress))
+            ended.append(run_check(check, bench, wanted, dry_run=dry_run, wait_s=WAIT_S, progress=_progress()))
     if as_json:
         print_items([_as_dict(each) for each in ended], next_cursor=None, as_json=True, empty="")
     else:
@@ -160,9 +164,17 @@ def run(
     return FINDING if any(each.broken or not each.is_complete for each in ended if not _is_off(each)) else 0
 
 
-def _show_progress(run: Run) -> None:
-    if sys.stderr.isatty():
-        tell(f"{run.check}: {run.compared:,} compared, {run.broken:,} differ", style="dim")
+def _progress() -> Callable[[Run], None]:
+    """Return what prints, on a terminal, how far a run is: at its first page, and each time the count has doubled."""
+    shown = 0
+
+    def show(run: Run) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and run.compared >= 2 * shown:
+            shown = max(run.compared, PROGRESS_FROM)
+            tell(f"{run.check}: {run.compared:,} compared, {run.broken:,} differ", style="dim")
+
+    return show
 
 
 def _explain(ended: list[Run], *, dry_run: bool) -> None:
@@ -327,11 +339,10 @@ def check_source(
     if as_json:
         print_json(asdict(report))
     else:
-        facts = asdict(report)
-        findings = facts.pop("findings")
+        facts = {name: value for name, value in asdict(report).items() if name != "findings"}
         print_facts((name.replace("_", " "), value) for name, value in facts.items())
-        for each in findings:
-            say(escaped(f"{each['level']}: {each['what']}: {each['text']}"))
+        for each in report.findings:
+            say(escaped(f"{each.level}: {each.what}: {each.text}"))
         say("the source keeps its contract" if report.is_sound else "the source breaks its contract", style="bold")
     if report.is_sound:
         return 0

@@ -8,6 +8,9 @@ import sqlalchemy as sa
 
 from kino_refunds.desk.status import Standing, counted, read_standing
 from kino_refunds.doctor.findings import Finding, expect
+from kino_refunds.reconciliation.checks import CHECKS
+from kino_refunds.reconciliation.runs import RunState, read_last_runs
+from kino_refunds.reconciliation.told import OFF
 from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verification, horizon_holders
 from kino_refunds.settings import Settings
 
@@ -20,6 +23,7 @@ def check_work(connection: sa.Connection, settings: Settings) -> Iterator[Findin
     found = f"{counted(standing.breaks_open, 'break')} open" if standing.breaks_open else "none is open"
     advice = "a job's ending disagrees with the ledger: `kino-refunds breaks list`"
     yield expect("breaks", not standing.breaks_open, found, advice)
+    yield _checks(connection)
     yield _verified(standing.verified)
     yield _horizon(connection, standing.verified)
 
@@ -49,6 +53,21 @@ def _letters(standing: Standing) -> Finding:
     found = f"{letters.count:,} open ({reasons}), {counted(letters.credits_at_stake, 'credit')} at stake"
     advice = "`kino-refunds dead-letters list`"
     return Finding("dead letters", "fail" if letters.credits_at_stake else "warn", found, advice)
+
+
+def _checks(connection: sa.Connection) -> Finding:
+    """Say which checks could compare nothing at their last run. That one never ran, or is late, is beat's finding."""
+    last = read_last_runs(connection, [check.name for check in CHECKS])
+    reasons = [
+        f"{name}: {why}"
+        for name, run in last.items()
+        if run.state is RunState.NOT_COMPARABLE
+        for why in run.not_comparable
+        if why != OFF
+    ]
+    found = "; ".join(reasons) or f"{len(last)} have run"
+    advice = "`kino-refunds reconcile list`; without a second side nothing is verified (deploy/README.md, Job sources)"
+    return Finding("checks", "warn", found, advice) if reasons else Finding("checks", "ok", found)
 
 
 def _verified(verified: Verification) -> Finding:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
 
 import sqlalchemy as sa
 
 from kino_refunds.reconciliation.checks import CHECKS, Check
 from kino_refunds.reconciliation.runs import Coverage, Run, read_coverage, read_last_runs
 
-if TYPE_CHECKING:
-    from datetime import timedelta
+UNSEEN_FOR = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,8 @@ class CheckStanding:
     credits: int
     """Whole credits that its live breaks are about."""
     detect: timedelta | None
+    unseen: int
+    """Live breaks that no run could look at again for UNSEEN_FOR: the check cannot compare them, and they stay."""
 
 
 _BREAKS = sa.text("""
@@ -33,6 +34,11 @@ _BREAKS = sa.text("""
     FROM (SELECT kind, credits, status IN ('open', 'investigating', 'repaired') AS is_live FROM kino.break
           WHERE NOT canary) b
     GROUP BY kind
+""")
+_UNSEEN = sa.text("""
+    SELECT count(*) FROM kino.break
+    WHERE kind = ANY (CAST(:kinds AS text[])) AND NOT canary AND status IN ('open', 'investigating', 'repaired')
+      AND last_seen_at < kino.clock() - CAST(:unseen_for AS interval)
 """)
 _DETECT = sa.text("""
     SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY greatest(first_seen_at - happened_at, interval '0'))
@@ -54,6 +60,7 @@ def read_checks(connection: sa.Connection) -> list[CheckStanding]:
             live=sum(breaks[kind].live for kind in check.finds if kind in breaks),
             credits=sum(int(breaks[kind].credits) for kind in check.finds if kind in breaks),
             detect=connection.execute(_DETECT, {"kinds": [*check.finds]}).scalar_one(),
+            unseen=connection.execute(_UNSEEN, {"kinds": [*check.closes], "unseen_for": UNSEEN_FOR}).scalar_one(),
         )
         for check in CHECKS
     ]

@@ -43,7 +43,7 @@ def test_what_is_well_is_said_line_by_line(run: Run, well: Scene) -> None:
         *("rights", "migrations", "append-only", "ledger functions", "ledger closed", "ledger clock", "lot grace"),
         *("intake", "workers", *["beat"] * (4 + len(CHECKS))),
         "waiting messages",
-        *("overdue charges", "dead letters", "breaks", "verified through", "horizon"),
+        *("overdue charges", "dead letters", "breaks", "checks", "verified through", "horizon"),
         *("redis rights", "redis version", "redis role", "redis cluster", "redis eviction", "redis persistence"),
         *("redis memory", "redis clock", "queue names", "queue keys", "queues"),
     ]
