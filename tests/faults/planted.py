@@ -338,6 +338,49 @@ PLANTED = [
         tests=("tests/integration/db/test_ledger_install.py::test_every_name_is_written_whole",),
     ),
     Planted(
+        "a source that is away agrees",
+        Edit("kino_refunds/reconciliation/matching.py", "        is_comparable=False,\n", ""),
+        tests=("tests/integration/reconciliation/test_matching.py",),
+    ),
+    Planted(
+        "a captured failure matches",
+        Edit(
+            "kino_refunds/reconciliation/judging.py",
+            "    if not booked.is_refunded:\n        kind,",
+            "    if not booked.is_refunded:\n        return\n    if not booked.is_refunded:\n        kind,",
+        ),
+        tests=("tests/integration/cli/test_reconcile_commands.py",),
+    ),
+    Planted(
+        "an accepted difference opens again",
+        Edit("kino_refunds/settlement/breaks.py", "sorted(first.keys() - accepted)", "sorted(first.keys())"),
+        tests=("tests/integration/reconciliation/test_check_runs.py",),
+    ),
+    Planted(
+        "a page is stored over another's",
+        Edit("kino_refunds/reconciliation/runs.py", " AND cursor = CAST(:before AS jsonb)", ""),
+        tests=("tests/integration/reconciliation/test_check_runs.py",),
+    ),
+    Planted(
+        "a gap counts as covered",
+        Edit("kino_refunds/reconciliation/runs.py", "FROM islands WHERE island = 0", "FROM islands"),
+        tests=("tests/integration/reconciliation/test_check_runs.py",),
+    ),
+    Planted(
+        "clause 6 keeps what was taken wrongly",
+        Edit(
+            "kino_refunds/reconciliation/repairs.py",
+            "coverage_of(event, document, terminated_for_violation=False)",
+            "coverage_of(event, document, terminated_for_violation=facts.kind in NEEDS_REFERENCE)",
+        ),
+        tests=("tests/integration/reconciliation/test_repairs.py",),
+    ),
+    Planted(
+        "a proof forgets live breaks",
+        Edit("kino_refunds/reconciliation/proof.py", "    if live.live:\n", "    if live.live > 9:\n"),
+        tests=("tests/integration/reconciliation/test_proof.py",),
+    ),
+    Planted(
         "a product may settle",
         Edit(
             "kino_refunds/db/functions.py",
