@@ -47,14 +47,21 @@ def ledger_connection(settings: Settings | None = None) -> Iterator[Connection]:
 
 
 @contextmanager
-def reading_connection() -> Iterator[Connection]:
-    """Give a connection to KINO_DATABASE_URL whose statements may read the whole ledger: up to READING_S seconds."""
+def reading_engine() -> Iterator[Engine]:
+    """Give an engine for KINO_DATABASE_URL whose statements may read the whole ledger: up to READING_S seconds."""
     from kino_refunds.settings import load_settings
 
     settings = load_settings()
     long = {"statement_timeout_ms": READING_S * 1_000, "transaction_timeout_ms": READING_S * 1_000}
     settings = settings.model_copy(update={"session_limits": settings.session_limits.model_copy(update=long)})
-    with ledger_engine(settings) as engine, engine.begin() as connection:
+    with ledger_engine(settings) as engine:
+        yield engine
+
+
+@contextmanager
+def reading_connection() -> Iterator[Connection]:
+    """Give a connection of `reading_engine`, in a transaction."""
+    with reading_engine() as engine, engine.begin() as connection:
         yield connection
 
 

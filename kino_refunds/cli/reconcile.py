@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kino_refunds.cli.exit_codes import AWAY, FINDING
-from kino_refunds.cli.options import AsJson, By, Edge, ledger_connection, ledger_engine, read_time, written
+from kino_refunds.cli.options import AsJson, By, Edge, ledger_connection, read_time, reading_engine, written
 from kino_refunds.cli.output import escaped, print_facts, print_items, print_json, say, tell
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def prove(
 
     settings = load_settings()
     source = _ask_source(settings)
-    with ledger_engine(settings) as engine:
+    with reading_engine() as engine:
         copy = None if seal is None else compare_with_copy(engine, seal, progress=_show_seals)
         with engine.begin() as connection:
             proof = prove_it(
