@@ -14,7 +14,6 @@ import sqlalchemy as sa
 
 from kino_refunds.db.clock import read_clock
 from kino_refunds.intake.workforce import read_workforce
-from kino_refunds.reconciliation.checks import CHECKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +76,7 @@ def entries(settings: Settings) -> list[Entry]:
         every = timedelta(seconds=settings.overdue_every_s)
         scheduled.append(Entry("kino.sweep_overdue", every, "ask about jobs without an event"))
     every = timedelta(seconds=settings.check_every_s)
-    scheduled += [Entry(check.task, every, f"check {check.ours} against {check.theirs}") for check in CHECKS]
+    scheduled.append(Entry("kino.run_checks", every, "run the checks of reconciliation"))
     if settings.relay_queue is not None:
         every = timedelta(seconds=settings.relay_every_s)
         scheduled.append(Entry("kino.relay_refunds", every, "tell the product of refunds"))

@@ -84,7 +84,8 @@ app.conf.update(
     **broker,
     # Threads: intake is a thread already, sweeps mostly wait for Postgres, and a forked pool would share sockets.
     worker_pool="threads",
-    worker_concurrency=2,
+    # One thread for retries, one for overdue jobs and what is quick, one for the checks, which may read for long.
+    worker_concurrency=3,
     # One sweep at a time in each thread. More fetched tasks would wait inside the worker, where no command shows them.
     worker_prefetch_multiplier=1,
     # Acknowledged before it runs: a sweep that dies is replaced by the next one, and a redelivery would run it twice.

@@ -64,11 +64,6 @@ class Check:
     asks_source: bool = False
     """Whether the other side is the job source."""
 
-    @property
-    def task(self) -> str:
-        """The name of its scheduled run."""
-        return f"kino.check_{self.name}"
-
 
 def _later(module: str, function: str) -> Callable[..., Any]:
     """Return a function of a module that is loaded when it is first called: `status` needs the registry, not a log."""

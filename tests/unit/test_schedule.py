@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.schedule import LATE_MIN, LATE_SLOTS, LOOK_BACK, Entry, Run, Slots, _run, entries
 from kino_refunds.settings import Settings, load_settings
 from tests.clock import HOUR, MINUTE, SECOND, TICK
@@ -31,7 +30,7 @@ def test_a_slot_begins_at_the_same_instant_everywhere(every: float) -> None:
 def test_what_is_off_is_not_scheduled() -> None:
     """Without a job source nobody is asked, and without a queue nobody is told; both are off by default."""
     sweeps = ["kino.sweep_retries", "kino.expire_lots", "kino.sample_clock"]
-    checks = [check.task for check in CHECKS]
+    checks = ["kino.run_checks"]
     always = [*sweeps, *checks]
 
     default = entries(Settings.model_construct())

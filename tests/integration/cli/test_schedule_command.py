@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.schedule import Entry
 from tests.clock import claim_slot
 from tests.command_line import Run
@@ -26,7 +25,7 @@ def test_schedule_says_what_runs(cli: Run, scene: Scene) -> None:
         "kino.expire_lots",
         "kino.sample_clock",
         "kino.sweep_overdue",
-        *(check.task for check in CHECKS),
+        "kino.run_checks",
     ]
     assert fresh.json["items"][0].keys() == {
         "name", "every_s", "last", "finished", "ended", "result", "next", "missed", "late", "stuck", "what",

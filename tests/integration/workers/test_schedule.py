@@ -8,9 +8,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.schedule import KEPT_FOR, Entry, Run, finish_slot
 from kino_refunds.settings import Settings, load_settings
 from tests.clock import HOUR, MINUTE, SECOND, claim_slot, read_schedule
+from tests.conftest import Database
 from tests.failing import Killed
 from tests.scenario import Scene, make_event
 from workers import tasks
@@ -223,3 +225,44 @@ def test_a_sweep_that_dies_gives_its_events_back_as_soon_as_its_worker_counts_as
 
     ((leased_until,),) = scene.rows("SELECT leased_until FROM kino.pending_event")
     assert before + alive_ttl <= leased_until <= after + alive_ttl
+
+
+@pytest.fixture
+def swept(scene: Scene, database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """A worker's settings, for tasks that run in this process."""
+    monkeypatch.setenv("KINO_DATABASE_URL", database.url())
+    monkeypatch.setenv("KINO_REDIS_URL", redis_url)
+    monkeypatch.setattr(tasks, "_engine", lambda: scene.worker)
+    return scene
+
+
+def test_a_round_runs_every_check(swept: Scene) -> None:
+    """One after the other, by nobody's hand; without a source `matching` says that it compares nothing."""
+    swept.charged("job-1")
+    swept.settle(make_event("timeout", "job-1"))
+
+    tasks.run_checks()
+
+    rows = swept.rows('SELECT "check", state, compared, actor FROM kino.check_run ORDER BY run_id')
+    assert [row.check for row in rows] == [check.name for check in CHECKS]
+    assert {row.actor for row in rows} == {"schedule"}
+    assert {row.check: row.compared for row in rows}["decisions"] == 1
+    [slot] = swept.rows("SELECT result FROM kino.schedule_slot WHERE name = 'kino.run_checks'")
+    assert {name: said["state"] for name, said in slot.result.items()} == {
+        "matching": "not_comparable",
+        "relay": "not_comparable",
+    }
+
+
+def test_a_check_that_fails_keeps_no_other_from_running(swept: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source whose settings are wrong ends `matching` alone, and the round's row says so."""
+    monkeypatch.setenv("KINO_JOB_SOURCE", "sql")
+    monkeypatch.setenv("KINO_JOB_SOURCE_URL", "postgresql://reader@127.0.0.1:9/jobs")
+    monkeypatch.setenv("KINO_JOB_SOURCE_QUERY", "SELECT 1")
+
+    tasks.run_checks()
+
+    [slot] = swept.rows("SELECT result FROM kino.schedule_slot WHERE name = 'kino.run_checks'")
+    assert "needs KINO_JOB_SOURCE_QUERY with the parameter :job_ids" in slot.result["matching"]["error"]
+    ran = {row.check for row in swept.rows('SELECT "check" FROM kino.check_run')}
+    assert ran == {check.name for check in CHECKS} - {"matching"}
