@@ -176,6 +176,16 @@ def _run_check(check: Check, settings: Settings) -> dict[str, Any]:
     try:
         with bench_for(check, settings, actor=BY_SCHEDULE) as bench:
             ended = run_check(check, bench, budget_s=CHECK_BUDGET_S)
+        log.info(
+            "check ended",
+            check=check.name,
+            run=ended.run_id,
+            state=ended.state,
+            compared=ended.compared,
+            matched=ended.matched,
+            broken=ended.broken,
+            not_comparable=dict(ended.not_comparable),
+        )
     except Exception as error:
         if not isinstance(error, KinoError) and classify(error) is Fault.BISECT:
             raise

@@ -62,13 +62,23 @@ def list_checks(as_json: AsJson = False) -> int:
                 "time to detect": _detect(each.detect, as_json=as_json),
             }
         )
-    if as_json:
+    if not as_json:
+        items = [{name: value for name, value in item.items() if name not in _ONLY_IN_JSON} for item in items]
+        for each in found:
+            if each.unseen:
+                tell(
+                    f"{each.check.name}: {each.unseen:,} of its breaks could not be looked at again for 7 days",
+                    style="yellow",
+                )
+    else:
         items = [{_KEYS.get(name, name.replace(" ", "_")): value for name, value in item.items()} for item in items]
     print_items(items, next_cursor=None, as_json=as_json, empty="there are no checks")
     sick = any(each.live or each.last is None or not each.last.is_complete for each in found)
     return FINDING if sick else 0
 
 
+_ONLY_IN_JSON = {"last run", "matched", "verified since", "unseen for 7 days", "time to detect"}
+"""`reconcile show` has the first three of each run; the table must fit a terminal."""
 _KEYS = {"time to detect": "time_to_detect_s", "unseen for 7 days": "unseen_7_days"}
 
 
@@ -218,7 +228,6 @@ def _for_people(run: Run) -> dict[str, Any]:
         "matched": run.matched,
         "broken": run.broken,
         "not comparable": run.uncomparable,
-        "since": run.window.since or "the beginning",
         "until": run.window.until,
     }
 
@@ -340,13 +349,17 @@ def check_source(
         print_json(asdict(report))
     else:
         facts = {name: value for name, value in asdict(report).items() if name != "findings"}
-        print_facts((name.replace("_", " "), value) for name, value in facts.items())
+        print_facts((name.replace("_", " "), _rounded(value)) for name, value in facts.items())
         for each in report.findings:
             say(escaped(f"{each.level}: {each.what}: {each.text}"))
         say("the source keeps its contract" if report.is_sound else "the source breaks its contract", style="bold")
     if report.is_sound:
         return 0
     return AWAY if report.is_away else FINDING
+
+
+def _rounded(value: object) -> object:
+    return f"{value:,.3f}" if isinstance(value, float) else value
 
 
 def _show_seals(found: Verified) -> None:

@@ -93,7 +93,8 @@ def liability(
     say(f"credits at {written(report.at)}")
     _print_turned(told["classes"], told["total"])
     if expiring:
-        print_table(expiring, title="\nspendable credits by the month in which they expire (UTC)")
+        say("")
+        print_table(expiring, title="spendable credits by the month in which they expire (UTC)")
 
 
 def _require_one_form(*, as_csv: bool, as_json: bool) -> None:

@@ -22,15 +22,12 @@ from kino_refunds.reconciliation.comparison import LiveBreak, Page, Scope, Windo
 from kino_refunds.reconciliation.verified import sample_clock
 from kino_refunds.settlement.breaks import LIVE, Break, raise_breaks
 from kino_refunds.settlement.rules import rules_of
-from kino_refunds.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from kino_refunds.reconciliation.checks import Check
     from kino_refunds.reconciliation.sources import JobSource
     from kino_refunds.settings import Settings
     from kino_refunds.settlement.rules import Rules
-
-log = get_logger(__name__)
 
 LONGEST_QUERY_MS = 600_000
 """One query of a check may read a large ledger whole; it holds no lock that anybody waits for."""
@@ -174,17 +171,7 @@ def run_check(
                     return _end(bench.engine, run, RunState.NOT_COMPARABLE, dry_run=dry_run)
                 if ends_at is not None and time.monotonic() > ends_at:
                     return run
-        run = _end(bench.engine, run, RunState.COMPLETE, dry_run=dry_run)
-    log.info(
-        "check ended",
-        check=check.name,
-        run=run.run_id,
-        compared=run.compared,
-        matched=run.matched,
-        broken=run.broken,
-        not_comparable=dict(run.not_comparable),
-    )
-    return run
+        return _end(bench.engine, run, RunState.COMPLETE, dry_run=dry_run)
 
 
 @contextmanager

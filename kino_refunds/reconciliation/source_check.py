@@ -165,7 +165,9 @@ def _try_promise(trial: _Trial, source: FinishedSource) -> None:
         text = f"the source says that it is complete through {written(promised)}, and it is {written(trial.now)}"
         trial.note("promise", Level.FAIL, text)
     else:
-        trial.note("promise", Level.OK, f"complete through {written(promised)}, {trial.now - promised} ago")
+        trial.note(
+            "promise", Level.OK, f"complete through {written(promised)}, {max(trial.now - promised, timedelta(0))} ago"
+        )
 
 
 def _listed(source: FinishedSource, since: datetime, until: datetime) -> Iterator[FinishedJob]:
@@ -222,7 +224,11 @@ def _try_clock(trial: _Trial, source: FinishedSource) -> None:
         trial.note("clock", Level.FAIL, f"{text}: look at the zone of the column, and at the source's clock")
     elif trial.jobs:
         newest = trial.jobs[-1].finished_at
-        trial.note("clock", Level.OK, f"no job finished in the future; the last one read {trial.now - newest} ago")
+        trial.note(
+            "clock",
+            Level.OK,
+            f"no job finished in the future; the last one read {max(trial.now - newest, timedelta(0))} ago",
+        )
 
 
 def _try_asks(trial: _Trial) -> None:
