@@ -165,9 +165,7 @@ def _try_promise(trial: _Trial, source: FinishedSource) -> None:
         text = f"the source says that it is complete through {written(promised)}, and it is {written(trial.now)}"
         trial.note("promise", Level.FAIL, text)
     else:
-        trial.note(
-            "promise", Level.OK, f"complete through {written(promised)}, {max(trial.now - promised, timedelta(0))} ago"
-        )
+        trial.note("promise", Level.OK, f"complete through {written(promised)}, {_ago(trial.now - promised)}")
 
 
 def _listed(source: FinishedSource, since: datetime, until: datetime) -> Iterator[FinishedJob]:
@@ -260,3 +258,7 @@ def _try_asks(trial: _Trial) -> None:
     text = f"an ask about {len(asked) + 1} jobs took {took:.3f} s"
     advice = ": an index on job_id makes that faster" if slow else ""
     trial.note("speed of an ask", Level.WARN if slow else Level.OK, text + advice)
+
+
+def _ago(passed: timedelta) -> str:
+    return f"{max(passed.total_seconds(), 0.0):,.0f} s ago"
