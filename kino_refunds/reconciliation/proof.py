@@ -100,12 +100,13 @@ _WALLET = sa.text("""
             FROM kino.transfer) AS book,
            (SELECT coalesce(sum(remaining), 0) FROM kino.credit_lot) AS lots
 """)
+# What has no instant may be as old as the ledger.
 _LIVE = sa.text("""
     SELECT count(*) AS live, min(break_id) AS first, coalesce(sum(credits), 0) AS credits,
            count(*) FILTER (WHERE status = 'repaired') AS repaired
     FROM kino.break
     WHERE status IN ('open', 'investigating', 'repaired') AND NOT canary
-      AND coalesce(happened_at, first_seen_at) < :until
+      AND (happened_at IS NULL OR happened_at < :until)
 """)
 _DECIDED = sa.text("""
     SELECT count(*) FILTER (WHERE status = 'accepted') AS accepted,
@@ -301,8 +302,8 @@ def _of_breaks(connection: sa.Connection, wanted: dict[str, datetime | None], fi
     }
     if live.live:
         yield Sentence(
-            f"{live.live:,} breaks from before live, about {int(live.credits):,} credits ({live.repaired:,} of them are"
-            " repaired and wait for the next run of their check).",
+            f"{live.live:,} {'break from before lives' if live.live == 1 else 'breaks from before live'}, about"
+            f" {int(live.credits):,} credits; {live.repaired:,} repaired, which the next run of their check closes.",
             holds=False,
             command="kino-refunds breaks list",
         )

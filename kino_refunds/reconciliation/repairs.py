@@ -173,7 +173,8 @@ def repair(
         raise CannotRepair(f"a break {plan.kind} needs --reference: the case in which it was decided")
     if delivery is not None:
         [ruling] = settle_batch(shop.worker, [delivery], shop.rules)
-        if ruling.outcome not in SETTLING and ruling.outcome is not Outcome.DUPLICATE:
+        # Busy: a session holds one of its lots. The event waits in `retries`, and settles by itself.
+        if ruling.outcome not in {*SETTLING, Outcome.DUPLICATE, Outcome.BUSY}:
             raise CannotRepair(f"the event was settled as {ruling.outcome}; look at `kino-refunds why` of its job")
     else:
         version = _policy_version(shop, break_id)

@@ -1,4 +1,8 @@
-"""The check `relay`: the product was told of every refund and every correction (design, part B)."""
+"""The check `relay`: the product was told of every refund and every correction (design, part B).
+
+What lies behind the relay's cursor counts as told: of refunds from before it was switched on, which the product was
+never told, the ledger knows no more than of those that Redis lost (`kino-refunds relay rewind`).
+"""
 
 from __future__ import annotations
 

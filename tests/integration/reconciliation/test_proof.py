@@ -119,13 +119,25 @@ def test_a_live_break_fails_it_until_it_is_decided(scene: Scene) -> None:
     source = settled(scene, "job-1")
     source.jobs = [FinishedJob("job-1", Answer(JobState.COMPLETED, finished_at=EVENT_AT))]
     run_all(scene, source)
-    assert "1 breaks from before live, about 10 credits" in failing(proof_of(scene, source))[0]
+    assert "1 break from before lives, about 10 credits" in failing(proof_of(scene, source))[0]
 
     scene.as_superuser("UPDATE kino.break SET status = 'repaired'")
     assert len(failing(proof_of(scene, source))) == 1
 
     scene.as_superuser("UPDATE kino.break SET status = 'accepted'")
     assert failing(proof_of(scene, source)) == []
+
+
+def test_a_break_that_has_no_instant_counts_as_old(scene: Scene) -> None:
+    """It may be as old as the ledger, so no proof holds beside it, however far back it ends."""
+    source = settled(scene, "job-1")
+    scene.charged("running")
+    run_all(scene, source)
+    scene.as_superuser(
+        "INSERT INTO kino.break (kind, subject, credits, detail) VALUES ('lot_differs_from_transfers', 'lot:1', 3, 'd')"
+    )
+
+    assert "1 break from before lives" in failing(proof_of(scene, source))[0]
 
 
 def test_what_a_superuser_changed_fails_it_by_a_copy(scene: Scene) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from kino_refunds.ledger import VIOLATION, AccountStatus, Balance, Charge
+from kino_refunds.settlement.breaks import Break, raise_breaks
 from tests.clock import clock_at
 from tests.scenario import (
     EVENT_AT,
@@ -476,3 +477,17 @@ def test_an_empty_batch_is_nothing(scene: Scene) -> None:
     assert said == []
     assert scene.settle_batch() == {}
     assert scene.everything() == before
+
+
+def test_two_lots_of_one_job_are_two_breaks(scene: Scene) -> None:
+    """Builds of before keep one open break for each kind and job: the job stands with a break about a job only."""
+    found = [
+        Break(kind="lot_differs", subject=f"lot:{number}", job_id="job-1", credits=1, detail="d", sides="a / b")
+        for number in (1, 2)
+    ]
+
+    with scene.worker.begin() as connection:
+        raise_breaks(connection, found)
+
+    rows = scene.rows("SELECT subject, job_id FROM kino.break ORDER BY subject")
+    assert [tuple(row) for row in rows] == [("lot:1", None), ("lot:2", None)]
