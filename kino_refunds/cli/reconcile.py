@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from kino_refunds.reconciliation.proof import Proof, SourceSaid
-    from kino_refunds.reconciliation.runs import Coverage, Run
+    from kino_refunds.reconciliation.run_rows import Coverage, Run
     from kino_refunds.reconciliation.seals import Verified
     from kino_refunds.settings import Settings
 
@@ -150,7 +150,8 @@ def run(
     Example: kino-refunds reconcile run matching --dry-run
     """
     from kino_refunds.reconciliation.checks import CHECKS, check_named
-    from kino_refunds.reconciliation.runs import Wanted, bench_for, run_check
+    from kino_refunds.reconciliation.runs import bench_for, run_check
+    from kino_refunds.reconciliation.windows import Wanted
     from kino_refunds.settings import load_settings
 
     settings = load_settings()
@@ -245,7 +246,7 @@ def show(
     Example: kino-refunds reconcile show decisions
     """
     from kino_refunds.reconciliation.checks import check_named
-    from kino_refunds.reconciliation.runs import read_run, read_runs
+    from kino_refunds.reconciliation.run_rows import read_run, read_runs
 
     with ledger_connection() as connection:
         if not which.isascii() or not which.isdigit():

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from kino_refunds.desk.status import Standing, counted, read_standing
 from kino_refunds.doctor.findings import Finding, expect
 from kino_refunds.reconciliation.checks import CHECKS
-from kino_refunds.reconciliation.runs import RunState, read_last_runs
+from kino_refunds.reconciliation.run_rows import RunState, read_last_runs
 from kino_refunds.reconciliation.told import OFF
 from kino_refunds.reconciliation.verified import HORIZON_AGE_FAIL, HORIZON_AGE_WARN, Verification, horizon_holders
 from kino_refunds.settings import Settings

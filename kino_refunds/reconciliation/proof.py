@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from kino_refunds.errors import BadWindow
 from kino_refunds.reconciliation.checks import CHECKS
-from kino_refunds.reconciliation.runs import Coverage, read_coverage
+from kino_refunds.reconciliation.run_rows import Coverage, read_coverage
 from kino_refunds.reconciliation.seals import CopyComparison, CopyState, newest_seal, seal_text
 from kino_refunds.reconciliation.verified import read_verified
 

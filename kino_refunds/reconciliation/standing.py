@@ -8,7 +8,7 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from kino_refunds.reconciliation.checks import CHECKS, Check
-from kino_refunds.reconciliation.runs import Coverage, Run, read_coverage, read_last_runs
+from kino_refunds.reconciliation.run_rows import Coverage, Run, read_coverage, read_last_runs
 
 UNSEEN_FOR = timedelta(days=7)
 

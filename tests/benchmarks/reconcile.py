@@ -27,7 +27,8 @@ from kino_refunds.dev.embedded import DATABASE, Servers
 from kino_refunds.dev.processes import settings_for, start_worker
 from kino_refunds.events.connection import redis_client
 from kino_refunds.reconciliation.checks import CHECKS, check_named
-from kino_refunds.reconciliation.runs import Wanted, bench_for, run_check
+from kino_refunds.reconciliation.runs import bench_for, run_check
+from kino_refunds.reconciliation.windows import Wanted
 from kino_refunds.settings import load_settings
 from tests.benchmarks.backlog import grant, open_jobs
 from tests.benchmarks.history import settled_before

@@ -358,12 +358,12 @@ PLANTED = [
     ),
     Planted(
         "a page is stored over another's",
-        Edit("kino_refunds/reconciliation/runs.py", " AND cursor = CAST(:before AS jsonb)", ""),
+        Edit("kino_refunds/reconciliation/run_rows.py", " AND cursor = CAST(:before AS jsonb)", ""),
         tests=("tests/integration/reconciliation/test_check_runs.py",),
     ),
     Planted(
         "a gap counts as covered",
-        Edit("kino_refunds/reconciliation/runs.py", "FROM islands WHERE island = 0", "FROM islands"),
+        Edit("kino_refunds/reconciliation/windows.py", "FROM islands WHERE island = 0", "FROM islands"),
         tests=("tests/integration/reconciliation/test_check_runs.py",),
     ),
     Planted(

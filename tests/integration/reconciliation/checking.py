@@ -10,8 +10,10 @@ from pydantic import SecretStr
 
 from kino_refunds.reconciliation.checks import check_named
 from kino_refunds.reconciliation.repairs import Workshop
-from kino_refunds.reconciliation.runs import Bench, Run, Wanted, run_check
+from kino_refunds.reconciliation.run_rows import Run
+from kino_refunds.reconciliation.runs import Bench, run_check
 from kino_refunds.reconciliation.sources import JobSource
+from kino_refunds.reconciliation.windows import Wanted
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.rules import Rules
 from tests.scenario import Scene, make_rules

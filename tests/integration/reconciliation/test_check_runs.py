@@ -15,7 +15,14 @@ from kino_refunds.errors import BadWindow, CheckBusy
 from kino_refunds.reconciliation import comparison, decisions, runs
 from kino_refunds.reconciliation.checks import check_named
 from kino_refunds.reconciliation.comparison import Page, Scope
-from kino_refunds.reconciliation.runs import Run, RunState, read_coverage, read_last_runs, read_run, read_runs
+from kino_refunds.reconciliation.run_rows import (
+    Run,
+    RunState,
+    read_coverage,
+    read_last_runs,
+    read_run,
+    read_runs,
+)
 from kino_refunds.reconciliation.verified import sample_clock
 from tests.conftest import Database
 from tests.integration.reconciliation.checking import bench, check, live, numbers, statuses

@@ -12,7 +12,7 @@ from kino_refunds.ledger import AccountStatus
 from kino_refunds.policy.document import Policy, published_policy
 from kino_refunds.reconciliation.decisions import NO_ENDING, UNKNOWN_VERSION
 from kino_refunds.reconciliation.repairs import repair
-from kino_refunds.reconciliation.runs import RunState
+from kino_refunds.reconciliation.run_rows import RunState
 from tests.clock import clock_at
 from tests.integration.reconciliation.checking import check, live, numbers, shop, statuses
 from tests.scenario import EVENT_AT, KINDS, NOW, Scene, make_event, make_rules

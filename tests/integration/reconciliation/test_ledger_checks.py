@@ -8,7 +8,7 @@ import pytest
 from redis import Redis
 
 from kino_refunds.outbox.relay import relay_refunds
-from kino_refunds.reconciliation.runs import RunState
+from kino_refunds.reconciliation.run_rows import RunState
 from kino_refunds.reconciliation.settled import OVERDUE_MAX
 from kino_refunds.reconciliation.told import NO_CURSOR, OFF
 from tests.clock import SECOND, clock_at

@@ -24,7 +24,8 @@ from kino_refunds.reconciliation.checks import check_named
 from kino_refunds.reconciliation.comparison import LiveBreak, Scope, Window
 from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource
 from kino_refunds.reconciliation.matching_window import NO_LIST, NO_SOURCE, READ_AGAIN, window
-from kino_refunds.reconciliation.runs import Run, RunState, run_check
+from kino_refunds.reconciliation.run_rows import Run, RunState
+from kino_refunds.reconciliation.runs import run_check
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settlement.breaks import Break, BreakKind
 from tests.clock import DAY, HOUR, MINUTE, SECOND, clock_at, sample_at

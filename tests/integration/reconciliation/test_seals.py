@@ -15,7 +15,7 @@ from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import BadCopy
 from kino_refunds.reconciliation import seals as product
 from kino_refunds.reconciliation.checks import check_named
-from kino_refunds.reconciliation.runs import Wanted, run_check
+from kino_refunds.reconciliation.runs import run_check
 from kino_refunds.reconciliation.seals import (
     CopyState,
     again,
@@ -25,6 +25,7 @@ from kino_refunds.reconciliation.seals import (
     pages,
     seal_text,
 )
+from kino_refunds.reconciliation.windows import Wanted
 from tests.clock import MINUTE
 from tests.conftest import Database
 from tests.integration.reconciliation.checking import bench, numbers, statuses
