@@ -187,7 +187,7 @@ def repair(
             if not as_json:
                 _print_plan(plan)
             confirm(f"Repair break {number}?", yes=yes)
-            plan = repair_break(shop, number, actor=by, note=note, reference=reference, ending=ending)
+            plan = repair_break(shop, number, actor=by, note=note, reference=reference, ending=ending, confirmed=plan)
     if as_json:
         print_json(plan)
     elif dry_run:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROGRESS_FROM = 10_000
 """What is compared in a second or two needs no second line."""
+AWAY_BEGINS = "the source is away"
+"""How `matching` says it (`reason_of`)."""
 WAIT_S = 60.0
 """Seconds that a person's run waits for a scheduled run of the same check."""
 Since = Annotated[str | None, typer.Option(help="Compare from this instant on (RFC 3339).", metavar="TIME")]
@@ -38,10 +40,10 @@ def list_checks(as_json: AsJson = False) -> int:
 
     Example: kino-refunds reconcile list
     """
-    from kino_refunds.reconciliation.standing import read_checks
+    from kino_refunds.reconciliation.standing import count_live, read_checks
 
     with ledger_connection() as connection:
-        found = read_checks(connection)
+        found, live = read_checks(connection), count_live(connection)
     items: list[dict[str, Any]] = []
     for each in found:
         run, coverage = each.last, each.coverage
@@ -73,8 +75,8 @@ def list_checks(as_json: AsJson = False) -> int:
     else:
         items = [{_KEYS.get(name, name.replace(" ", "_")): value for name, value in item.items()} for item in items]
     print_items(items, next_cursor=None, as_json=as_json, empty="there are no checks")
-    sick = any(each.live or each.last is None or not each.last.is_complete for each in found)
-    return FINDING if sick else 0
+    sick = any(each.last is None or not (each.last.is_complete or _is_off(each.last)) for each in found)
+    return FINDING if live or sick else 0
 
 
 _ONLY_IN_JSON = {"last run", "matched", "verified since", "unseen for 7 days", "time to detect"}
@@ -199,7 +201,7 @@ def _explain(ended: list[Run], *, dry_run: bool) -> None:
 
 
 def _is_away(run: Run) -> bool:
-    return bool(run.detail.get("source_away"))
+    return not run.is_complete and any(why.startswith(AWAY_BEGINS) for why in run.not_comparable)
 
 
 def _is_off(run: Run) -> bool:

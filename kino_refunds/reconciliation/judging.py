@@ -31,7 +31,6 @@ CLOCKS_APART = timedelta(minutes=10)
 """The event's time and the source's finished_at are two readings of one end, by two clocks. Where the policy's version
 or the account's status changed between two readings that are this close, either of them may be right."""
 NOT_YET = "ended just now: the event may be on its way"
-NOT_CHARGED = "not charged, and nothing to refund"
 NO_CHARGE_CAN_HAVE_THIS_ID = "the job's id is none that a charge can have"
 ID_LENGTH_MAX = 128
 
@@ -86,7 +85,7 @@ def judge(
         if not can_be_charged(job.job_id):
             return Verdict(not_comparable=NO_CHARGE_CAN_HAVE_THIS_ID)
         if job.answer.state is not JobState.COMPLETED:
-            return Verdict(not_comparable=NOT_CHARGED)
+            return Verdict()  # nothing was charged, and nothing is owed: the two agree
         return Verdict(not_comparable=NOT_YET) if young else Verdict((_uncharged(job),))
     if booked.kind is None and young:
         return Verdict(not_comparable=NOT_YET)
@@ -113,7 +112,7 @@ def _uncharged(job: FinishedJob) -> Break:
             f"{_said(job)}, and the ledger has no charge for it: the customer has the video for nothing, or this is"
             " another system's job, and then the source's list must leave it out"
         ),
-        sides="no charge / completed",
+        sides=f"no charge / completed {job.account_id!a:.60} {job.credits}",
         happened_at=job.finished_at,
     )
 

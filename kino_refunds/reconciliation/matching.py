@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,20 @@ from kino_refunds.reconciliation.asking import Asked, ask_about
 from kino_refunds.reconciliation.booked import BY_KEY, read_booked
 from kino_refunds.reconciliation.comparison import PAGE, LiveBreak, Page, Scope, Window
 from kino_refunds.reconciliation.finished import ENDS, FinishedJob, FinishedSource, checked
-from kino_refunds.reconciliation.judging import NOT_CHARGED, Booked, Verdict, judge, orphan, written
+from kino_refunds.reconciliation.judging import Booked, Verdict, judge, orphan, written
 from kino_refunds.reconciliation.matching_window import NO_LIST, NO_SOURCE, NoList, read_promise, reason_of
 from kino_refunds.reconciliation.sources import JobState
 from kino_refunds.settlement.breaks import BreakKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kino_refunds.reconciliation.finished import Place
     from kino_refunds.reconciliation.sources import Answer, JobSource
     from kino_refunds.settlement.breaks import Break
 
+BROKEN_MAX = 10_000
+"""Broken jobs that are kept in memory; with more of them, what the list leaves out is not looked for."""
 BEHIND = "the source lists no job that finished later: it may be behind"
 OWN_KINDS = {
     BreakKind.FAILED_BUT_CAPTURED: BreakKind.FAILED_AFTER_CAPTURE,
@@ -87,6 +89,24 @@ class _Cursor:
         return kept
 
 
+@dataclass
+class _Broken:
+    """Jobs that the first part found broken: the second part must not count them again."""
+
+    is_known: bool
+    """False: they are not all known, so any job may be one of them."""
+    jobs: set[str] = field(default_factory=set)
+
+    def add(self, job_ids: Iterable[str]) -> None:
+        self.jobs.update(job_ids)
+        if len(self.jobs) > BROKEN_MAX:
+            self.is_known = False
+            self.jobs.clear()
+
+    def may_have(self, job_id: str) -> bool:
+        return not self.is_known or job_id in self.jobs
+
+
 def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     """Compare the window page by page, from `cursor` on; the last page is not comparable if the source is not.
 
@@ -97,19 +117,17 @@ def pages(scope: Scope, cursor: Mapping[str, Any]) -> Generator[Page]:
     if not isinstance(source, FinishedSource):
         yield _not_comparable(scope, begin, NO_SOURCE if source is None else NO_LIST)
         return
+    # A run that goes on after a kill does not know what its first process found in the list.
+    broken = _Broken(is_known=not cursor)
     try:
         detail = _detail(_standing_promise(source, scope.window))
-        for page in _compare_list(scope, source, begin, detail):
+        for page in _compare_list(scope, source, begin, detail, broken=broken):
             yield page
             begin = _Cursor.read(page.cursor)
     except NoList as error:
         yield _not_comparable(scope, begin, str(error))
         return
-    if begin.listed == 0 and (settled := _settlements(scope)):
-        text = f"the source lists no job where the ledger has {settled:,} settlements"
-        yield _not_comparable(scope, begin, text)
-        return
-    yield from _compare_settlements(scope, source, begin, detail)
+    yield from _compare_settlements(scope, source, begin, detail, broken=broken)
 
 
 def _not_comparable(scope: Scope, cursor: _Cursor, why: str) -> Page:
@@ -145,13 +163,15 @@ def _detail(promised: datetime | None) -> dict[str, Any]:
     }
 
 
-def _compare_list(scope: Scope, source: FinishedSource, begin: _Cursor, detail: Mapping[str, Any]) -> Iterator[Page]:
+def _compare_list(
+    scope: Scope, source: FinishedSource, begin: _Cursor, detail: Mapping[str, Any], *, broken: _Broken
+) -> Iterator[Page]:
     """Yield the pages of the first part; raises NoList."""
     if begin.charge_id is not None:
         return
     for jobs in _listed(source, scope.window, begin.place):
         begin = _Cursor(begin.listed + len(jobs), jobs[-1].place)
-        yield _compare(scope, jobs, begin, detail)
+        yield _compare(scope, jobs, begin, detail, broken=broken)
 
 
 def _listed(source: FinishedSource, window: Window, after: Place | None) -> Iterator[list[FinishedJob]]:
@@ -166,10 +186,13 @@ def _listed(source: FinishedSource, window: Window, after: Place | None) -> Iter
         raise NoList(reason_of(error)) from error
 
 
-def _compare(scope: Scope, jobs: Sequence[FinishedJob], cursor: _Cursor, detail: Mapping[str, Any]) -> Page:
+def _compare(
+    scope: Scope, jobs: Sequence[FinishedJob], cursor: _Cursor, detail: Mapping[str, Any], *, broken: _Broken
+) -> Page:
     with scope.engine.connect() as connection:
         booked = read_booked(connection, [job.job_id for job in jobs])
         verdicts = [_judge(scope, job, booked.get(job.job_id)) for job in jobs]
+        broken.add(job.job_id for job, verdict in zip(jobs, verdicts, strict=True) if verdict.breaks)
         breaks = _without_own(connection, [each for verdict in verdicts for each in verdict.breaks])
     return _page(verdicts, breaks, cursor=cursor, detail=detail)
 
@@ -206,7 +229,7 @@ def _page(
 
 
 def _without_own(connection: sa.Connection, breaks: Sequence[Break]) -> list[Break]:
-    """Leave out the breaks that the job's own event has raised already, and that live or were accepted by a person."""
+    """Leave out the breaks that the job's own event has raised already, while those live."""
     kinds = {own.value: kind.value for kind, own in OWN_KINDS.items()}
     job_ids = [each.job_id for each in breaks if each.kind in OWN_KINDS]
     if not job_ids:
@@ -220,14 +243,17 @@ def _without_own(connection: sa.Connection, breaks: Sequence[Break]) -> list[Bre
 
 _OWN = sa.text("""
     SELECT kind, job_id FROM kino.break
-    WHERE job_id = ANY(CAST(:job_ids AS text[])) AND kind = ANY(CAST(:kinds AS text[])) AND status <> 'closed'
+    WHERE job_id = ANY(CAST(:job_ids AS text[])) AND kind = ANY(CAST(:kinds AS text[]))
+      AND status IN ('open', 'investigating', 'repaired')
 """)
 
 
 # --- settlements whose jobs the source does not know -------------------------------------------------------------
 
 
-def _compare_settlements(scope: Scope, source: JobSource, begin: _Cursor, detail: Mapping[str, Any]) -> Iterator[Page]:
+def _compare_settlements(
+    scope: Scope, source: JobSource, begin: _Cursor, detail: Mapping[str, Any], *, broken: _Broken
+) -> Iterator[Page]:
     """Yield the pages of the second part: the source is asked about each job that the ledger settled."""
     newest = None if detail["complete_through"] is not None else begin.place and begin.place[0]
     bounds = _bounds(scope)
@@ -256,7 +282,12 @@ def _compare_settlements(scope: Scope, source: JobSource, begin: _Cursor, detail
             silent[f"the source has no answer: {asked.problem}"] = missing
         verdicts = []
         for job_id, answer in answers.items():
-            verdict, why = _answered(scope, job_id, answer, booked[job_id], newest=newest)
+            if answer.state is JobState.UNKNOWN and begin.listed == 0:
+                # A quiet hour lists nothing either, but then the source knows the jobs that were settled in it.
+                text = f"the source lists no job where the ledger has {_settlements(scope):,} settlements"
+                yield _not_comparable(scope, begin, text)
+                return
+            verdict, why = _answered(scope, job_id, answer, booked=booked[job_id], newest=newest, broken=broken)
             if verdict is not None:
                 verdicts.append(verdict)
             elif why is not None:
@@ -268,7 +299,7 @@ def _compare_settlements(scope: Scope, source: JobSource, begin: _Cursor, detail
 
 
 def _answered(
-    scope: Scope, job_id: str, answer: Answer, booked: Booked, *, newest: datetime | None
+    scope: Scope, job_id: str, answer: Answer, *, booked: Booked, newest: datetime | None, broken: _Broken
 ) -> tuple[Verdict | None, str | None]:
     """Return the verdict on a settled job, or why there is none; neither if the first part compares the job."""
     window = scope.window
@@ -277,10 +308,13 @@ def _answered(
         return None, "the source says that the job still runs"
     if answer.state is not JobState.UNKNOWN:
         at = answer.finished_at
-        if at is None or window.since is None or window.since <= at < window.until:
-            return None, None
-        # Settled now, finished in another run's window: after a lost event, or by a list that changed.
-        return _judge(scope, FinishedJob(job_id, answer), booked), None
+        verdict = _judge(scope, FinishedJob(job_id, replace(answer, finished_at=at or booked.event_time)), booked)
+        listed = at is not None and window.since is not None and window.since <= at < window.until
+        if listed and (not verdict.breaks or broken.may_have(job_id)):
+            return None, None  # the first part has compared it
+        # Settled or corrected now, finished in another run's window: after a lost event, or by a list that changed.
+        # Or the list leaves out what the answer says: then the two disagree, and this is the only look.
+        return verdict, None
     if min(booked.event_time, booked.settled_at or booked.event_time) >= window.until:
         return None, "settled after the window: the source may not know the job yet"
     if newest is not None and booked.event_time > newest:
@@ -307,18 +341,29 @@ def _bounds(scope: Scope) -> tuple[int, int] | None:
 
 # By the index over the numbers of transactions, whose expression this is.
 _IN_WINDOW = "CAST(CAST(s.xid AS text) AS bigint) >= :from_xid AND CAST(CAST(s.xid AS text) AS bigint) < :to_xid"
+_CORRECTED = "k.xid >= CAST(CAST(:from_xid AS text) AS xid8) AND k.xid < CAST(CAST(:to_xid AS text) AS xid8)"
 _COUNT = sa.text(f"SELECT count(*) FROM kino.settlement s WHERE {_IN_WINDOW}")  # noqa: S608 - a constant
 # `+ 0`: otherwise Postgres would look for the first such charge along the primary key, through all of before.
-_BOUNDS = sa.text(
-    f"SELECT min(s.charge_id + 0), max(s.charge_id + 0) FROM kino.settlement s WHERE {_IN_WINDOW}"  # noqa: S608 - a constant
-)
+_BOUNDS = sa.text(f"""
+    SELECT min(first), max(last) FROM (
+        SELECT min(s.charge_id + 0) AS first, max(s.charge_id + 0) AS last FROM kino.settlement s WHERE {_IN_WINDOW}
+        UNION ALL
+        SELECT min(k.charge_id + 0), max(k.charge_id + 0) FROM kino.correction k WHERE {_CORRECTED}
+    ) AS either
+""")  # noqa: S608 - constants
+# What was corrected is looked at as well, whenever it was settled: a correction may rest on an event that lied.
 # By the primary key: pages by the transaction's number would sort the whole window for each.
 # The page first and its charges then: joined in one, each page could be a merge from the first charge on.
-_SETTLED = sa.text(
-    "SELECT c.job_id FROM (SELECT s.charge_id FROM kino.settlement s"  # noqa: S608 - constants
-    f" WHERE s.charge_id > :after AND s.charge_id <= :last AND {_IN_WINDOW} ORDER BY s.charge_id LIMIT {PAGE}) AS page"
-    " JOIN kino.charge c USING (charge_id) ORDER BY page.charge_id"
-)
+_SETTLED = sa.text(f"""
+    SELECT c.job_id FROM (
+        (SELECT s.charge_id FROM kino.settlement s
+         WHERE s.charge_id > :after AND s.charge_id <= :last AND {_IN_WINDOW} ORDER BY s.charge_id LIMIT {PAGE})
+        UNION
+        (SELECT k.charge_id FROM kino.correction k
+         WHERE k.charge_id > :after AND k.charge_id <= :last AND {_CORRECTED} ORDER BY k.charge_id LIMIT {PAGE})
+        ORDER BY charge_id LIMIT {PAGE}
+    ) AS page JOIN kino.charge c USING (charge_id) ORDER BY page.charge_id
+""")  # noqa: S608 - constants
 
 
 # --- looking again ------------------------------------------------------------------------------------------------
@@ -364,9 +409,10 @@ def _again(
         return None
     if live.kind == BreakKind.ORPHAN_CHARGE:
         return ()
-    if answer.finished_at is None:
+    at = answer.finished_at or (None if booked is None else booked.event_time)
+    if at is None:
         return None
-    job = FinishedJob(live.job_id, answer)
+    job = FinishedJob(live.job_id, replace(answer, finished_at=at))
     if live.kind in {BreakKind.ACCOUNT_DIFFERS, BreakKind.CREDITS_DIFFER}:
         # Only the list has account and credits.
         found = _find(source, job)
@@ -374,8 +420,6 @@ def _again(
             return None
         job = found
     verdict = _judge(scope, job, booked)
-    if verdict.not_comparable == NOT_CHARGED:
-        return ()  # what was called completed and uncharged did not complete: nothing is owed by anybody
     return None if verdict.not_comparable is not None else verdict.breaks
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 """Figures for an auditor, as JSON."""
 OPTIONAL = "relay"
-"""The one check that a proof can do without: whoever switched the relay off does not ask what the product was told."""
+"""The check that a proof does without where the relay is switched off: then the product is told of nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,17 @@ class Proof:
         return all(sentence.holds for sentence in self.sentences)
 
 
-# The newest run over everything, and those after it: an older one compared the same rows, and they would count twice.
+# The newest run over everything that came so far, and those after it: an older one compared the same rows, and they
+# would count twice.
 _COUNTED = """
     FROM kino.check_run r
     WHERE "check" = :check AND state = 'complete' AND until > coalesce(:since, '-infinity')
       AND coalesce(since < :until, true)
-      AND run_id >= coalesce((SELECT max(run_id) FROM kino.check_run f
-                              WHERE f."check" = :check AND f.state = 'complete' AND f.is_full), 0)
+      AND run_id >= coalesce((
+          SELECT max(run_id) FROM kino.check_run f
+          WHERE f."check" = :check AND f.state = 'complete' AND f.is_full
+            AND NOT EXISTS (SELECT FROM kino.check_run b WHERE b."check" = f."check" AND b.state = 'complete'
+                            AND b.run_id < f.run_id AND b.to_xid > f.to_xid)), 0)
 """
 _RUNS = sa.text(f"""
     SELECT count(*) AS runs, coalesce(sum(compared), 0) AS compared, coalesce(sum(matched), 0) AS matched,
@@ -73,7 +77,8 @@ _RUNS = sa.text(f"""
            coalesce(sum((SELECT sum(CAST(n.value AS bigint)) FROM jsonb_each_text(r.not_comparable) n)), 0)
                AS not_comparable,
            array_agg(run_id ORDER BY run_id) AS run_ids,
-           (array_agg(detail ORDER BY run_id DESC))[1] AS detail
+           (array_agg(detail ORDER BY run_id DESC))[1] AS detail,
+           array_agg(DISTINCT detail ->> 'source') AS sources
     {_COUNTED}
 """)  # noqa: S608
 _REASONS = sa.text(f"""
@@ -100,13 +105,13 @@ _WALLET = sa.text("""
             FROM kino.transfer) AS book,
            (SELECT coalesce(sum(remaining), 0) FROM kino.credit_lot) AS lots
 """)
-# What has no instant may be as old as the ledger.
+# What has no instant, or one in the future, may be as old as the ledger.
 _LIVE = sa.text("""
     SELECT count(*) AS live, min(break_id) AS first, coalesce(sum(credits), 0) AS credits,
            count(*) FILTER (WHERE status = 'repaired') AS repaired
     FROM kino.break
     WHERE status IN ('open', 'investigating', 'repaired') AND NOT canary
-      AND (happened_at IS NULL OR happened_at < :until)
+      AND (happened_at IS NULL OR happened_at < :until OR happened_at > first_seen_at)
 """)
 _DECIDED = sa.text("""
     SELECT count(*) FILTER (WHERE status = 'accepted') AS accepted,
@@ -133,16 +138,26 @@ def prove(
     ledger's seals were compared with, if somebody keeps some elsewhere. Raises
     BadWindow for an `until` that cannot be proven yet, and names the latest.
     """
-    coverages = {check.name: read_coverage(connection, check.name) for check in CHECKS}
+    coverages = {
+        check.name: read_coverage(connection, check.name)
+        for check in CHECKS
+        if check.name != OPTIONAL or settings.relay_queue is not None
+    }
     latest = _latest(connection, coverages)
-    since = since or _first(coverages)
+    first = _first(coverages)
+    if since is not None and first is not None and since < first:
+        raise BadWindow(
+            f"--since {_written(since)} cannot be proven: every check has compared everything since {_written(first)},"
+            " and not before (`kino-refunds reconcile run --full` begins at the beginning)"
+        )
+    since = since or first
     if latest is not None and until is not None and until > latest:
         raise BadWindow(
             f"--until {_written(until)} cannot be proven yet; the latest is {_written(latest)} (no later than every"
             " check, and than the oldest open charge; `kino-refunds reconcile run` brings it forward)"
         )
     if latest is None:
-        missing = [name for name, coverage in coverages.items() if coverage is None and name != OPTIONAL]
+        missing = [name for name, coverage in coverages.items() if coverage is None]
         text = f"Nothing is proven: {', '.join(missing) or 'the ledger'} has no complete run yet."
         return Proof(
             since, read_now(connection), [Sentence(text, holds=False, command="kino-refunds reconcile run")], {}
@@ -168,21 +183,30 @@ def read_now(connection: sa.Connection) -> datetime:
     return now
 
 
+# Until when everything below a number of transactions was written. A clock that has been set back since stamped later
+# transactions with earlier instants: then only what is before those, too.
+_COMPARED_BEFORE = sa.text("""
+    SELECT least((SELECT sampled_at FROM kino.xid_clock WHERE CAST(CAST(xid AS text) AS bigint) <= :to_xid
+                  ORDER BY xid DESC LIMIT 1),
+                 (SELECT min(sampled_at) FROM kino.xid_clock WHERE CAST(CAST(xid AS text) AS bigint) > :to_xid))
+""")
+
+
 def _latest(connection: sa.Connection, coverages: dict[str, Coverage | None]) -> datetime | None:
+    """Return the end of what can be proven: no later than any check, and than the oldest open charge."""
     verified = read_verified(connection).through
-    needed = [coverage for name, coverage in coverages.items() if name != OPTIONAL]
-    if verified is None or any(coverage is None for coverage in needed):
+    covered = [coverage for coverage in coverages.values() if coverage is not None]
+    if verified is None or len(covered) < len(coverages):
         return None
-    return min(verified, *(coverage.until for coverage in needed if coverage is not None))
+    compared = connection.execute(
+        _COMPARED_BEFORE, {"to_xid": min(coverage.to_xid for coverage in covered)}
+    ).scalar_one_or_none()
+    return None if compared is None else min(verified, compared, *(coverage.until for coverage in covered))
 
 
 def _first(coverages: dict[str, Coverage | None]) -> datetime | None:
     """Return since when every check has compared everything; None: since the beginning."""
-    begun = [
-        coverage.since
-        for name, coverage in coverages.items()
-        if name != OPTIONAL and coverage is not None and coverage.since is not None
-    ]
+    begun = [coverage.since for coverage in coverages.values() if coverage is not None and coverage.since is not None]
     return max(begun, default=None)
 
 
@@ -217,6 +241,13 @@ def _of_source(
         else "which makes no promise of being complete: what it reports within 24 h is read again"
     )
     reported = int(found.compared) + int(found.not_comparable)
+    others = sorted({each or "?" for each in found.sources or []} - {name})
+    if others:
+        yield Sentence(
+            f"Some of these runs asked another source ({', '.join(others)}): run everything again with this one.",
+            holds=False,
+            command="kino-refunds reconcile run matching --full",
+        )
     yield Sentence(
         f"The source {name} ({promise}) reports {reported:,} finished jobs; {int(found.compared):,} compared,"
         f" {int(found.matched):,} matched, {int(found.not_comparable):,} not comparable.",
@@ -246,6 +277,9 @@ def _of_checks(
     for check in CHECKS:
         if check.name == "matching":
             continue
+        if check.name not in coverages:
+            yield Sentence("The relay is off (KINO_RELAY_QUEUE): what the product was told is not proven.", holds=True)
+            continue
         coverage = coverages[check.name]
         found = connection.execute(_RUNS, wanted | {"check": check.name}).one()
         reasons = {row.why: int(row.number) for row in connection.execute(_REASONS, wanted | {"check": check.name})}
@@ -258,11 +292,6 @@ def _of_checks(
             "since": coverage and coverage.since,
             "until": coverage and coverage.until,
         }
-        if check.name == OPTIONAL and coverage is None:
-            yield Sentence(
-                "The relay is off, or has told nothing yet: what the product was told is not proven.", holds=True
-            )
-            continue
         yield Sentence(
             f"{check.promise}, {check.name}: {check.ours} against {check.theirs}: {int(found.compared):,} compared,"
             f" {int(found.matched):,} matched, {int(found.not_comparable):,} not comparable.",

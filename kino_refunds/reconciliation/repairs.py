@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from kino_refunds.errors import BreakNotFound, CannotRepair
-from kino_refunds.events.schema import stored_ids
+from kino_refunds.events.schema import Event, stored_ids
 from kino_refunds.ledger import Reversal, reverse_charges
+from kino_refunds.ledger.accounts import PastStatus
 from kino_refunds.ledger.values import LotState, SettlementKind
 from kino_refunds.policy.automatic import Coverage, coverage_of
 from kino_refunds.reconciliation.decisions import event_of_ending
@@ -121,6 +122,7 @@ class _Facts:
     deadline_at: datetime
     settled_as: str | None
     settled_ending: str | None
+    judged_status: str | None
     policy_version: str | None
     corrected_by: str | None
     available: int
@@ -129,7 +131,8 @@ class _Facts:
 
 _FACTS = sa.text("""
     SELECT b.break_id, b.kind, b.status, b.ending, c.job_id, c.charge_id, c.account_id, c.credits, c.opened_at,
-           c.deadline_at, s.kind AS settled_as, s.ending AS settled_ending, s.policy_version, k.reference,
+           c.deadline_at, s.kind AS settled_as, s.ending AS settled_ending,
+           s.account_status AS judged_status, s.policy_version, k.reference,
            bal.available, bal.held
     FROM kino.break b
     LEFT JOIN kino.charge c ON c.charge_id = b.charge_id OR b.charge_id IS NULL AND c.job_id = b.job_id
@@ -160,16 +163,28 @@ def plan_repair(shop: Workshop, break_id: int, *, ending: str | None = None) -> 
 
 
 def repair(
-    shop: Workshop, break_id: int, *, actor: str, note: str, reference: str | None = None, ending: str | None = None
+    shop: Workshop,
+    break_id: int,
+    *,
+    actor: str,
+    note: str,
+    reference: str | None = None,
+    ending: str | None = None,
+    confirmed: Plan | None = None,
 ) -> Plan:
     """Repair a break and return what was done; the next run of its check closes it.
+
+    `confirmed` is the plan that the person said yes to: if it is another by now, because the source answers otherwise
+    or a lot has changed, nothing is done.
 
     A person who repeats it, after a kill in between too, moves nothing twice: the event has its own identity, and the
     reversal its charge and reference (`break:NUMBER`, or the case that is named). Raises as `plan_repair` does, and
     what settling and reversing raise.
     """
     plan, delivery = _prepare(shop, break_id, ending=ending)
-    if plan.kind in NEEDS_REFERENCE and reference is None:
+    if confirmed is not None and _what_moves(plan) != _what_moves(confirmed):
+        raise CannotRepair(f"the plan has changed since it was shown: look again with --dry-run, break {break_id}")
+    if plan.kind in NEEDS_REFERENCE and not (reference or "").strip():
         raise CannotRepair(f"a break {plan.kind} needs --reference: the case in which it was decided")
     if delivery is not None:
         [ruling] = settle_batch(shop.worker, [delivery], shop.rules)
@@ -191,6 +206,12 @@ def repair(
     with shop.worker.begin() as connection:
         connection.execute(_REPAIRED, {"break_id": break_id, "actor": actor, "note": note, "live": [*LIVE]})
     return plan
+
+
+def _what_moves(plan: Plan) -> tuple[object, ...]:
+    """Return what a person agrees to; the fate of a line without its instant, which moves on with the clock."""
+    lines = [(line.lot_id, line.credits, line.fate.partition(" that expires at ")[0]) for line in plan.lines]
+    return plan.means, plan.outcome, plan.reason, plan.clause, plan.credits, lines
 
 
 def report_termination(shop: Workshop, job_id: str, *, detail: str) -> int:
@@ -216,7 +237,11 @@ def report_termination(shop: Workshop, job_id: str, *, detail: str) -> int:
             ending=row.ending,
         )
         raise_breaks(connection, [found])
-        number: int = connection.execute(_LIVE_BREAK, {"kind": found.kind, "job_id": job_id}).scalar_one()
+        number: int | None = connection.execute(
+            _LIVE_BREAK, {"kind": found.kind, "job_id": job_id}
+        ).scalar_one_or_none()
+    if number is None:
+        raise CannotRepair(f"this very termination of job {job_id!r} was accepted before; name another case")
     return number
 
 
@@ -240,8 +265,24 @@ def _prepare(shop: Workshop, break_id: int, *, ending: str | None) -> tuple[Plan
         )
     if means is Means.EVENT:
         return _plan_event(shop, facts)
-    own = facts.settled_ending if facts.kind in BY_OUR_OWN_ENDING else None
-    return _plan_reversal(shop, facts, ending or facts.ending or own), None
+    return _plan_reversal(shop, facts, _ending(shop, facts, ending)), None
+
+
+def _ending(shop: Workshop, facts: _Facts, said: str | None) -> str | None:
+    """Return how the job ended, in the word of a settlement: by the settlement itself, or by who contradicts it.
+
+    The job source is asked anew, where there is one that knows the job: the event that contradicts the capture may have
+    lied, and the source may have corrected itself since. `said` is a person's word, for a break that has none.
+    """
+    if facts.kind in BY_OUR_OWN_ENDING:
+        return facts.settled_ending
+    stored = facts.ending or said
+    if said is not None and said != stored:
+        raise CannotRepair(f"the break says that the job ended {stored}: --ending is for a break that does not say it")
+    answer = None if shop.source is None else _asked(shop.source, facts.job_id)
+    if answer is None or answer.state in {JobState.RUNNING, JobState.UNKNOWN}:
+        return stored
+    return _event(shop, facts, answer).ending
 
 
 def _read_facts(shop: Workshop, break_id: int) -> _Facts:
@@ -262,17 +303,7 @@ def _plan_event(shop: Workshop, facts: _Facts) -> tuple[Plan, Delivery]:
             f"the charge of job {facts.job_id} is {facts.settled_as} by now: the next run of its check closes the break"
         )
     answer = _answer(shop, facts)
-    charge = OverdueCharge(
-        charge_id=facts.charge_id,
-        job_id=facts.job_id,
-        account_id=facts.account_id,
-        credits=facts.credits,
-        opened_at=facts.opened_at,
-        due_at=facts.deadline_at + shop.settings.overdue_grace,
-        asks=0,
-    )
-    with stored_ids():
-        delivery = delivery_of(event_of(charge, answer))
+    delivery = delivery_of(_event(shop, facts, answer))
     with shop.worker.connect() as connection:
         record = read_record(connection, [delivery.event])
         charges = read_charges(connection, {facts.job_id})
@@ -286,16 +317,37 @@ def _plan_event(shop: Workshop, facts: _Facts) -> tuple[Plan, Delivery]:
 
 
 def _answer(shop: Workshop, facts: _Facts) -> Answer:
-    """Return how the job ended, by the source; of a job that runs for too long the person says that it timed out."""
-    if facts.kind == BreakKind.RUNNING_PAST_CAP:
+    """Return how the job ended, by the source; of one that it says still runs, a person says that it timed out."""
+    answer = None if shop.source is None else _asked(shop.source, facts.job_id)
+    if facts.kind == BreakKind.RUNNING_PAST_CAP and (
+        answer is None or answer.state in {JobState.RUNNING, JobState.UNKNOWN}
+    ):
         return Answer(JobState.TIMED_OUT)
     if shop.source is None:
         raise CannotRepair("no job source is configured that could say how the job ended (KINO_JOB_SOURCE)")
-    answer = answers_of(shop.source.ask([facts.job_id]), [facts.job_id]).get(facts.job_id)
     if answer is None or answer.state in {JobState.RUNNING, JobState.UNKNOWN}:
         said = "nothing" if answer is None else answer.state
         raise CannotRepair(f"the job source says {said} of job {facts.job_id} now: there is no ending to settle")
     return answer
+
+
+def _asked(source: JobSource, job_id: str) -> Answer | None:
+    """Return the source's answer for one job; None if it left the job out. Raises what the source raises."""
+    return answers_of(source.ask([job_id]), [job_id]).get(job_id)
+
+
+def _event(shop: Workshop, facts: _Facts, answer: Answer) -> Event:
+    charge = OverdueCharge(
+        charge_id=facts.charge_id,
+        job_id=facts.job_id,
+        account_id=facts.account_id,
+        credits=facts.credits,
+        opened_at=facts.opened_at,
+        due_at=facts.deadline_at + shop.settings.overdue_grace,
+        asks=0,
+    )
+    with stored_ids():
+        return event_of(charge, answer)
 
 
 def _plan_reversal(shop: Workshop, facts: _Facts, ending: str | None) -> Plan:
@@ -316,8 +368,9 @@ def _plan_reversal(shop: Workshop, facts: _Facts, ending: str | None) -> Plan:
     document = next((each for each in shop.rules.policy.versions if each.version == facts.policy_version), None)
     if document is None:
         raise CannotRepair(f"this build does not have policy {facts.policy_version}, by which the job was settled")
-    # Without clause 6: who was terminated wrongly is owed what clause 2 says, and no other capture cites clause 6.
-    coverage = coverage_of(event, document, terminated_for_violation=False)
+    # A wrong termination is owed what clause 2 says; a wrong decision is judged as the account was.
+    forfeits = facts.kind not in NEEDS_REFERENCE and facts.judged_status == PastStatus.TERMINATED_FOR_VIOLATION
+    coverage = coverage_of(event, document, terminated_for_violation=forfeits)
     if not coverage.refund:
         raise CannotRepair(
             f"policy {document.version} does not refund a job that ended {ending} (clause {coverage.clause}): accept"

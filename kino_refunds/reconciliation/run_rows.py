@@ -46,6 +46,7 @@ class Run:
     broken: int
     not_comparable: Mapping[str, int]
     detail: Mapping[str, Any]
+    build: str
     actor: str
     started_at: datetime
     finished_at: datetime | None
@@ -68,7 +69,7 @@ class Run:
 _COLUMNS = """
     run_id, "check", since, until, CAST(CAST(from_xid AS text) AS bigint) AS from_xid,
     CAST(CAST(to_xid AS text) AS bigint) AS to_xid, is_full, state, cursor, compared, matched, broken, not_comparable,
-    detail, actor, started_at, finished_at
+    detail, build, actor, started_at, finished_at
 """
 _RUNNING = sa.text(f"SELECT {_COLUMNS} FROM kino.check_run WHERE \"check\" = :check AND state = 'running'")  # noqa: S608
 _STOP = sa.text("""
@@ -77,10 +78,11 @@ _STOP = sa.text("""
     WHERE run_id = :run_id AND state = 'running'
 """)
 _INSERT = sa.text("""
-    INSERT INTO kino.check_run ("check", since, until, from_xid, to_xid, is_full, not_comparable, actor, build,
-                                started_at)
+    INSERT INTO kino.check_run ("check", since, until, from_xid, to_xid, is_full, state, not_comparable, detail, actor,
+                                build, started_at, finished_at)
     VALUES (:check, :since, :until, CAST(CAST(:from_xid AS text) AS xid8), CAST(CAST(:to_xid AS text) AS xid8),
-            :is_full, CAST(:not_comparable AS jsonb), :actor, :build, :started_at)
+            :is_full, :state, CAST(:not_comparable AS jsonb), CAST(:detail AS jsonb), :actor, :build, :started_at,
+            :finished_at)
     RETURNING run_id
 """)
 # Only from the cursor that this process knows: if another one went on with the run, this page is stored there.
@@ -108,6 +110,7 @@ def _run_of(row: sa.Row[tuple[Any, ...]]) -> Run:
         broken=row.broken,
         not_comparable=row.not_comparable,
         detail=row.detail,
+        build=row.build,
         actor=row.actor,
         started_at=row.started_at,
         finished_at=row.finished_at,
@@ -123,7 +126,11 @@ def _columns(run: Run) -> dict[str, Any]:
         "to_xid": run.window.to_xid,
         "is_full": run.full,
         "not_comparable": json.dumps(dict(run.not_comparable)),
+        "state": run.state,
+        "detail": json.dumps(dict(run.detail)),
+        "build": run.build,
         "actor": run.actor,
+        "finished_at": run.finished_at,
         "started_at": run.started_at,
     }
 
@@ -191,9 +198,9 @@ def stop_run(connection: sa.Connection, run: Run, *, note: str) -> None:
     connection.execute(_STOP, {"run_id": run.run_id, "note": note})
 
 
-def insert_run(connection: sa.Connection, run: Run, *, build: str) -> Run:
+def insert_run(connection: sa.Connection, run: Run) -> Run:
     """Write the row of a run that begins; return the run with its number."""
-    stored = connection.execute(_INSERT, _columns(run) | {"build": build})
+    stored = connection.execute(_INSERT, _columns(run))
     return replace(run, run_id=stored.scalar_one())
 
 

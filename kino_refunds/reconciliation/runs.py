@@ -169,6 +169,10 @@ def _begin(check: Check, bench: Bench, wanted: Wanted, *, dry_run: bool) -> tupl
         if run is not None and wanted.has_window:
             stop_run(connection, run, note="given up for a run of another window")
             run = None
+        elif run is not None and run.build != bench.rules.build:
+            # Its first pages were judged by another policy, or by other code.
+            stop_run(connection, run, note=f"given up by build {bench.rules.build}")
+            run = None
         scope = Scope(
             engine=bench.engine,
             window=_everything(now) if run is None else run.window,
@@ -186,33 +190,36 @@ def _begin(check: Check, bench: Bench, wanted: Wanted, *, dry_run: bool) -> tupl
             return run, scope
         window, problem = choose_window(check, connection, scope, wanted)
         scope = replace(scope, window=window)
-        run = _new(check, bench, window, full=wanted.full, at=now)
+        run = _new(check, bench, window, wanted, at=now)
         if problem is not None:
-            run = replace(run, not_comparable={problem: 1})
-        if not dry_run:
-            run = insert_run(connection, run, build=bench.rules.build)
-    if problem is not None:
-        run = end_run(bench.engine, run, RunState.NOT_COMPARABLE, dry_run=dry_run)
-    return run, scope
+            # Ended where it is begun: a run of a window that cannot be compared must not be gone on with.
+            run = replace(run, not_comparable={problem: 1}, state=RunState.NOT_COMPARABLE, finished_at=now)
+        return run if dry_run else insert_run(connection, run), scope
 
 
 def _everything(now: datetime) -> Window:
     return Window(since=None, until=now, from_xid=0, to_xid=0)
 
 
-def _new(check: Check, bench: Bench, window: Window, *, full: bool, at: datetime) -> Run:
+def _new(check: Check, bench: Bench, window: Window, wanted: Wanted, *, at: datetime) -> Run:
+    detail: dict[str, object] = {}
+    if wanted.since is not None:
+        detail["asked_since"] = wanted.since.isoformat()
+    if check.asks_source:
+        detail["source"] = bench.settings.job_source_name
     return Run(
         run_id=0,
         check=check.name,
         window=window,
-        full=full,
+        full=wanted.full,
         state=RunState.RUNNING,
         cursor={},
         compared=0,
         matched=0,
         broken=0,
         not_comparable={},
-        detail={},
+        detail=detail,
+        build=bench.rules.build,
         actor=bench.actor,
         started_at=at,
         finished_at=None,

@@ -48,6 +48,16 @@ _DETECT = sa.text("""
 """)
 
 
+_ALL_LIVE = sa.text("""
+    SELECT count(*) FROM kino.break WHERE NOT canary AND status IN ('open', 'investigating', 'repaired')
+""")
+
+
+def count_live(connection: sa.Connection) -> int:
+    """Return how many breaks live, those that events and people have opened among them."""
+    return int(connection.execute(_ALL_LIVE).scalar_one())
+
+
 def read_checks(connection: sa.Connection) -> list[CheckStanding]:
     """Return how every check of the registry stands, in its order; raises what Postgres raises."""
     breaks = {row.kind: row for row in connection.execute(_BREAKS)}

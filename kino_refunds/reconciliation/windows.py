@@ -41,8 +41,10 @@ _SAMPLE_BEFORE = sa.text("""
 # what lies in the gap was not compared.
 _REACH = sa.text("""
     WITH RECURSIVE run AS (
-        SELECT run_id, CAST(CAST(from_xid AS text) AS bigint) AS from_xid,
-               CAST(CAST(to_xid AS text) AS bigint) AS to_xid, since, until
+        SELECT run_id, CAST(CAST(to_xid AS text) AS bigint) AS to_xid, since, until,
+               -- One that a person began later is no beginning: what ended before was compared by nobody.
+               greatest(CAST(CAST(from_xid AS text) AS bigint), CASE WHEN detail ? 'asked_since' THEN 1 ELSE 0 END)
+                   AS from_xid
         FROM kino.check_run WHERE "check" = :check AND state = 'complete' AND until IS NOT NULL
     ), reached AS (
         SELECT *, max(to_xid) OVER (ORDER BY from_xid, run_id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS reach
@@ -77,8 +79,11 @@ def choose_window(check: Check, connection: sa.Connection, scope: Scope, wanted:
     reach = connection.execute(_REACH, {"check": check.name}).one()
     until_at, to_xid = latest, newest.xid
     if wanted.until is not None:
+        # To the sample, and not to the instant: what was written in between has a number that is not in the window.
         sample = connection.execute(_SAMPLE_BEFORE, {"instant": wanted.until}).one_or_none()
-        until_at, to_xid = wanted.until, sample.xid if sample is not None else 0
+        if sample is None:
+            raise BadWindow(f"no sample of the clock is as old as --until {wanted.until:%Y-%m-%dT%H:%M:%SZ}")
+        until_at, to_xid = sample.sampled_at, sample.xid
     since_at, from_xid = reach.until, reach.to_xid or 0
     if wanted.full:
         since_at, from_xid = None, 0

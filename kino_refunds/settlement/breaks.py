@@ -119,14 +119,14 @@ def break_of(ruling: Ruling) -> Break:
     )
 
 
-# A person may have accepted this very difference: then nothing opens.
+# A person may have accepted this very difference: then nothing opens. A row of before 0007 has no digest, and stands.
 _ACCEPTED = sa.text("""
     SELECT n.kind, n.subject
     FROM unnest(CAST(:kinds AS text[]), CAST(:subjects AS text[]), CAST(:digests AS text[]))
          AS n (kind, subject, digest)
     WHERE EXISTS (
         SELECT FROM kino.break a
-        WHERE a.kind = n.kind AND coalesce(a.subject, 'job:' || a.job_id) = n.subject AND a.sides = n.digest
+        WHERE a.kind = n.kind AND coalesce(a.subject, 'job:' || a.job_id) = n.subject AND a.sides IN (n.digest, '')
           AND a.status IN ('accepted', 'false_alarm'))
 """)
 # A break that a person repaired and that is still there some minutes later was not repaired. Not at once: the event

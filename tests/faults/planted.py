@@ -370,8 +370,8 @@ PLANTED = [
         "clause 6 keeps what was taken wrongly",
         Edit(
             "kino_refunds/reconciliation/repairs.py",
-            "coverage_of(event, document, terminated_for_violation=False)",
-            "coverage_of(event, document, terminated_for_violation=facts.kind in NEEDS_REFERENCE)",
+            "facts.kind not in NEEDS_REFERENCE and facts.judged_status",
+            "facts.judged_status",
         ),
         tests=("tests/integration/reconciliation/test_repairs.py",),
     ),

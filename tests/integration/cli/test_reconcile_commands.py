@@ -98,7 +98,7 @@ def test_a_source_that_is_away_is_no_agreement(cli: Run, scene: Scene, source: A
     ran = cli("reconcile", "run", "matching", **away)
     proven = cli("reconcile", "prove", **away)
 
-    assert ran.code == 1
+    assert ran.code == 3
     assert "not comparable: the source is away" in " ".join(ran.out.split())
     assert proven.code == 3
     assert "the job source's database cannot be reached" in proven.err

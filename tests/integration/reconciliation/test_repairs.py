@@ -18,7 +18,7 @@ from tests.clock import DAY, clock_at
 from tests.integration.reconciliation.checking import check, shop, statuses
 from tests.scenario import EVENT_AT, NOW, Scene, make_event
 
-OURS = {"actor": "dana", "note": "incident 7"}
+OURS: Any = {"actor": "dana", "note": "incident 7"}
 
 
 class Told:

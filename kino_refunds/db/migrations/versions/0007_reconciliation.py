@@ -87,6 +87,8 @@ ALTER TABLE kino.break ADD CONSTRAINT break_is_about_something
 CREATE UNIQUE INDEX break_live ON kino.break (kind, coalesce(subject, 'job:' || job_id))
     WHERE status IN ('open', 'investigating', 'repaired');
 CREATE INDEX break_charge ON kino.break (charge_id);
+CREATE INDEX break_decided ON kino.break (kind, coalesce(subject, 'job:' || job_id))
+    WHERE status IN ('accepted', 'false_alarm');
 """
 
 SEALS = """
