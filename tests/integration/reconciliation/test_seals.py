@@ -13,18 +13,22 @@ from structlog.testing import capture_logs
 
 from kino_refunds.db.engine import create_engine
 from kino_refunds.errors import BadCopy
-from kino_refunds.reconciliation import seals as product
 from kino_refunds.reconciliation.checks import check_named
 from kino_refunds.reconciliation.runs import run_check
 from kino_refunds.reconciliation.seals import (
     CopyState,
     again,
+    append,
     append_seal,
+    check,
     compare_with_copy,
     newest_seal,
     pages,
     seal_text,
+    verify,
 )
+from kino_refunds.reconciliation.seals.contents import Range, read_contents, session
+from kino_refunds.reconciliation.seals.format import FORMATS, NEWEST_FORMAT, ROWS, instant_sql
 from kino_refunds.reconciliation.windows import Wanted
 from tests.clock import MINUTE
 from tests.conftest import Database
@@ -286,16 +290,13 @@ class TestFormat:
     )
     def test_every_instant_of_the_database_has_a_text(self, connection: sa.Connection, instant: str, text: str) -> None:
         """Microseconds are exact, a bigint is not too small for them, and the two infinities are words."""
-        wanted = product._instant_sql(f"CAST('{instant}' AS timestamptz)")
+        wanted = instant_sql(f"CAST('{instant}' AS timestamptz)")
 
         assert connection.execute(sa.text(f"SELECT {wanted.replace(':', chr(92) + ':')}")).scalar_one() == text
 
     def test_every_column_of_a_sealed_table_is_sealed(self, scene: Scene) -> None:
         """A migration that adds a column to one of these tables adds a format."""
-        formats = {
-            table.name: {c.partition(":")[0] for c in table.columns.split()}
-            for table in product.FORMATS[product.NEWEST_FORMAT]
-        }
+        formats = {table.name: {c.partition(":")[0] for c in table.columns.split()} for table in FORMATS[NEWEST_FORMAT]}
         rows = scene.rows(
             "SELECT CAST(attrelid AS regclass)::text, attname FROM pg_attribute"
             " WHERE attnum > 0 AND NOT attisdropped AND attrelid = ANY(CAST(:tables AS regclass[]))",
@@ -309,7 +310,7 @@ class TestFormat:
 
     def test_format_1_is_never_changed(self) -> None:
         """What is sealed can be verified for as long as the ledger lives; what must differ is format 2."""
-        (first, *_) = [product.FORMATS[1]]
+        (first, *_) = [FORMATS[1]]
 
         assert [(table.name, " ".join(c.partition(":")[0] for c in table.columns.split())) for table in first] == [
             *COLUMNS.items()
@@ -321,16 +322,16 @@ class TestFormat:
         (page,) = pages(a_scope(three_seals.worker, full=True), {})
         tamper(three_seals, "UPDATE kino.seal SET format = 2 WHERE seal_id = 1")
 
-        assert (page.compared, page.broken, dict(page.not_comparable)) == (2, 0, {product.NOT_KNOWN: 1})
+        assert (page.compared, page.broken, dict(page.not_comparable)) == (2, 0, {check.NOT_KNOWN: 1})
         assert set(found(database)) == {"seal:1"}
         assert again(a_scope(three_seals.worker), [live("seal:3")]) == {}
 
     def test_ranges_are_reached_by_the_number_of_their_transactions(self, scene: Scene) -> None:
         """No table is read whole for a seal: the large ones by blocks, the small ones by key, lines by their charge."""
-        bound = product._Range(100, 200).bound
+        bound = Range(100, 200).bound
         plans = {}
-        with product._session(scene.worker) as connection:
-            for name, statement in product._ROWS[1].items():
+        with session(scene.worker) as connection:
+            for name, statement in ROWS[1].items():
                 plan = connection.execute(sa.text(f"EXPLAIN {statement.text}"), bound).scalars().all()
                 plans[name] = "\n".join(plan)
 
@@ -435,10 +436,9 @@ class TestAppending:
         """Nothing of it remains, no lock either, and the next one writes the seal."""
         busy_ledger(scene)
         sample(scene)
-        read = product._contents
 
         def killed(connection: sa.Connection, *arguments: Any) -> Any:
-            contents = read(connection, *arguments)
+            contents = read_contents(connection, *arguments)
             scene.as_superuser(
                 "SELECT pg_terminate_backend("
                 f"{connection.exec_driver_sql('SELECT pg_backend_pid()').scalar_one()}, 10000)"
@@ -446,7 +446,7 @@ class TestAppending:
             return contents
 
         with monkeypatch.context() as patch:
-            patch.setattr(product, "_contents", killed)
+            patch.setattr(append, "read_contents", killed)
             with pytest.raises(sa.exc.OperationalError):
                 append_seal(scene.worker)
         after = seals(scene)
@@ -538,7 +538,8 @@ class TestCheck:
         self, three_seals: Scene, monkeypatch: pytest.MonkeyPatch, full: bool
     ) -> None:
         """Each page's cursor, as JSON, leads to the same findings, wherever the run ended."""
-        monkeypatch.setattr(product, "SEALS_A_PAGE", 1)
+        for module in (check, verify):
+            monkeypatch.setattr(module, "SEALS_A_PAGE", 1)
         tamper(
             three_seals,
             "UPDATE kino.transfer SET credits = credits + 1",
