@@ -340,7 +340,7 @@ PLANTED = [
     Planted(
         "a source that is away agrees",
         Edit("kino_refunds/reconciliation/matching.py", "        is_comparable=False,\n", ""),
-        tests=("tests/integration/reconciliation/test_matching.py",),
+        tests=("tests/integration/reconciliation/test_matching_sources.py",),
     ),
     Planted(
         "a captured failure matches",

@@ -1,4 +1,4 @@
-"""The ledger's clock stands still."""
+"""The clocks, ledgers and job sources that tests of reconciliation share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import sqlalchemy as sa
 
 from kino_refunds.db.engine import SessionLimits, create_engine
 from kino_refunds.dev.embedded import Servers
-from kino_refunds.reconciliation.http_source import HttpSource
-from tests.clock import clock_at
+from kino_refunds.reconciliation.http_source import HttpFinishedSource, HttpSource
+from tests.clock import HOUR, MINUTE, clock_at
 from tests.conftest import Database
 from tests.integration.reconciliation.eventful import Eventful
+from tests.integration.reconciliation.finished_jobs import EVERYTHING, fill, paged
 from tests.integration.reconciliation.job_sources import JOBS, Endpoint, honest
+from tests.integration.reconciliation.sealing import busy_ledger, found, seal_all, seals
 from tests.ledger_items import Connection, session
 from tests.scenario import NOW, Scene
 
@@ -63,6 +65,46 @@ def endpoint(server: Endpoint) -> Endpoint:
 def http_source(endpoint: Endpoint) -> Iterator[HttpSource]:
     with httpx.Client(timeout=0.5, trust_env=False) as client:
         yield HttpSource(client, endpoint.url)
+
+
+@pytest.fixture
+def opened_before(scene: Scene) -> Iterator[None]:
+    """Charges are opened an hour before their jobs end."""
+    with clock_at(scene.worker, NOW - HOUR):
+        yield
+
+
+@pytest.fixture
+def reader(database: Database) -> Iterator[sa.Engine]:
+    """A session that may only read: the check writes nothing."""
+    engine = create_engine(database.url("kino_read"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def three_seals(scene: Scene, database: Database) -> Scene:
+    """A ledger with three seals, each with rows in every table; nothing is broken."""
+    for n in range(3):
+        busy_ledger(scene, f"acme-{n}")
+        seal_all(scene, NOW + n * MINUTE)
+    assert [row.rows > 0 for row in seals(scene)] == [True] * 3
+    assert found(database) == {}
+    return scene
+
+
+@pytest.fixture
+def ended_jobs(jobs: sa.Engine) -> sa.Engine:
+    """The pipeline's table of jobs, which has ended ones."""
+    fill(jobs, EVERYTHING)
+    return jobs
+
+
+@pytest.fixture
+def http_list(endpoint: Endpoint) -> Iterator[HttpFinishedSource]:
+    endpoint.reply = paged(EVERYTHING)
+    with httpx.Client(timeout=0.5, trust_env=False) as client:
+        yield HttpFinishedSource(client, endpoint.url, finished_url=f"{endpoint.url}/finished")
 
 
 MADE = {

@@ -10,13 +10,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from kino_refunds.errors import KinoError
 from kino_refunds.events.schema import ErrorOrigin, SafetyStage
-from kino_refunds.reconciliation.finished import FinishedJob
+from kino_refunds.reconciliation.finished import FinishedJob, FinishedSource, checked
 from kino_refunds.reconciliation.sources import Answer, JobState
 from tests.integration.reconciliation.job_sources import Reply, send
 
 SINCE = datetime(2026, 11, 1, 12, tzinfo=UTC)
 UNTIL = SINCE + timedelta(hours=1)
+WINDOW = (SINCE, UNTIL)
 TICK = timedelta(microseconds=1)
 
 
@@ -42,6 +44,7 @@ LISTED = [
 ]
 """Every job that finished in the window; by a human's alphabet, a would stand before B."""
 OTHERS = [ended("before", at=SINCE - TICK), ended("at until", at=UNTIL)]
+EVERYTHING = [*LISTED, *OTHERS]
 TABLE = "CREATE TABLE public.ended (job_id text, state text, origin text, stage text, result_produced boolean, "
 COLUMNS = "job_id, state, origin, stage, result_produced, finished_at"
 ASK = f"SELECT {COLUMNS} FROM public.ended WHERE job_id = ANY(CAST(:job_ids AS text[]))"
@@ -128,3 +131,10 @@ def paged(jobs: Sequence[FinishedJob], *, each: int = 2, promise: str | None = N
         send(handler, json.dumps({"jobs": page, "next": more, "complete_through": promise}).encode())
 
     return reply
+
+
+def read(source: FinishedSource) -> list[FinishedJob] | type[Exception]:
+    try:
+        return list(checked(source.finished(*WINDOW), since=SINCE, until=UNTIL))
+    except KinoError as error:
+        return type(error)
