@@ -24,6 +24,7 @@ _WORDS = {
     "held": ("held", "green"),
     "late": ("late", "yellow"),
     "broken": ("BROKEN", "bold red"),
+    "holds": ("holds", "green"),
     "fails": ("FAILS", "bold red"),
 }
 _MARKS = {"broken": ("BROKEN", "bold red"), "healed": ("HEALED", "bold green"), "": ("      ", "")}
@@ -137,7 +138,7 @@ def show(told: StoryReport) -> None:
     console.print("\nwhat can be proven of it (kino-refunds reconcile prove)", style="bold")
     proof = Table(box=None, pad_edge=False, show_header=False)
     for each in told.proof["sentences"]:
-        proof.add_row(Text(*_WORDS["held" if each["holds"] else "fails"]), Text(each["text"]))
+        proof.add_row(Text(*_WORDS["holds" if each["holds"] else "fails"]), Text(each["text"]))
     print_whole(proof)
     if not told.proof["holds"]:
         console.print("The contradictions are live breaks: a person decides each of them.")

@@ -51,7 +51,7 @@ def ended(scene: Scene, job_id: str, state: str, origin: str | None = None) -> N
 def test_a_lie_is_found_repaired_and_proven(cli: Run, scene: Scene, source: Any) -> None:
     """The commands of the runbook, one after the other, with the exit codes that a script goes by."""
     scene.charged("job-1")
-    scene.settle(make_event("completed", "job-1"))
+    scene.settle(make_event("completed", "job-1"), now=None)
     ended(scene, "job-1", "failed", "provider")
 
     ran = cli("reconcile", "run", "--json", **source)
@@ -75,7 +75,7 @@ def test_a_lie_is_found_repaired_and_proven(cli: Run, scene: Scene, source: Any)
 def test_a_dry_run_shows_the_differences_and_writes_nothing(cli: Run, scene: Scene, source: Any) -> None:
     """A person looks first; there is neither a run nor a break afterwards."""
     scene.charged("job-1")
-    scene.settle(make_event("completed", "job-1"))
+    scene.settle(make_event("completed", "job-1"), now=None)
     ended(scene, "job-1", "failed", "provider")
     assert cli("reconcile", "run", "settled", **source).code == 0
 
@@ -90,7 +90,7 @@ def test_a_dry_run_shows_the_differences_and_writes_nothing(cli: Run, scene: Sce
 def test_a_source_that_is_away_is_no_agreement(cli: Run, scene: Scene, source: Any) -> None:
     """`run` says that it could not compare, and `prove` ends with 3: nothing is claimed."""
     scene.charged("job-1")
-    scene.settle(make_event("completed", "job-1"))
+    scene.settle(make_event("completed", "job-1"), now=None)
     ended(scene, "job-1", "completed")
     assert cli("reconcile", "run", **source).code == 0
     away = source | {"KINO_JOB_SOURCE_URL": "postgresql://kino_read@127.0.0.1:9/pipeline"}
@@ -107,7 +107,7 @@ def test_a_source_that_is_away_is_no_agreement(cli: Run, scene: Scene, source: A
 def test_without_a_source_everything_else_is_checked(cli: Run, scene: Scene) -> None:
     """`matching` says why it compares nothing, and the others run."""
     scene.charged("job-1")
-    scene.settle(make_event("completed", "job-1"))
+    scene.settle(make_event("completed", "job-1"), now=None)
 
     ran = cli("reconcile", "run", "--json")
 
@@ -141,8 +141,8 @@ def test_what_cannot_be_is_said_in_one_line(cli: Run, arguments: tuple[str, ...]
 def test_a_worker_may_not_reverse_and_is_told_who_may(cli: Run, scene: Scene) -> None:
     """Without a login of kino_oncall the command names the setting; the break is as it was."""
     scene.charged("job-1")
-    scene.settle(make_event("completed", "job-1", event_id="a"))
-    scene.settle(make_event("failed provider", "job-1", event_id="b"))
+    scene.settle(make_event("completed", "job-1", event_id="a"), now=None)
+    scene.settle(make_event("failed provider", "job-1", event_id="b"), now=None)
 
     said = cli("breaks", "repair", "1", "--yes")
 
@@ -154,8 +154,8 @@ def test_a_worker_may_not_reverse_and_is_told_who_may(cli: Run, scene: Scene) ->
 def test_a_break_is_assigned_noted_and_called_a_false_alarm(cli: Run, scene: Scene) -> None:
     """Each act is written down with who did it."""
     scene.charged("job-1")
-    scene.settle(make_event("failed provider", "job-1", event_id="a"))
-    scene.settle(make_event("completed", "job-1", event_id="b"))
+    scene.settle(make_event("failed provider", "job-1", event_id="a"), now=None)
+    scene.settle(make_event("completed", "job-1", event_id="b"), now=None)
 
     said = [
         cli("breaks", "assign", "1", "dana", "--by", "bob"),
@@ -213,7 +213,7 @@ def test_a_run_that_is_killed_goes_on(database: Database, scene: Scene, redis_ur
     jobs = [f"job-{number}" for number in range(20)]
     for job_id in jobs:
         scene.charged(job_id)
-    scene.settle(*[make_event("timeout", job_id) for job_id in jobs])
+    scene.settle(*[make_event("timeout", job_id) for job_id in jobs], now=None)
     environment = outside() | {
         "KINO_DATABASE_URL": database.url(),
         "KINO_REDIS_URL": redis_url,
@@ -246,7 +246,7 @@ def test_a_run_that_is_killed_goes_on(database: Database, scene: Scene, redis_ur
 def test_breaks_that_no_run_could_look_at_are_counted_after_a_week(cli: Run, scene: Scene, source: Any) -> None:
     """The row stays, and the list of checks says so: the other side has been missing for a week."""
     scene.charged("job-1")
-    scene.settle(make_event("completed", "job-1"))
+    scene.settle(make_event("completed", "job-1"), now=None)
     ended(scene, "job-1", "failed", "provider")
     cli("reconcile", "run", "matching", **source)
     scene.as_superuser(f"UPDATE kino.break SET last_seen_at = '{(NOW - timedelta(days=8)).isoformat()}'")

@@ -239,7 +239,7 @@ def swept(scene: Scene, database: Database, redis_url: str, monkeypatch: pytest.
 def test_a_round_runs_every_check(swept: Scene) -> None:
     """One after the other, by nobody's hand; without a source `matching` says that it compares nothing."""
     swept.charged("job-1")
-    swept.settle(make_event("timeout", "job-1"))
+    swept.settle(make_event("timeout", "job-1"), now=None)
 
     tasks.run_checks()
 
