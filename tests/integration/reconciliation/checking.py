@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from pydantic import SecretStr
 
 from kino_refunds.reconciliation.checks import check_named
+from kino_refunds.reconciliation.finished import FinishedJob
 from kino_refunds.reconciliation.repairs import Workshop
 from kino_refunds.reconciliation.run_rows import Run
 from kino_refunds.reconciliation.runs import Bench, run_check
-from kino_refunds.reconciliation.sources import JobSource
+from kino_refunds.reconciliation.sources import Answer, JobSource, JobState
 from kino_refunds.reconciliation.windows import Wanted
 from kino_refunds.settings import Settings
 from kino_refunds.settlement.rules import Rules
@@ -88,3 +90,20 @@ def statuses(scene: Scene) -> list[tuple[str, str]]:
 def database_url(engine: sa.Engine) -> SecretStr:
     """The URL of an engine, as a setting."""
     return SecretStr(engine.url.render_as_string(hide_password=False))
+
+
+class Pipeline:
+    """A source with a list, complete through now."""
+
+    def __init__(self, *jobs: FinishedJob) -> None:
+        self.jobs = sorted(jobs, key=lambda job: job.place)
+
+    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
+        known = {job.job_id: job.answer for job in self.jobs}
+        return {job_id: known.get(job_id, Answer(JobState.UNKNOWN)) for job_id in job_ids}
+
+    def finished(self, since: datetime, until: datetime) -> Iterator[FinishedJob]:
+        return (job for job in self.jobs if since <= job.finished_at < until)
+
+    def complete_through(self) -> datetime:
+        return datetime.now(UTC)

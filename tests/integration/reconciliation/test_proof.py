@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,28 +14,12 @@ from kino_refunds.reconciliation.proof import Proof, SourceSaid, prove
 from kino_refunds.reconciliation.seals import compare_with_copy, newest_seal, seal_text
 from kino_refunds.reconciliation.sources import Answer, JobState
 from kino_refunds.settings import Settings
+from tests.clock import DAY, clock_at
 from tests.conftest import Database
-from tests.integration.reconciliation.checking import check
+from tests.integration.reconciliation.checking import Pipeline, check
 from tests.scenario import EVENT_AT, Scene, make_event
 
 SETTINGS = Settings.model_construct(check_grace_s=0.0)
-
-
-class Pipeline:
-    """A source with a list, complete through now."""
-
-    def __init__(self, *jobs: FinishedJob) -> None:
-        self.jobs = sorted(jobs, key=lambda job: job.place)
-
-    def ask(self, job_ids: Sequence[str]) -> Mapping[str, Answer]:
-        known = {job.job_id: job.answer for job in self.jobs}
-        return {job_id: known.get(job_id, Answer(JobState.UNKNOWN)) for job_id in job_ids}
-
-    def finished(self, since: datetime, until: datetime) -> Iterator[FinishedJob]:
-        return (job for job in self.jobs if since <= job.finished_at < until)
-
-    def complete_through(self) -> datetime:
-        return datetime.now(UTC)
 
 
 def timed_out(job_id: str) -> FinishedJob:
@@ -183,3 +166,90 @@ def test_a_run_over_everything_is_counted_once(scene: Scene) -> None:
     text = " ".join(sentence.text for sentence in proof_of(scene, source).sentences)
 
     assert "reports 1 finished jobs; 1 compared, 1 matched" in text
+
+
+def test_it_begins_no_earlier_than_every_check(scene: Scene) -> None:
+    """What was settled before the first run of a check that began later was compared by nobody."""
+    source = settled(scene, "job-1")
+    run_all(scene, source)
+    with scene.worker.connect() as connection:
+        begun = connection.exec_driver_sql("SELECT min(since) FROM kino.check_run").scalar_one()
+
+    with pytest.raises(BadWindow, match="every check has compared everything since"):
+        proof_of(scene, source, since=begun - timedelta(seconds=1))
+
+    assert proof_of(scene, source, since=begun).holds
+
+
+def test_a_window_that_a_person_began_later_is_no_beginning(scene: Scene) -> None:
+    """The next run begins at the beginning, and finds what lies before."""
+    source = settled(scene, "job-1")
+    scene.as_superuser("SET session_replication_role = replica", "UPDATE kino.settlement SET ending = 'failed.user'")
+    check(scene, "settled")
+    [sample] = scene.rows("SELECT max(sampled_at) AS at FROM kino.xid_clock")
+    check(scene, "decisions", since=sample.at)
+
+    assert check(scene, "decisions").broken == 1
+    assert source.jobs
+
+
+def test_an_end_that_no_sample_reaches_is_not_covered(scene: Scene) -> None:
+    """A run ends at the sample before `--until`, and says so: what came in between has another number."""
+    settled(scene, "job-1")
+    check(scene, "settled")
+    [sample] = scene.rows("SELECT max(sampled_at) AS at FROM kino.xid_clock")
+    with pytest.raises(BadWindow, match="no sample of the clock is as old as --until"):
+        check(scene, "decisions", until=sample.at - DAY)
+
+    ran = check(scene, "decisions", until=sample.at)
+
+    assert ran.window.until == sample.at
+
+
+def test_runs_of_another_source_are_named(scene: Scene) -> None:
+    """What one pipeline was compared with says nothing of another."""
+    source = settled(scene, "job-1")
+    run_all(scene, source, job_source_name="old pipeline")
+
+    assert "asked another source (old pipeline)" in failing(proof_of(scene, source))[0]
+
+
+def test_a_relay_that_is_on_must_have_been_checked(scene: Scene) -> None:
+    """Without its check the product may have heard of nothing; where the relay is off, the proof says so."""
+    source = settled(scene, "job-1")
+    run_all(scene, source)
+    on = SETTINGS.model_copy(update={"relay_queue": "kino.credits-refunded"})
+
+    with scene.worker.connect() as connection:
+        proof = prove(connection, on, source=SourceSaid("pipeline", source.complete_through()))
+
+    assert failing(proof) == ["Nothing is proven: relay has no complete run yet."]
+    assert "The relay is off" in " ".join(each.text for each in proof_of(scene, source).sentences)
+
+
+def test_a_clock_that_was_set_back_proves_nothing_that_came_later(scene: Scene) -> None:
+    """A run of an hour that lies ahead covers no transaction of after: those have earlier instants."""
+    source = settled(scene, "job-1")
+    with clock_at(scene.worker, datetime.now(UTC) + DAY):
+        check(scene, "decisions")
+    run_all(scene, source)
+    until = proof_of(scene, source).until
+    settled(scene, "job-2")
+    for each in CHECKS:
+        if each.name != "decisions":
+            check(scene, each.name, source=source if each.asks_source else None)
+
+    assert proof_of(scene, source).until <= until + timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("happened", ["now() + interval '1 year'", "NULL"])
+def test_a_break_of_the_future_is_one_of_now(scene: Scene, happened: str) -> None:
+    """An event chooses its own time; a proof must not be deaf to it for a year."""
+    source = settled(scene, "job-1")
+    run_all(scene, source)
+    scene.as_superuser(
+        "INSERT INTO kino.break (kind, job_id, credits, detail, happened_at)"
+        f" VALUES ('failed_after_capture', 'job-1', 3, 'd', {happened})"
+    )
+
+    assert not proof_of(scene, source).holds

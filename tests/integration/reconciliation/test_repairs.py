@@ -280,3 +280,63 @@ def test_a_lot_that_another_session_holds_makes_the_repair_wait_and_give_up(scen
 
     assert statuses(scene) == [("failed_after_capture", "open")]
     assert scene.rows("SELECT count(*) FROM kino.correction")[0][0] == 0
+
+
+def test_a_plan_that_has_changed_since_it_was_shown_is_refused(scene: Scene) -> None:
+    """The person said yes to a refund; the source says otherwise now."""
+    number = opened(scene, BreakKind.MISSING_EVENT)
+    shown = plan_repair(shop(scene, source=Told(job_1=Answer(JobState.FAILED, origin=ErrorOrigin.PROVIDER))), number)
+
+    with pytest.raises(CannotRepair, match="the plan has changed since it was shown"):
+        repair(shop(scene, source=Told(job_1=Answer(JobState.COMPLETED))), number, confirmed=shown, **OURS)
+
+    assert scene.rows("SELECT count(*) FROM kino.settlement")[0][0] == 0
+
+
+def test_an_event_that_lied_is_not_repaired_against_the_source(scene: Scene) -> None:
+    """The job completed, and an event says that it failed: the source is asked, and nothing is given away."""
+    number = contradicted(scene)
+
+    with pytest.raises(CannotRepair, match="does not refund a job that ended completed"):
+        repair(shop(scene, source=Told(job_1=Answer(JobState.COMPLETED))), number, **OURS)
+
+    assert scene.balance("acct of job-1").available == 90
+
+
+def test_a_rightly_terminated_account_is_owed_nothing_by_a_wrong_clause(scene: Scene) -> None:
+    """The settlement cites another clause than 6, which is a difference, and no debt."""
+    scene.charged("job-1")
+    scene.as_superuser(
+        "SET session_replication_role = replica",
+        "UPDATE kino.charge SET opened_at = opened_at - interval '1 day'",
+    )
+    with clock_at(scene.worker, EVENT_AT - DAY / 2):
+        scene.set_status("acct of job-1", AccountStatus.TERMINATED)
+    scene.settle(make_event("failed provider", "job-1"))
+    scene.as_superuser("SET session_replication_role = replica", "UPDATE kino.settlement SET clause = '2.failure'")
+    check(scene, "decisions")
+    [row] = scene.rows("SELECT break_id FROM kino.break")
+
+    with pytest.raises(CannotRepair, match=r"does not refund a job that ended failed\.provider"):
+        plan_repair(shop(scene), row.break_id)
+
+
+def test_a_job_that_has_ended_after_all_is_settled_as_it_ended(scene: Scene) -> None:
+    """It ran past its cap when the break was raised; the source is asked before a person's timeout is taken."""
+    number = opened(scene, BreakKind.RUNNING_PAST_CAP)
+
+    done = repair(shop(scene, source=Told(job_1=Answer(JobState.COMPLETED))), number, **OURS)
+
+    assert done.outcome == "captured"
+
+
+def test_a_blank_reference_is_none(scene: Scene) -> None:
+    """A case must be named."""
+    scene.charged("job-1")
+    with clock_at(scene.worker, EVENT_AT - DAY / 2):
+        scene.set_status("acct of job-1", AccountStatus.TERMINATED)
+    scene.settle(make_event("failed provider", "job-1"))
+    number = report_termination(shop(scene), "job-1", detail="case 12")
+
+    with pytest.raises(CannotRepair, match="needs --reference"):
+        repair(shop(scene), number, reference=" ", **OURS)
