@@ -63,6 +63,9 @@ _REST = (
     FROM ended
     """,
     """
+    INSERT INTO kino.xid_clock (sampled_at, xid) SELECT max(ended_at), pg_current_xact_id() FROM ended
+    """,
+    """
     INSERT INTO kino.inbox_event (source, event_id, job_id, fingerprint, outcome, event_at, received_at)
     SELECT 'bench', md5(job_id), job_id, 'v1:' || encode(sha256(job_id::bytea), 'hex'),
            CASE WHEN refunded THEN 'refunded' ELSE 'captured' END, ended_at, ended_at

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from kino_refunds.demo.trace_run import scratch
@@ -65,6 +66,13 @@ _NEW_JOBS = b"""
     SELECT c.job_id, 'failed', 'platform', s.event_time, c.account_id, c.credits
     FROM kino.settlement s JOIN kino.charge c USING (charge_id) WHERE c.job_id LIKE 'new-%'
 """
+LISTED = 1_000_000
+"""Jobs that `matching` compares: the newest ones."""
+_LISTED_SINCE = """
+    SELECT coalesce(min(finished_at), now()) FROM (
+        SELECT finished_at FROM pipeline.job ORDER BY finished_at DESC LIMIT {listed}) AS newest
+"""
+_COMPARED = b"SELECT max(until) FROM kino.check_run WHERE \"check\" = 'matching' AND state = 'complete'"
 _COLUMNS = "job_id, state, origin, finished_at"
 
 
@@ -74,9 +82,11 @@ def main() -> int:
     parser.add_argument("--charges", type=int, default=CHARGES, help="settled charges before the first check")
     parser.add_argument("--child", metavar="CHECK", help=argparse.SUPPRESS)
     parser.add_argument("--incremental", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--since", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        _child(arguments.child, full=not arguments.incremental)
+        since = None if arguments.since is None else datetime.fromisoformat(arguments.since)
+        _child(arguments.child, Wanted(since=since, full=since is None and not arguments.incremental))
         return 0
     found = _measure(arguments.charges)
     _say(json.dumps(found))
@@ -91,18 +101,27 @@ def _measure(charges: int) -> dict[str, Any]:
         with running.postgres.connect(DATABASE) as superuser:
             for statement in _PIPELINE:
                 superuser.execute(statement.encode())
+            [(listed_since,)] = superuser.execute(_LISTED_SINCE.format(listed=LISTED).encode()).fetchall()
             [(transfers,)] = superuser.execute("SELECT count(*) FROM kino.transfer").fetchall()
         _say(f"{transfers:,} transfers, {charges:,} settlements, as many jobs of the source")
         environment = _environment(running)
         found: dict[str, Any] = {"transfers": transfers, "settlements": charges}
         # The first run of `seals` appends them all; the one below computes them again.
         found["sealed"] = _run(environment, "seals", incremental=True)
-        found["full"] = {check.name: _run(environment, check.name) for check in CHECKS}
+        found["full"] = {
+            check.name: _run(environment, check.name, since=_for_matching(check.name, listed_since)) for check in CHECKS
+        }
         found["new"] = _after_new_events(running, environment)
         found["live"] = _live(running, environment)
     worst = max(each["peak_mib"] for each in found["full"].values())
     _say(f"peak memory of our process: {worst:,.0f} MiB (at most {MEMORY_MAX_MIB})")
     return found
+
+
+def _for_matching(name: str, since: object) -> datetime | None:
+    """Return the instant for the one check that goes by a source's times."""
+    assert isinstance(since, datetime), "Postgres gives an instant"
+    return since if name == "matching" else None
 
 
 def _environment(running: Servers) -> dict[str, str]:
@@ -119,13 +138,13 @@ def _environment(running: Servers) -> dict[str, str]:
     }
 
 
-def _child(name: str, *, full: bool) -> None:
+def _child(name: str, wanted: Wanted) -> None:
     """Run one check in this process, and print its figures as JSON."""
     check = check_named(name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
     with bench_for(check, load_settings(), actor="bench") as bench:
-        run = run_check(check, bench, Wanted(full=full))
+        run = run_check(check, bench, wanted)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _say(
@@ -143,9 +162,12 @@ def _child(name: str, *, full: bool) -> None:
     )
 
 
-def _run(environment: Mapping[str, str], name: str, *, incremental: bool = False) -> dict[str, Any]:
+def _run(
+    environment: Mapping[str, str], name: str, *, incremental: bool = False, since: datetime | None = None
+) -> dict[str, Any]:
+    asked = ["--incremental"] * incremental + (["--since", since.isoformat()] if since is not None else [])
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.reconcile", "--child", name, *(["--incremental"] * incremental)],
+        [sys.executable, "-m", "tests.benchmarks.reconcile", "--child", name, *asked],
         env={**environment},
         capture_output=True,
         text=True,
@@ -175,7 +197,11 @@ def _after_new_events(running: Servers, environment: Mapping[str, str]) -> dict[
         worker.stop()
     with running.postgres.connect(DATABASE) as superuser:
         superuser.execute(_NEW_JOBS)
-    return {check.name: _run(environment, check.name, incremental=True) for check in CHECKS}
+        [(since,)] = superuser.execute(_COMPARED).fetchall()
+    return {
+        check.name: _run(environment, check.name, incremental=True, since=_for_matching(check.name, since))
+        for check in CHECKS
+    }
 
 
 def _live(running: Servers, environment: Mapping[str, str]) -> dict[str, Any]:
