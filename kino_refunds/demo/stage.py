@@ -32,7 +32,7 @@ COMMIT_WITHIN_S = 0.1
 """A COMMIT that was sent before its worker was stopped has begun after this time; its length depends on the disk."""
 LIMITS_MS = {"lock": 500, "statement": 1500, "idle_in_transaction": 500, "transaction": 1500, "tcp_user": 500}
 OVERDUE_GRACE_S = 2.0
-SOURCE_QUERY = "SELECT job_id, state, origin, stage FROM pipeline.job WHERE job_id = ANY(:job_ids)"
+SOURCE_QUERY = "SELECT job_id, state, origin, stage, result_produced FROM pipeline.job WHERE job_id = ANY(:job_ids)"
 FINISHED_QUERY = """
     SELECT job_id, state, origin, stage, result_produced, finished_at, account_id, credits FROM pipeline.job
     WHERE finished_at >= :since AND finished_at < :until ORDER BY finished_at, job_id

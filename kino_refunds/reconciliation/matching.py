@@ -308,8 +308,10 @@ def _answered(
         return None, "the source says that the job still runs"
     if answer.state is not JobState.UNKNOWN:
         at = answer.finished_at
-        verdict = _judge(scope, FinishedJob(job_id, replace(answer, finished_at=at or booked.event_time)), booked)
-        listed = at is not None and window.since is not None and window.since <= at < window.until
+        if at is None:
+            return None, None  # without a time it cannot be said in whose window the job belongs
+        verdict = _judge(scope, FinishedJob(job_id, answer), booked)
+        listed = window.since is not None and window.since <= at < window.until
         if listed and (not verdict.breaks or broken.may_have(job_id)):
             return None, None  # the first part has compared it
         # Settled or corrected now, finished in another run's window: after a lost event, or by a list that changed.
