@@ -345,14 +345,14 @@ class _Play:
 
     def _each_break(self, environment: Mapping[str, str], kind: str, verb: str, options: str, *, code: int) -> None:
         """Type the loop of the runbook: one command for all breaks of a kind."""
-        _, out, _ = _run(environment, f"breaks list --kind {kind} --json")
+        _, out, _ = _run(environment, f"breaks list --kind {kind} --limit 10000 --json")
         numbers = [item["number"] for item in json.loads(out)["items"]]
         if not numbers:
             return
         ended = [_run(environment, f"breaks {verb} {number} {options}") for number in numbers]
         codes = [each[0] for each in ended]
         command = (
-            f"kino-refunds breaks list --kind {kind} --json | jq .items[].number |\n"
+            f"kino-refunds breaks list --kind {kind} --limit 10000 --json | jq .items[].number |\n"
             f"    xargs -I{{}} kino-refunds breaks {verb} {{}} {options}"
         )
         self.incident.typed.append(Typed(command, max(codes), _counted(len(numbers), "break")))
@@ -361,11 +361,11 @@ class _Play:
     def _each_letter(self, environment: Mapping[str, str]) -> None:
         """Discard what nobody can read: the source has told the endings, so the letters protect nothing."""
         _, out, _ = _run(environment, "dead-letters list --limit 10000 --json")
-        numbers = [number for item in json.loads(out)["items"] for number in _letters_of(self.world, item)]
+        numbers = [item["number"] for item in json.loads(out)["items"]]
         options = '--note "incident 7: the source told the ending" --yes'
-        codes = [_run(environment, f"dead-letters discard {number} {options}")[0] for number in sorted(set(numbers))]
+        codes = [_run(environment, f"dead-letters discard {number} {options}")[0] for number in numbers]
         command = (
-            "kino-refunds dead-letters list --json | jq .items[].number |\n"
+            "kino-refunds dead-letters list --limit 10000 --json | jq .items[].number |\n"
             f"    xargs -I{{}} kino-refunds dead-letters discard {{}} {options}"
         )
         self.incident.typed.append(Typed(command, max(codes, default=0), _counted(len(codes), "letter")))
@@ -407,17 +407,6 @@ def _counted(number: int, noun: str) -> str:
 def _said_of_runs(said: Any) -> str:
     compared = sum(item["compared"] for item in said["items"])
     return f"{compared:,} compared, {sum(item['broken'] for item in said['items']):,} differ"
-
-
-def _letters_of(world: World, item: Mapping[str, Any]) -> Iterator[int]:
-    """Give the letters of a line of the listing, which may stand for a group."""
-    if "number" in item:
-        yield item["number"]
-        return
-    for (number,) in world.sql(
-        "SELECT dead_letter_id FROM kino.dead_letter WHERE status = 'open' AND group_fingerprint = %s", item["group"]
-    ):
-        yield number
 
 
 # --- what every process is told ---------------------------------------------------------------------------------
