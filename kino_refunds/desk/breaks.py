@@ -135,11 +135,6 @@ def mark_false_alarm(connection: Connection, number: int, *, note: str, actor: s
     _act(connection, number, status=BreakStatus.FALSE_ALARM, actor=actor, text=note)
 
 
-def mark_repaired(connection: Connection, number: int, *, note: str, actor: str) -> None:
-    """Note that a live break was repaired: the next run of its check closes it. Raises BreakNotFound."""
-    _act(connection, number, status=BreakStatus.REPAIRED, actor=actor, text=note)
-
-
 def _act(
     connection: Connection,
     number: int,

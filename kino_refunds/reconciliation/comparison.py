@@ -62,8 +62,8 @@ class Page:
 
     `compared` counts what had two sides; `broken` of them have a break or more in `breaks`; the others matched.
     `not_comparable` counts what had one side only, by the reason, in words. `cursor` is where the next page begins: a
-    run that was killed gets it back as it was, as JSON. `detail` replaces what the run stores of itself, such as how
-    far a source says that it is complete.
+    run that was killed gets it back as it was, as JSON. `detail` is merged into what the run stores of itself, such as
+    how far a source says that it is complete.
     """
 
     cursor: Mapping[str, Any]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from kino_refunds.db.clock import read_clock
 from kino_refunds.errors import BadWindow
 from kino_refunds.reconciliation.checks import CHECKS
 from kino_refunds.reconciliation.run_rows import Coverage, read_coverage
@@ -135,8 +136,10 @@ def prove(
     """Return what holds between `since` (None: since the first complete run) and `until` (None: the latest possible).
 
     Only reads. `source` None: none is configured; a source that is away must not be taken for that. `copy` is what the
-    ledger's seals were compared with, if somebody keeps some elsewhere. Raises
-    BadWindow for an `until` that cannot be proven yet, and names the latest.
+    ledger's seals were compared with, if somebody keeps some elsewhere.
+
+    Raises BadWindow, which names the instant that can be proven, for a `since` before the first complete run and for
+    an `until` that cannot be proven yet.
     """
     coverages = {
         check.name: read_coverage(connection, check.name)
@@ -160,7 +163,7 @@ def prove(
         missing = [name for name, coverage in coverages.items() if coverage is None]
         text = f"Nothing is proven: {', '.join(missing) or 'the ledger'} has no complete run yet."
         return Proof(
-            since, read_now(connection), [Sentence(text, holds=False, command="kino-refunds reconcile run")], {}
+            since, read_clock(connection), [Sentence(text, holds=False, command="kino-refunds reconcile run")], {}
         )
     until = until or latest
     if since is not None and since >= until:
@@ -175,12 +178,6 @@ def prove(
         *_of_seals(connection, figures, copy, until=until),
     ]
     return Proof(since, until, sentences, figures)
-
-
-def read_now(connection: sa.Connection) -> datetime:
-    """Return the ledger's clock."""
-    now: datetime = connection.execute(sa.text("SELECT kino.clock()")).scalar_one()
-    return now
 
 
 # Until when everything below a number of transactions was written. A clock that has been set back since stamped later
