@@ -328,15 +328,15 @@ def _of_breaks(connection: sa.Connection, wanted: dict[str, datetime | None], fi
     }
     if live.live:
         yield Sentence(
-            f"{live.live:,} {'break from before lives' if live.live == 1 else 'breaks from before live'}, about"
-            f" {int(live.credits):,} credits; {live.repaired:,} repaired, which the next run of their check closes.",
+            f"Live breaks from before the end: {live.live:,}, about {int(live.credits):,} credits;"
+            f" {live.repaired:,} repaired, and the next run of their check closes those.",
             holds=False,
             command="kino-refunds breaks list",
         )
     else:
         yield Sentence(
-            f"No live break from before; {decided.closed:,} were closed, {decided.accepted:,} accepted by people,"
-            f" {decided.false_alarms:,} false alarms.",
+            f"No live break from before the end; {decided.closed:,} were closed, {decided.accepted:,} accepted by"
+            f" people, {decided.false_alarms:,} false alarms.",
             holds=True,
         )
 

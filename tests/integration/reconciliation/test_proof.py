@@ -62,7 +62,7 @@ def test_all_of_it_holds_where_all_is_well(scene: Scene) -> None:
     assert "reports 2 finished jobs; 2 compared, 2 matched, 0 not comparable." in text
     assert "Every settlement (2, of them 2 refunds of 20 credits) follows policy 2025-12-14." in text
     assert "Books sum to zero" in text
-    assert "No live break from before" in text
+    assert "No live break from before the end" in text
     with scene.worker.connect() as connection:
         newest = newest_seal(connection)
     assert newest is not None
@@ -102,7 +102,7 @@ def test_a_live_break_fails_it_until_it_is_decided(scene: Scene) -> None:
     source = settled(scene, "job-1")
     source.jobs = [FinishedJob("job-1", Answer(JobState.COMPLETED, finished_at=EVENT_AT))]
     run_all(scene, source)
-    assert "1 break from before lives, about 10 credits" in failing(proof_of(scene, source))[0]
+    assert "Live breaks from before the end: 1, about 10 credits" in failing(proof_of(scene, source))[0]
 
     scene.as_superuser("UPDATE kino.break SET status = 'repaired'")
     assert len(failing(proof_of(scene, source))) == 1
@@ -120,7 +120,7 @@ def test_a_break_that_has_no_instant_counts_as_old(scene: Scene) -> None:
         "INSERT INTO kino.break (kind, subject, credits, detail) VALUES ('lot_differs_from_transfers', 'lot:1', 3, 'd')"
     )
 
-    assert "1 break from before lives" in failing(proof_of(scene, source))[0]
+    assert "Live breaks from before the end: 1," in failing(proof_of(scene, source))[0]
 
 
 def test_what_a_superuser_changed_fails_it_by_a_copy(scene: Scene) -> None:
